@@ -1,0 +1,312 @@
+//! Causal attention over paged keys and values, with an online softmax (Milakov and Gimelshein, arXiv:1805.02867).
+//!
+//! A block holds [`BLOCK_TOKENS`] tokens of one layer: for each key/value head the keys `[head_dim][16]` (a register is
+//! one place of 16 keys), then for each head the values `[16][head_dim]`. A query walks the blocks of its sequence in
+//! order, one block at a time, whatever else is in the batch: its result depends on nothing else. All query heads of a
+//! group, and the rows of a prefill chunk, share each block's keys and values while they are in the nearest cache.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use crate::{
+    activation::{LANES, exp},
+    isa::Isa,
+    norm::tree,
+    pool::Pool,
+    shared::SharedSlice,
+};
+
+/// Tokens in a block.
+pub const BLOCK_TOKENS: usize = LANES;
+/// Rows of a prefill chunk that one task takes: enough to share each block, few enough to spread over the threads.
+const TASK_ROWS: usize = 16;
+
+/// The sizes of a layer's attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionLayout {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key/value heads; each serves `num_heads / num_kv_heads` query heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl AttentionLayout {
+    /// Values in one block: keys and values of 16 tokens.
+    #[must_use]
+    pub fn block_len(&self) -> usize {
+        2 * self.num_kv_heads * self.head_dim * BLOCK_TOKENS
+    }
+
+    fn head_len(&self) -> usize {
+        self.head_dim * BLOCK_TOKENS
+    }
+
+    fn keys_at(&self, block: u32, kv_head: usize) -> usize {
+        block as usize * self.block_len() + kv_head * self.head_len()
+    }
+
+    fn values_at(&self, block: u32, kv_head: usize) -> usize {
+        self.keys_at(block, kv_head) + self.block_len() / 2
+    }
+}
+
+/// How the cache stores a value.
+pub trait KvValue: Copy + Send + Sync {
+    /// Rounds to the stored form.
+    fn from_f32(value: f32) -> Self;
+    /// Widens.
+    fn to_f32(self) -> f32;
+}
+
+impl KvValue for f32 {
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl KvValue for bf16 {
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// One sequence's rows of the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct PagedSequence<'a> {
+    /// Index of its first row in the batch.
+    pub first_row: usize,
+    /// The rows' positions, ascending without gaps: the last is `context_len - 1`.
+    pub rows: usize,
+    /// Tokens in the cache, this step's included.
+    pub context_len: usize,
+    /// The blocks that hold them.
+    pub block_table: &'a [u32],
+}
+
+impl PagedSequence<'_> {
+    fn first_position(&self) -> usize {
+        self.context_len - self.rows
+    }
+}
+
+/// Writes the keys and values `[rows, num_kv_heads · head_dim]` of the batch's rows to the cache of one layer.
+///
+/// # Panics
+/// When a slice has not the size that the layout needs, or a block lies outside of the cache.
+pub fn write_kv<T: KvValue>(
+    layout: &AttentionLayout,
+    sequences: &[PagedSequence<'_>],
+    keys: &[f32],
+    values: &[f32],
+    cache: &mut [T],
+) {
+    let width = layout.num_kv_heads * layout.head_dim;
+    for sequence in sequences {
+        for index in 0..sequence.rows {
+            let position = sequence.first_position() + index;
+            let (block, place) = (sequence.block_table[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
+            let row = sequence.first_row + index;
+            for head in 0..layout.num_kv_heads {
+                let source = row * width + head * layout.head_dim;
+                let start = layout.keys_at(block, head);
+                let target = cache[start..start + layout.head_len()].chunks_exact_mut(BLOCK_TOKENS);
+                for (target, key) in target.zip(&keys[source..source + layout.head_dim]) {
+                    target[place] = T::from_f32(*key);
+                }
+                let start = layout.values_at(block, head) + place * layout.head_dim;
+                let target = &mut cache[start..start + layout.head_dim];
+                for (target, value) in target.iter_mut().zip(&values[source..]) {
+                    *target = T::from_f32(*value);
+                }
+            }
+        }
+    }
+}
+
+/// `out[row, head] = softmax(scale · query · keys) · values` over the row's position and all before it in its
+/// sequence. `queries` and `out` are `[rows, num_heads · head_dim]`.
+///
+/// # Panics
+/// When a slice has not the size that the layout needs, or a block lies outside of the cache.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "the pool and the tier come first in every kernel; five arguments are the op"
+)]
+pub fn paged_attention<T: KvValue>(
+    pool: &Pool,
+    isa: Isa,
+    layout: &AttentionLayout,
+    scale: f32,
+    sequences: &[PagedSequence<'_>],
+    queries: &[f32],
+    cache: &[T],
+    out: &mut [f32],
+) {
+    assert_eq!(queries.len(), out.len(), "queries and outputs");
+    let tasks: Vec<Task<'_>> = sequences
+        .iter()
+        .flat_map(|sequence| {
+            (0..sequence.rows).step_by(TASK_ROWS).flat_map(move |start| {
+                let rows = start..sequence.rows.min(start + TASK_ROWS);
+                (0..layout.num_kv_heads).map(move |kv_head| Task { sequence, rows: rows.clone(), kv_head })
+            })
+        })
+        .collect();
+    let target = SharedSlice::new(out);
+    pool.run(tasks.len(), |index| {
+        // The last rows of a chunk see the most keys: start with them, so that the ends of the threads meet.
+        let task = &tasks[tasks.len() - 1 - index];
+        // SAFETY: a tier other than portable exists only where `Isa::available` found it.
+        unsafe {
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 | Isa::Avx512Bf16 => attend_avx512(task, layout, scale, queries, cache, &target),
+                _ => attend::<T, false>(task, layout, scale, queries, cache, &target),
+            }
+        }
+    });
+}
+
+/// The rows of one sequence and one key/value head that a thread takes together.
+struct Task<'a> {
+    sequence: &'a PagedSequence<'a>,
+    rows: Range<usize>,
+    kv_head: usize,
+}
+
+/// The same source as the portable form, compiled for AVX-512, with fused multiply-adds.
+///
+/// # Safety
+/// The machine has the features; as for [`attend`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
+unsafe fn attend_avx512<T: KvValue>(
+    task: &Task<'_>,
+    layout: &AttentionLayout,
+    scale: f32,
+    queries: &[f32],
+    cache: &[T],
+    out: &SharedSlice<f32>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { attend::<T, true>(task, layout, scale, queries, cache, out) }
+}
+
+/// # Safety
+/// No two tasks on one `out` share rows and heads.
+#[inline(always)]
+unsafe fn attend<T: KvValue, const FUSED: bool>(
+    task: &Task<'_>,
+    layout: &AttentionLayout,
+    scale: f32,
+    queries: &[f32],
+    cache: &[T],
+    out: &SharedSlice<f32>,
+) {
+    let head_dim = layout.head_dim;
+    let group = layout.num_heads / layout.num_kv_heads;
+    let width = layout.num_heads * head_dim;
+    let count = task.rows.len() * group;
+    let offset = |query: usize| {
+        (task.sequence.first_row + task.rows.start + query / group) * width
+            + (task.kv_head * group + query % group) * head_dim
+    };
+    let scaled: Vec<f32> =
+        (0..count).flat_map(|query| queries[offset(query)..][..head_dim].iter().map(|x| x * scale)).collect();
+    let mut states = vec![State { max: f32::NEG_INFINITY, sum: 0.0 }; count];
+    let mut sums = vec![0.0; count * head_dim];
+    let (mut keys, mut values) = (vec![0.0; layout.head_len()], vec![0.0; layout.head_len()]);
+    let position = |query: usize| task.sequence.first_position() + task.rows.start + query / group;
+    let last = position(count - 1);
+    for (index, block) in task.sequence.block_table[..=last / BLOCK_TOKENS].iter().enumerate() {
+        let start = index * BLOCK_TOKENS;
+        widen(&cache[layout.keys_at(*block, task.kv_head)..], &mut keys);
+        widen(&cache[layout.values_at(*block, task.kv_head)..], &mut values);
+        // Rows whose position lies before the block see nothing of it.
+        let first = (0..count).step_by(group).find(|query| position(*query) >= start).unwrap_or(count);
+        for query in first..count {
+            let visible = (position(query) + 1 - start).min(BLOCK_TOKENS);
+            let place = query * head_dim..(query + 1) * head_dim;
+            let scores = scores::<FUSED>(&scaled[place.clone()], &keys, visible);
+            states[query].add::<FUSED>(scores, &values, &mut sums[place]);
+        }
+    }
+    for (query, state) in states.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let out = unsafe { out.part(offset(query), head_dim) };
+        for (out, sum) in out.iter_mut().zip(&sums[query * head_dim..]) {
+            *out = sum / state.sum;
+        }
+    }
+}
+
+#[inline(always)]
+fn widen<T: KvValue>(stored: &[T], out: &mut [f32]) {
+    for (out, value) in out.iter_mut().zip(stored) {
+        *out = value.to_f32();
+    }
+}
+
+#[inline(always)]
+fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// The scores of 16 keys; those past `visible` become minus infinity.
+#[inline(always)]
+fn scores<const FUSED: bool>(query: &[f32], keys: &[f32], visible: usize) -> [f32; LANES] {
+    let mut scores = [0.0; LANES];
+    for (x, keys) in query.iter().zip(keys.chunks_exact(LANES)) {
+        for (score, key) in scores.iter_mut().zip(keys) {
+            *score = multiply_add::<FUSED>(*x, *key, *score);
+        }
+    }
+    scores[visible..].fill(f32::NEG_INFINITY);
+    scores
+}
+
+/// The running softmax of one query.
+#[derive(Clone, Copy)]
+struct State {
+    max: f32,
+    sum: f32,
+}
+
+impl State {
+    /// Takes 16 further scores and their values `[16, head_dim]` into `sums` `[head_dim]`.
+    #[inline(always)]
+    fn add<const FUSED: bool>(&mut self, scores: [f32; LANES], values: &[f32], sums: &mut [f32]) {
+        let max = self.max.max(tree(scores, f32::max));
+        let probabilities = exp(scores.map(|score| score - max));
+        if max > self.max {
+            let shrink = exp([self.max - max; LANES])[0];
+            self.sum *= shrink;
+            sums.iter_mut().for_each(|sum| *sum *= shrink);
+            self.max = max;
+        }
+        self.sum += tree(probabilities, |a, b| a + b);
+        for (probability, values) in probabilities.iter().zip(values.chunks_exact(sums.len())) {
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum = multiply_add::<FUSED>(*probability, *value, *sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    buffer::Buffer,
+    format::pack_panel,
+    test_support::{bits, values},
+};
+
+/// Plain weights and their packed twin.
+struct Expert {
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    down: Vec<f32>,
+    gate_up_packed: Buffer,
+    down_packed: Buffer,
+}
+
+impl Expert {
+    fn new(layout: FfnLayout, seed: u64) -> Self {
+        let size = layout.hidden * layout.intermediate;
+        let part = |part| values(size, seed * 3 + part);
+        let (gate, up, down) = (part(0), part(1), part(2));
+        let mut gate_up_packed = Buffer::zeroed(layout.gate_up().bytes()).unwrap();
+        let mut panels = gate_up_packed.chunks_exact_mut(layout.gate_up().panel_bytes());
+        for (gate, up) in gate.chunks(PANEL * layout.hidden).zip(up.chunks(PANEL * layout.hidden)) {
+            for rows in [gate, up] {
+                pack_panel(layout.format, layout.hidden, rows, panels.next().unwrap());
+            }
+        }
+        let mut down_packed = Buffer::zeroed(layout.down().bytes()).unwrap();
+        crate::format::pack(layout.down(), &down, &mut down_packed);
+        Self { gate, up, down, gate_up_packed, down_packed }
+    }
+
+    fn group<'a>(&'a self, layout: FfnLayout, rows: &'a [WeightedRow]) -> Group<'a> {
+        Group {
+            gate_up: Packed::new(layout.gate_up(), &self.gate_up_packed),
+            down: Packed::new(layout.down(), &self.down_packed),
+            rows,
+        }
+    }
+
+    /// The published equation in f64.
+    fn exact(&self, layout: FfnLayout, x: &[f32]) -> Vec<f64> {
+        let dot = |w: &[f32], x: &[f64]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum::<f64>();
+        let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let inner: Vec<f64> = (0..layout.intermediate)
+            .map(|i| {
+                let row = i * layout.hidden..(i + 1) * layout.hidden;
+                let (gate, up) = (dot(&self.gate[row.clone()], &x), dot(&self.up[row], &x));
+                gate / (1.0 + (-gate).exp()) * up
+            })
+            .collect();
+        self.down.chunks(layout.intermediate).map(|row| dot(row, &inner)).collect()
+    }
+}
+
+fn run(threads: usize, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Group<'_>]) -> Vec<f32> {
+    let mut out = vec![f32::NAN; x.len()];
+    grouped_ffn(&Pool::new(threads), isa, layout, x, groups, &mut out);
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn equals_the_equation_and_ignores_neighbours(
+        hidden in 1_usize..70, intermediate in 1_usize..70, rows in 1_usize..30, seed in 0_u64..1000,
+        routes in prop::collection::vec(prop::collection::vec(any::<bool>(), 30), 1..5),
+    ) {
+        let x = values(rows * hidden, seed);
+        for format in [Format::F32, Format::Bf16] {
+            let layout = FfnLayout { format, hidden, intermediate };
+            let experts: Vec<_> = (0..routes.len()).map(|e| Expert::new(layout, seed + e as u64)).collect();
+            let chosen: Vec<Vec<_>> = routes.iter().enumerate().map(|(e, uses)| {
+                (0..rows).filter(|row| uses[*row]).map(|row| WeightedRow { row: row as u32, weight: 0.3 + e as f32 }).collect()
+            }).collect();
+            let groups: Vec<_> = experts.iter().zip(&chosen).map(|(e, rows)| e.group(layout, rows)).collect();
+            for isa in Isa::available() {
+                let out = run(2, isa, layout, &x, &groups);
+                let row = rows / 2;
+                let alone_rows: Vec<Vec<_>> = chosen.iter().map(|rows| {
+                    rows.iter().filter(|r| r.row as usize == row).map(|r| WeightedRow { row: 0, ..*r }).collect()
+                }).collect();
+                let alone: Vec<_> = experts.iter().zip(&alone_rows).map(|(e, rows)| e.group(layout, rows)).collect();
+                let x_row = &x[row * hidden..(row + 1) * hidden];
+                prop_assert_eq!(bits(&run(1, isa, layout, x_row, &alone)), bits(&out[row * hidden..(row + 1) * hidden]));
+
+                let mut exact = vec![0.0; hidden];
+                for (expert, rows) in experts.iter().zip(&alone_rows) {
+                    for route in rows {
+                        let output = expert.exact(layout, x_row);
+                        exact.iter_mut().zip(output).for_each(|(sum, y)| *sum += f64::from(route.weight) * y);
+                    }
+                }
+                // Values are in (-1, 1): the sizes below bound every intermediate sum.
+                let scale = (hidden * hidden * intermediate) as f64 * 4.0;
+                let unit = if format == Format::Bf16 { 0.01 } else { 1e-6 };
+                for (y, exact) in out[row * hidden..].iter().zip(&exact) {
+                    prop_assert!((f64::from(*y) - exact).abs() <= unit * scale, "{isa} {format}: {y} against {exact}");
+                }
+            }
+        }
+    }
+}

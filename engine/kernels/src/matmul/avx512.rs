@@ -1,0 +1,176 @@
+//! Tiles in AVX-512: one register holds 16 outputs; a step of k loads each panel once and multiplies it with every row.
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_slli_epi32, _mm512_storeu_ps,
+};
+
+use super::Sums;
+
+/// How far ahead of the loads a panel is fetched: about the latency of memory at one panel row per two cycles.
+const PREFETCH_BYTES: usize = 1024;
+
+/// The tile of one kind of weights, for fixed counts of rows and panels.
+pub(super) trait Kind {
+    /// # Safety
+    /// As for [`tile`]; `rows` and `panels` have at least `R` and `P` entries.
+    unsafe fn fixed<const R: usize, const P: usize>(
+        rows: &[*const u8],
+        panels: &[*const u8],
+        k: usize,
+        sums: &mut Sums,
+    );
+}
+
+/// f32 weights and activations.
+pub(super) struct F32;
+/// bf16 weights and activations, multiplied in pairs by `vdpbf16ps`.
+pub(super) struct Bf16Pairs;
+/// bf16 weights and activations, widened to f32 by a shift: faster where `vdpbf16ps` runs at half rate.
+pub(super) struct WidenedBf16;
+
+/// The contract is in `portable.rs`.
+///
+/// # Safety
+/// The machine has the tier; rows and panels have the sizes that `k` says; at most 12 rows, and 1, 2, 4 or 8 panels,
+/// of which 8 come with at most 2 rows and 4 with at most 6.
+pub(super) unsafe fn tile<K: Kind>(rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+    macro_rules! by_shape {
+        ($($r:literal x $p:literal),*) => {
+            match (rows.len(), panels.len()) {
+                // SAFETY: the caller's promises, and the counts just matched.
+                $(($r, $p) => unsafe { K::fixed::<$r, $p>(rows, panels, k, sums) },)*
+                (rows, panels) => unreachable!("tile of {rows} rows by {panels} panels"),
+            }
+        };
+    }
+    by_shape!(
+        1 x 1, 2 x 1, 3 x 1, 4 x 1, 5 x 1, 6 x 1, 7 x 1, 8 x 1, 9 x 1, 10 x 1, 11 x 1, 12 x 1,
+        1 x 2, 2 x 2, 3 x 2, 4 x 2, 5 x 2, 6 x 2, 7 x 2, 8 x 2, 9 x 2, 10 x 2, 11 x 2, 12 x 2,
+        1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 4, 6 x 4,
+        1 x 8, 2 x 8
+    );
+}
+
+/// Writes the registers of a tile to its sums.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store<const R: usize, const P: usize>(registers: &[[__m512; P]; R], sums: &mut Sums) {
+    for (registers, sums) in registers.iter().zip(sums) {
+        for (register, sums) in registers.iter().zip(sums) {
+            // SAFETY: 16 f32 values fill the register exactly.
+            unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), *register) };
+        }
+    }
+}
+
+/// Few rows wait for memory: fetch ahead. Many rows reuse a panel from the cache.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const R: usize>(panel: *const u8, at: usize) {
+    if R <= 4 {
+        // A prefetch past the end of the panel is harmless: it never faults.
+        _mm_prefetch::<_MM_HINT_T0>(panel.wrapping_add(at + PREFETCH_BYTES).cast());
+    }
+}
+
+impl Kind for F32 {
+    #[target_feature(enable = "avx512f")]
+    unsafe fn fixed<const R: usize, const P: usize>(
+        rows: &[*const u8],
+        panels: &[*const u8],
+        k: usize,
+        sums: &mut Sums,
+    ) {
+        let mut registers = [[_mm512_setzero_ps(); P]; R];
+        for step in 0..k {
+            let mut weights = [_mm512_setzero_ps(); P];
+            for (weight, panel) in weights.iter_mut().zip(panels) {
+                prefetch::<R>(*panel, step * 64);
+                // SAFETY: `step < k` rows of 64 bytes lie in the panel.
+                *weight = unsafe { _mm512_loadu_ps(panel.add(step * 64).cast()) };
+            }
+            for (registers, row) in registers.iter_mut().zip(rows) {
+                // SAFETY: `step < k` values lie in the row.
+                let x = _mm512_set1_ps(unsafe { row.cast::<f32>().add(step).read_unaligned() });
+                for (register, weight) in registers.iter_mut().zip(weights) {
+                    *register = _mm512_fmadd_ps(x, weight, *register);
+                }
+            }
+        }
+        store(&registers, sums);
+    }
+}
+
+impl Kind for Bf16Pairs {
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn fixed<const R: usize, const P: usize>(
+        rows: &[*const u8],
+        panels: &[*const u8],
+        k: usize,
+        sums: &mut Sums,
+    ) {
+        let mut registers = [[_mm512_setzero_ps(); P]; R];
+        for pair in 0..k / 2 {
+            let mut weights = [as_bf16(_mm512_set1_epi32(0)); P];
+            for (weight, panel) in weights.iter_mut().zip(panels) {
+                prefetch::<R>(*panel, pair * 64);
+                // SAFETY: `pair < k / 2` rows of 64 bytes lie in the panel.
+                *weight = as_bf16(unsafe { _mm512_loadu_si512(panel.add(pair * 64).cast()) });
+            }
+            for (registers, row) in registers.iter_mut().zip(rows) {
+                // SAFETY: `pair < k / 2` pairs lie in the row.
+                let x = as_bf16(_mm512_set1_epi32(unsafe { row.cast::<i32>().add(pair).read_unaligned() }));
+                for (register, weight) in registers.iter_mut().zip(weights) {
+                    *register = _mm512_dpbf16_ps(*register, x, weight);
+                }
+            }
+        }
+        store(&registers, sums);
+    }
+}
+
+impl Kind for WidenedBf16 {
+    #[target_feature(enable = "avx512f")]
+    unsafe fn fixed<const R: usize, const P: usize>(
+        rows: &[*const u8],
+        panels: &[*const u8],
+        k: usize,
+        sums: &mut Sums,
+    ) {
+        let mut registers = [[_mm512_setzero_ps(); P]; R];
+        for pair in 0..k / 2 {
+            let mut weights = [(_mm512_setzero_ps(), _mm512_setzero_ps()); P];
+            for (weight, panel) in weights.iter_mut().zip(panels) {
+                prefetch::<R>(*panel, pair * 64);
+                // SAFETY: `pair < k / 2` rows of 64 bytes lie in the panel.
+                *weight = widen(unsafe { _mm512_loadu_si512(panel.add(pair * 64).cast()) });
+            }
+            for (registers, row) in registers.iter_mut().zip(rows) {
+                // SAFETY: `pair < k / 2` pairs lie in the row.
+                let x = widen(_mm512_set1_epi32(unsafe { row.cast::<i32>().add(pair).read_unaligned() }));
+                for (register, weight) in registers.iter_mut().zip(weights) {
+                    *register = _mm512_fmadd_ps(x.0, weight.0, *register);
+                    *register = _mm512_fmadd_ps(x.1, weight.1, *register);
+                }
+            }
+        }
+        store(&registers, sums);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn as_bf16(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 64 plain bytes.
+    unsafe { std::mem::transmute(bits) }
+}
+
+/// The lower and the upper bf16 of each pair as f32.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen(pairs: __m512i) -> (__m512, __m512) {
+    let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(_mm512_and_si512(pairs, upper)))
+}

@@ -1,0 +1,211 @@
+//! Dense products over packed weights: `y = x · Wᵀ`.
+//!
+//! One primitive does the work, the *tile*: up to 12 rows of activations times up to 8 panels of weights, over the
+//! whole of k, sums in registers. `portable.rs` is its contract; `avx512.rs` has the vector tiers. The sum of one
+//! output is taken in ascending k by one chain of additions, whatever the tile's shape, so a row's result does not
+//! depend on its neighbours, on the number of threads or on how the work was cut.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use std::ops::Range;
+
+use crate::{
+    format::{Format, Layout, PANEL, Packed},
+    isa::Isa,
+    pool::Pool,
+    shared::SharedSlice,
+};
+
+/// Most rows of one tile. 12 rows by 2 panels keep 24 sums in the 32 vector registers.
+const TILE_ROWS: usize = 12;
+/// Most panels of one tile: enough independent sums to hide the latency of an addition when there is one row.
+const TILE_PANELS: usize = 8;
+/// Rows by panels of 16 outputs.
+type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
+
+/// Weight bytes that one task should stream at least: long enough for the prefetchers to settle.
+pub(crate) const TASK_BYTES: usize = 96 << 10;
+/// Rows that one task should hold at most, so that many rows with few panels still spread over all threads.
+const TASK_ROWS: usize = 240;
+
+/// Activations in the form that a format's tiles take: f32 rows, or bf16 rows padded like the weights.
+pub(crate) enum Activations<'a> {
+    F32 { values: &'a [f32], k: usize },
+    Bf16 { values: Vec<u16>, stride: usize },
+}
+
+impl<'a> Activations<'a> {
+    /// `x` is `[rows, k]`.
+    pub(crate) fn new(pool: &Pool, format: Format, x: &'a [f32], k: usize) -> Self {
+        match format {
+            Format::F32 => Self::F32 { values: x, k },
+            Format::Bf16 => {
+                let stride = format.padded_k(k);
+                let mut values = vec![0; x.len() / k * stride];
+                round_rows(pool, x, k, &mut values, stride);
+                Self::Bf16 { values, stride }
+            }
+        }
+    }
+
+    /// The start of row `index`.
+    pub(crate) fn row(&self, index: usize) -> *const u8 {
+        match self {
+            Self::F32 { values, k } => values[index * k..(index + 1) * k].as_ptr().cast(),
+            Self::Bf16 { values, stride } => values[index * stride..(index + 1) * stride].as_ptr().cast(),
+        }
+    }
+}
+
+/// Enough panels for [`TASK_BYTES`], but few enough that every thread gets some; even, so that tiles stay whole.
+fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
+    let fair = layout.panels().div_ceil(4 * pool.threads());
+    (TASK_BYTES / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
+}
+
+fn round_rows(pool: &Pool, x: &[f32], k: usize, values: &mut [u16], stride: usize) {
+    let rows_per_task = (32_768 / k).max(1);
+    let tasks = (x.len() / k).div_ceil(rows_per_task);
+    let target = SharedSlice::new(values);
+    pool.run(tasks, |task| {
+        let rows = x[task * rows_per_task * k..].chunks_exact(k).take(rows_per_task);
+        for (index, row) in rows.enumerate() {
+            // SAFETY: each row belongs to one task.
+            let rounded = unsafe { target.part((task * rows_per_task + index) * stride, k) };
+            round_to_bf16(row, rounded);
+        }
+    });
+}
+
+/// Rounds to the nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round_to_bf16(values: &[f32], out: &mut [u16]) {
+    for (value, out) in values.iter().zip(out) {
+        let bits = value.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
+        *out = if value.is_nan() { 0x7fc0 } else { rounded as u16 };
+    }
+}
+
+/// `y[row] = x[row] · Wᵀ` for `x` `[rows, k]` and `W` `[n, k]`; `y` is `[rows, n]`.
+///
+/// # Panics
+/// When a slice has not the size that the matrix needs.
+pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
+    let layout = weights.layout();
+    let (n, k) = (layout.n, layout.k);
+    assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
+    let rows = x.len() / k;
+    assert_eq!(y.len(), rows * n, "outputs of {rows} rows by {n}");
+    let activations = Activations::new(pool, layout.format, x, k);
+    let panels_per_task = panels_per_task(pool, &layout);
+    let panel_tasks = layout.panels().div_ceil(panels_per_task);
+    let row_tasks = rows.div_ceil(TASK_ROWS);
+    let target = SharedSlice::new(y);
+    pool.run(panel_tasks * row_tasks, |task| {
+        let first = task % row_tasks * TASK_ROWS;
+        let pointers: Vec<_> = (first..rows.min(first + TASK_ROWS)).map(|row| activations.row(row)).collect();
+        let start = task / row_tasks * panels_per_task;
+        let panels = start..layout.panels().min(start + panels_per_task);
+        // SAFETY: the pointers are rows of activations made for this matrix's format and k.
+        unsafe {
+            walk(isa, &pointers, weights, panels, |row, panel, sums| {
+                let columns = panel * PANEL..n.min((panel + sums.len()) * PANEL);
+                // SAFETY: each task has its own rows and columns.
+                let out = target.part((first + row) * n + columns.start, columns.len());
+                out.copy_from_slice(&sums.as_flattened()[..columns.len()]);
+            });
+        }
+    });
+}
+
+/// Calls `sink(row, first_panel, sums)` with the products of every row and panel, several panels at a time; their
+/// number is even unless the last panel stands alone. Each weight is read once per 12 rows.
+///
+/// # Safety
+/// Each pointer must lead to a row of activations in the form of the weights' format and k.
+pub(crate) unsafe fn walk(
+    isa: Isa,
+    rows: &[*const u8],
+    weights: &Packed<'_>,
+    panels: Range<usize>,
+    mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
+) {
+    let layout = weights.layout();
+    let k = layout.format.padded_k(layout.k);
+    let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
+    let wide = panels_per_tile(rows.len());
+    let mut panel = panels.start;
+    while panel < panels.end {
+        let count = match panels.end - panel {
+            left if left >= wide => wide,
+            left if left >= 2 => 2,
+            _ => 1,
+        };
+        let mut pointers = [std::ptr::null(); TILE_PANELS];
+        for (index, pointer) in pointers.iter_mut().take(count).enumerate() {
+            *pointer = weights.panel(panel + index).as_ptr();
+        }
+        for (block, rows) in rows.chunks(TILE_ROWS).enumerate() {
+            // SAFETY: the caller promises the rows; the panels are whole.
+            unsafe { tile(isa, layout.format, rows, &pointers[..count], k, &mut sums) };
+            for (row, sums) in sums.iter().take(rows.len()).enumerate() {
+                sink(block * TILE_ROWS + row, panel, &sums[..count]);
+            }
+        }
+        panel += count;
+    }
+}
+
+/// As many panels as keep at most 24 sums in registers.
+fn panels_per_tile(rows: usize) -> usize {
+    match rows {
+        0..=2 => 8,
+        3..=6 => 4,
+        _ => 2,
+    }
+}
+
+/// One tile on the tier `isa`.
+///
+/// # Safety
+/// As for [`walk`]; each panel pointer leads to a whole panel.
+unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+    // SAFETY: the caller's promises; a tier other than portable exists only where `Isa::available` found it.
+    unsafe {
+        match (isa, format) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx512Bf16, Format::F32) => avx512::tile::<avx512::F32>(rows, panels, k, sums),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512, Format::Bf16) => avx512::tile::<avx512::WidenedBf16>(rows, panels, k, sums),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Bf16, Format::Bf16) => avx512::tile::<avx512::Bf16Pairs>(rows, panels, k, sums),
+            (_, Format::F32) => portable::tile_f32(rows, panels, k, sums),
+            (_, Format::Bf16) => portable::tile_bf16(rows, panels, k, sums),
+        }
+    }
+}
+
+/// Whether `vdpbf16ps` beats widening to f32 on this machine, by a run of some hundred microseconds.
+pub(crate) fn bf16_dot_is_faster() -> bool {
+    const K: usize = 1024;
+    let row = vec![0_u16; K];
+    let panel = vec![0_u8; PANEL * K * 2];
+    let rows = [row.as_ptr().cast::<u8>(); TILE_ROWS];
+    let panels = [panel.as_ptr(); 2];
+    let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
+    let mut seconds = |isa| {
+        crate::isa::shortest_seconds(|| {
+            for _ in 0..8 {
+                // SAFETY: rows and panels of K zeros; the caller asks only where AVX-512 BF16 is available.
+                unsafe { tile(isa, Format::Bf16, &rows, &panels, K, &mut sums) };
+            }
+        })
+    };
+    seconds(Isa::Avx512Bf16) < seconds(Isa::Avx512)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,32 @@
+//! A slice that the tasks of one parallel job write in disjoint parts.
+
+/// Shared access to a mutable slice. Safe as long as no two tasks touch the same element.
+pub(crate) struct SharedSlice<T> {
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: access goes through `part`, whose callers promise disjoint ranges.
+unsafe impl<T: Send> Sync for SharedSlice<T> {}
+
+impl<T> SharedSlice<T> {
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len() }
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    /// While the result lives, no other task may hold a part that overlaps it, and the slice given to
+    /// [`SharedSlice::new`] must still be borrowed.
+    #[allow(clippy::mut_from_ref, reason = "the caller promises disjoint parts")]
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(
+            start.checked_add(len).is_some_and(|end| end <= self.len),
+            "part {start}+{len} lies outside of a slice of {}",
+            self.len
+        );
+        // SAFETY: in bounds by the check above; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}

@@ -1,0 +1,124 @@
+//! The paged KV cache: [`blocks`] keeps the books, [`KvCache`] holds the keys and values.
+
+pub mod blocks;
+
+use cadre_kernels::{
+    attention::{AttentionLayout, PagedSequence, paged_attention, write_kv},
+    buffer::{AllocError, Buffer},
+};
+use half::bf16;
+
+use crate::{Error, Result, compute::Compute, model::StepBatch};
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtype {
+    /// 32-bit floats.
+    F32,
+    /// bf16: half the memory.
+    Bf16,
+}
+
+/// The keys and values of all layers, in blocks of [`blocks::BLOCK_SIZE`] tokens.
+pub struct KvCache {
+    num_kv_heads: usize,
+    head_dim: usize,
+    num_blocks: usize,
+    layers: Layers,
+}
+
+enum Layers {
+    F32(Vec<Buffer<f32>>),
+    Bf16(Vec<Buffer<bf16>>),
+}
+
+impl KvCache {
+    /// A cache of `num_blocks` blocks in each of `num_layers` layers. Its memory is taken as blocks are first used.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub fn new(
+        num_layers: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        num_blocks: usize,
+        dtype: KvDtype,
+    ) -> Result<Self> {
+        let len = num_kv_heads
+            .checked_mul(head_dim)
+            .and_then(|width| width.checked_mul(2 * blocks::BLOCK_SIZE))
+            .and_then(|block| block.checked_mul(num_blocks))
+            .ok_or_else(|| AllocError { bytes: usize::MAX, reason: format!("{num_blocks} KV blocks overflow") })?;
+        let layers = match dtype {
+            KvDtype::F32 => Layers::F32((0..num_layers).map(|_| Buffer::zeroed(len)).collect::<Result<_, _>>()?),
+            KvDtype::Bf16 => Layers::Bf16((0..num_layers).map(|_| Buffer::zeroed(len)).collect::<Result<_, _>>()?),
+        };
+        Ok(Self { num_kv_heads, head_dim, num_blocks, layers })
+    }
+
+    /// Bytes of one block over all layers.
+    #[must_use]
+    pub fn block_bytes(num_layers: usize, num_kv_heads: usize, head_dim: usize, dtype: KvDtype) -> usize {
+        let value = match dtype {
+            KvDtype::F32 => 4,
+            KvDtype::Bf16 => 2,
+        };
+        2 * num_layers * num_kv_heads * head_dim * blocks::BLOCK_SIZE * value
+    }
+
+    /// Blocks.
+    #[must_use]
+    pub fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    /// Writes the batch's keys and values `[tokens, num_kv_heads · head_dim]` of layer `layer`, then attends: `queries`
+    /// and `out` are `[tokens, heads · head_dim]`.
+    pub(crate) fn attend(&mut self, compute: &Compute, batch: &StepBatch, layer: usize, io: AttentionIo<'_>) -> Result<()> {
+        let layout = self.layout(io.queries.len(), batch)?;
+        let sequences: Vec<_> = batch
+            .sequences
+            .iter()
+            .map(|sequence| PagedSequence {
+                first_row: sequence.rows.start,
+                rows: sequence.rows.len(),
+                context_len: sequence.context_len,
+                block_table: &sequence.block_table,
+            })
+            .collect();
+        let AttentionIo { scale, queries, keys, values, out } = io;
+        match &mut self.layers {
+            Layers::F32(layers) => {
+                write_kv(&layout, &sequences, keys, values, &mut layers[layer]);
+                paged_attention(&compute.pool, compute.isa, &layout, scale, &sequences, queries, &layers[layer], out);
+            }
+            Layers::Bf16(layers) => {
+                write_kv(&layout, &sequences, keys, values, &mut layers[layer]);
+                paged_attention(&compute.pool, compute.isa, &layout, scale, &sequences, queries, &layers[layer], out);
+            }
+        }
+        Ok(())
+    }
+
+    fn layout(&self, query_values: usize, batch: &StepBatch) -> Result<AttentionLayout> {
+        let per_token = query_values / batch.token_ids.len().max(1);
+        let num_heads = per_token / self.head_dim;
+        if num_heads * self.head_dim != per_token || !num_heads.is_multiple_of(self.num_kv_heads) {
+            return Err(Error::Shape {
+                what: "queries against the KV cache".into(),
+                expected: vec![batch.token_ids.len(), self.num_kv_heads * self.head_dim],
+                found: vec![batch.token_ids.len(), per_token],
+            });
+        }
+        Ok(AttentionLayout { num_heads, num_kv_heads: self.num_kv_heads, head_dim: self.head_dim })
+    }
+}
+
+/// What attention reads and writes besides the cache.
+pub(crate) struct AttentionIo<'a> {
+    pub scale: f32,
+    pub queries: &'a [f32],
+    pub keys: &'a [f32],
+    pub values: &'a [f32],
+    pub out: &'a mut [f32],
+}

@@ -1,0 +1,102 @@
+//! What the runtime asks of an architecture: a forward pass cut at layer boundaries, over one flat axis of tokens.
+
+use std::ops::Range;
+
+use crate::{Result, Tensor, compute::Compute, kv::KvCache};
+
+/// A decoder-only language model. Serving walks it batch by batch; a layer-major caller walks one layer over many batches.
+pub trait Model: Send {
+    /// The sizes that the runtime needs.
+    fn info(&self) -> &ModelInfo;
+
+    /// Token ids of the batch to hidden states `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// When an op fails.
+    fn embed(&self, step: &mut StepContext<'_>) -> Result<Tensor>;
+
+    /// Hidden states `[tokens, hidden]` through layer `index`; writes the tokens' keys and values to the KV cache.
+    ///
+    /// # Errors
+    /// When an op fails.
+    fn layer(&self, step: &mut StepContext<'_>, index: usize, hidden: Tensor) -> Result<Tensor>;
+
+    /// Hidden states `[rows, hidden]` to logits `[rows, vocab]`, final norm included.
+    ///
+    /// # Errors
+    /// When an op fails.
+    fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor>;
+}
+
+/// The whole forward pass: logits `[logit_rows, vocab]` of the rows that the batch names, `None` if it names none.
+///
+/// # Errors
+/// When an op fails.
+pub fn forward(model: &dyn Model, step: &mut StepContext<'_>) -> Result<Option<Tensor>> {
+    let mut hidden = model.embed(step)?;
+    for index in 0..model.info().num_layers {
+        hidden = model.layer(step, index, hidden)?;
+    }
+    if step.batch.logit_rows.is_empty() {
+        return Ok(None);
+    }
+    let rows = crate::ops::select_rows(&hidden, &step.batch.logit_rows)?;
+    model.head(step, &rows).map(Some)
+}
+
+/// Sizes of a model that the runtime needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Width of the logits.
+    pub vocab_size: usize,
+    /// Key/value heads of each layer.
+    pub num_kv_heads: usize,
+    /// Width of a key and of a value.
+    pub head_dim: usize,
+    /// The longest sequence that the position encoding was made for.
+    pub max_position_embeddings: usize,
+    /// Parameters in all, and parameters that one token uses.
+    pub total_parameters: u64,
+    /// Parameters that one token uses.
+    pub active_parameters: u64,
+    /// Bytes that the packed weights take.
+    pub weight_bytes: u64,
+}
+
+/// The flat tokens of one step.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StepBatch {
+    /// `[tokens]` token ids.
+    pub token_ids: Vec<u32>,
+    /// `[tokens]` each token's position in its sequence.
+    pub positions: Vec<u32>,
+    /// The sequences, in the order of their rows; together their rows cover the token axis without gaps.
+    pub sequences: Vec<SequenceRows>,
+    /// Rows of the token axis whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+/// One sequence's part of a [`StepBatch`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// Its rows on the token axis. The last row's position is `context_len - 1`.
+    pub rows: Range<usize>,
+    /// Tokens of the sequence whose keys and values are in the cache once this step's are written.
+    pub context_len: usize,
+    /// The KV blocks that hold them: position `p` lies in block `block_table[p / BLOCK_SIZE]`, place `p % BLOCK_SIZE`.
+    pub block_table: Vec<u32>,
+}
+
+/// What a model is given besides the hidden states.
+pub struct StepContext<'a> {
+    /// The worker pool and the kernels' tier.
+    pub compute: &'a Compute,
+    /// The tokens.
+    pub batch: &'a StepBatch,
+    /// Keys and values of earlier tokens, and the place for this step's.
+    pub kv: &'a mut KvCache,
+}

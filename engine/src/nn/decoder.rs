@@ -1,0 +1,121 @@
+use super::{Attention, Ffn, Matrix, RmsNorm, Rope};
+use crate::{
+    Error, Result, Tensor,
+    model::{Model, ModelInfo, StepContext},
+    ops,
+};
+
+/// A pre-norm decoder: what all of today's architectures are.
+#[derive(Debug)]
+pub struct Decoder {
+    info: ModelInfo,
+    parts: DecoderParts,
+}
+
+/// What a [`Decoder`] is made of.
+#[derive(Debug)]
+pub struct DecoderParts {
+    /// `[vocab, hidden]`
+    pub embedding: Matrix,
+    /// The rotary positions, shared by all layers.
+    pub rope: Rope,
+    /// The layers.
+    pub layers: Vec<DecoderLayer>,
+    /// The norm before the head.
+    pub norm: RmsNorm,
+    /// `[vocab, hidden]`; `None`: the embedding serves (a tied head).
+    pub head: Option<Matrix>,
+    /// The length that the position encoding was made for.
+    pub max_position_embeddings: usize,
+}
+
+/// `x + attention(norm(x))`, then `x + ffn(norm(x))`.
+#[derive(Debug)]
+pub struct DecoderLayer {
+    /// Before attention.
+    pub attention_norm: RmsNorm,
+    /// Attention.
+    pub attention: Attention,
+    /// Before the feed-forward.
+    pub ffn_norm: RmsNorm,
+    /// The feed-forward.
+    pub ffn: Ffn,
+}
+
+impl Decoder {
+    /// Assembles the parts.
+    ///
+    /// # Errors
+    /// When there is no layer, or the layers' key/value heads differ.
+    pub fn new(parts: DecoderParts) -> Result<Self> {
+        let info = info(&parts)?;
+        Ok(Self { info, parts })
+    }
+
+    fn head(&self) -> &Matrix {
+        self.parts.head.as_ref().unwrap_or(&self.parts.embedding)
+    }
+}
+
+fn info(parts: &DecoderParts) -> Result<ModelInfo> {
+    let Some(first) = parts.layers.first() else {
+        return Err(Error::Config("a decoder needs at least one layer, found none".into()));
+    };
+    let config = first.attention.config;
+    if let Some(other) = parts.layers.iter().find(|layer| layer.attention.config != config) {
+        return Err(Error::Config(format!(
+            "all layers share one KV cache layout: expected {config:?}, found {:?}",
+            other.attention.config
+        )));
+    }
+    // Looking up one row of the embedding uses one row.
+    let hidden = parts.embedding.layout().k;
+    let head = parts.head.as_ref().unwrap_or(&parts.embedding).parameters();
+    let untied = parts.head.as_ref().map_or(0, Matrix::parameters);
+    let mut total = parts.embedding.parameters() + untied + parts.norm.parameters();
+    let mut active = hidden + head + parts.norm.parameters();
+    let mut bytes = parts.embedding.bytes() + parts.head.as_ref().map_or(0, Matrix::bytes);
+    for layer in &parts.layers {
+        let always =
+            layer.attention.parameters() + layer.attention_norm.parameters() + layer.ffn_norm.parameters();
+        let (ffn_total, ffn_active) = layer.ffn.parameters();
+        total += always + ffn_total;
+        active += always + ffn_active;
+        bytes += layer.attention.bytes() + layer.ffn.bytes();
+    }
+    Ok(ModelInfo {
+        num_layers: parts.layers.len(),
+        hidden_size: hidden,
+        vocab_size: parts.embedding.layout().n,
+        num_kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        max_position_embeddings: parts.max_position_embeddings,
+        total_parameters: total as u64,
+        active_parameters: active as u64,
+        weight_bytes: bytes as u64,
+    })
+}
+
+impl Model for Decoder {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn embed(&self, step: &mut StepContext<'_>) -> Result<Tensor> {
+        ops::embed(&self.parts.embedding, &step.batch.token_ids)
+    }
+
+    fn layer(&self, step: &mut StepContext<'_>, index: usize, hidden: Tensor) -> Result<Tensor> {
+        let layer = &self.parts.layers[index];
+        let normed = layer.attention_norm.forward(step.compute, &hidden)?;
+        let attended = layer.attention.forward(step, &self.parts.rope, index, &normed)?;
+        let hidden = ops::add(&hidden, &attended)?;
+        let normed = layer.ffn_norm.forward(step.compute, &hidden)?;
+        ops::add(&hidden, &layer.ffn.forward(step.compute, &normed)?)
+    }
+
+    fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor> {
+        let normed = self.parts.norm.forward(step.compute, hidden)?;
+        ops::linear(step.compute, &normed, self.head(), None)
+    }
+}

@@ -1,0 +1,116 @@
+use std::ops::Range;
+
+use cadre_kernels::{
+    buffer::{AllocError, Buffer},
+    ffn::{FfnLayout, Group, WeightedRow},
+    format::{Format, Packed},
+};
+
+use super::matrix::pack_rows;
+use crate::compute::Compute;
+
+/// One of an expert's three matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertPart {
+    /// `[intermediate, hidden]`, under the activation.
+    Gate,
+    /// `[intermediate, hidden]`, multiplied with it.
+    Up,
+    /// `[hidden, intermediate]`.
+    Down,
+}
+
+/// The experts of one layer, expert after expert in one stretch of memory: gate|up interleaved, then down.
+#[derive(Debug)]
+pub struct Experts {
+    layout: FfnLayout,
+    count: usize,
+    bytes: Buffer,
+}
+
+impl Experts {
+    /// Packs `count` experts whose rows `read_rows` gives: called from several threads, for disjoint ranges of rows, it
+    /// fills `[rows, columns]` values of one part of one expert. Nothing but the packed form is held.
+    ///
+    /// # Errors
+    /// The first error of `read_rows`, or when memory cannot be had.
+    pub fn from_rows<E: From<AllocError> + Send>(
+        compute: &Compute,
+        layout: FfnLayout,
+        count: usize,
+        read_rows: impl Fn(usize, ExpertPart, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let expert_bytes = expert_bytes(&layout);
+        let total = expert_bytes.checked_mul(count).ok_or_else(|| AllocError {
+            bytes: usize::MAX,
+            reason: format!("{count} experts of {expert_bytes} bytes overflow"),
+        })?;
+        let mut bytes = Buffer::zeroed(total)?;
+        for (expert, bytes) in bytes.chunks_exact_mut(expert_bytes).enumerate() {
+            pack_expert(compute, layout, bytes, |part, rows, values| read_rows(expert, part, rows, values))?;
+        }
+        Ok(Self { layout, count, bytes })
+    }
+
+    /// Their sizes.
+    #[must_use]
+    pub fn layout(&self) -> FfnLayout {
+        self.layout
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Parameters of one expert.
+    #[must_use]
+    pub fn parameters_per_expert(&self) -> usize {
+        3 * self.layout.hidden * self.layout.intermediate
+    }
+
+    /// The weights of one expert with the rows that use it.
+    pub(crate) fn group<'a>(&'a self, expert: usize, rows: &'a [WeightedRow]) -> Group<'a> {
+        let size = expert_bytes(&self.layout);
+        let (gate_up, down) = self.bytes[expert * size..(expert + 1) * size].split_at(self.layout.gate_up().bytes());
+        Group {
+            gate_up: Packed::new(self.layout.gate_up(), gate_up),
+            down: Packed::new(self.layout.down(), down),
+            rows,
+        }
+    }
+}
+
+fn expert_bytes(layout: &FfnLayout) -> usize {
+    layout.gate_up().bytes() + layout.down().bytes()
+}
+
+fn pack_expert<E: Send>(
+    compute: &Compute,
+    layout: FfnLayout,
+    bytes: &mut [u8],
+    read_rows: impl Fn(ExpertPart, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let FfnLayout { format, hidden, intermediate }: FfnLayout = layout;
+    let (gate_up, down) = bytes.split_at_mut(layout.gate_up().bytes());
+    let (mut gate, mut up) = (Vec::new(), Vec::new());
+    for pair in gate_up.chunks_exact_mut(2 * layout.gate_up().panel_bytes()) {
+        let (gate_panel, up_panel) = pair.split_at_mut(layout.gate_up().panel_bytes());
+        gate.push(gate_panel);
+        up.push(up_panel);
+    }
+    let pack = |part, format: Format, k, n, panels| {
+        pack_rows(compute, format, k, n, panels, |rows, values: &mut [f32]| read_rows(part, rows, values))
+    };
+    pack(ExpertPart::Gate, format, hidden, intermediate, gate)?;
+    pack(ExpertPart::Up, format, hidden, intermediate, up)?;
+    let down = down.chunks_exact_mut(layout.down().panel_bytes()).collect();
+    pack(ExpertPart::Down, format, intermediate, hidden, down)
+}

@@ -1,0 +1,89 @@
+use super::{Experts, Matrix, RouterOptions};
+use crate::{
+    Result, Tensor,
+    compute::Compute,
+    ops::{self, Routes},
+};
+
+/// The feed-forward of a layer.
+#[derive(Debug)]
+pub enum Ffn {
+    /// One for all tokens.
+    Dense(DenseFfn),
+    /// Experts, of which each token uses a few.
+    Moe(MoeFfn),
+}
+
+/// `down(silu(gate(x)) · up(x))`: one expert that all tokens use.
+#[derive(Debug)]
+pub struct DenseFfn {
+    /// Holds the one expert.
+    pub weights: Experts,
+}
+
+/// A router, its experts, and the expert that all tokens share, if there is one.
+#[derive(Debug)]
+pub struct MoeFfn {
+    /// `[experts, hidden]`, in f32.
+    pub router: Matrix,
+    /// How the router's logits become a choice.
+    pub options: RouterOptions,
+    /// The experts.
+    pub experts: Experts,
+    /// Added for all tokens.
+    pub shared: Option<DenseFfn>,
+}
+
+impl Ffn {
+    /// `[tokens, hidden]` to the same.
+    pub(crate) fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(ffn) => ffn.forward(compute, x),
+            Self::Moe(ffn) => ffn.forward(compute, x),
+        }
+    }
+
+    /// Parameters in all, and those that one token uses.
+    pub(crate) fn parameters(&self) -> (usize, usize) {
+        match self {
+            Self::Dense(ffn) => (ffn.weights.parameters_per_expert(), ffn.weights.parameters_per_expert()),
+            Self::Moe(ffn) => {
+                let bias = ffn.options.selection_bias.as_ref().map_or(0, Vec::len);
+                let shared = ffn.shared.as_ref().map_or(0, |shared| shared.weights.parameters_per_expert());
+                let always = ffn.router.parameters() + bias + shared;
+                let expert = ffn.experts.parameters_per_expert();
+                (always + ffn.experts.count() * expert, always + ffn.options.top_k * expert)
+            }
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(ffn) => ffn.weights.bytes(),
+            Self::Moe(ffn) => {
+                ffn.router.bytes()
+                    + ffn.experts.bytes()
+                    + ffn.shared.as_ref().map_or(0, |shared| shared.weights.bytes())
+            }
+        }
+    }
+}
+
+impl DenseFfn {
+    fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+        let tokens = x.dims().first().copied().unwrap_or(0);
+        ops::grouped_ffn(compute, x, &self.weights, &Routes::dense(tokens))
+    }
+}
+
+impl MoeFfn {
+    fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+        let logits = ops::linear(compute, x, &self.router, None)?;
+        let routes = ops::route(&logits, &self.options)?;
+        let routed = ops::grouped_ffn(compute, x, &self.experts, &routes)?;
+        match &self.shared {
+            Some(shared) => ops::add(&routed, &shared.forward(compute, x)?),
+            None => Ok(routed),
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! The blocks that architectures are assembled from. What differs between two architectures is data in these blocks;
+//! an architecture's file names tensors and sizes.
+
+mod attention;
+mod decoder;
+mod experts;
+mod ffn;
+mod linear;
+mod matrix;
+mod norm;
+mod rope;
+
+pub use attention::{Attention, AttentionConfig, HeadNorms};
+pub use cadre_kernels::{
+    ffn::FfnLayout,
+    format::{Format, Layout},
+    router::{GroupLimit, RouterOptions, Scores},
+};
+pub use decoder::{Decoder, DecoderLayer, DecoderParts};
+pub use experts::{ExpertPart, Experts};
+pub use ffn::{DenseFfn, Ffn, MoeFfn};
+pub use linear::Linear;
+pub use matrix::Matrix;
+pub use norm::RmsNorm;
+pub use rope::{Rope, RopeConfig, RopeScaling};

@@ -1,0 +1,35 @@
+use crate::{Result, Tensor, compute::Compute, ops};
+
+/// Root-mean-square norm over the whole width.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: Vec<f32>,
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// From its weight `[width]` and what is added to the mean square.
+    #[must_use]
+    pub fn new(weight: Vec<f32>, eps: f32) -> Self {
+        Self { weight, eps }
+    }
+
+    /// `[rows, width]` to the same.
+    ///
+    /// # Errors
+    /// When `x` has another width.
+    pub fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(compute, x, &self.weight, self.eps)
+    }
+
+    /// The norm with each place of its output divided by `divisors`.
+    #[must_use]
+    pub fn divided_by(mut self, divisors: &[f32]) -> Self {
+        self.weight.iter_mut().zip(divisors).for_each(|(weight, divisor)| *weight /= divisor);
+        self
+    }
+
+    pub(crate) fn parameters(&self) -> usize {
+        self.weight.len()
+    }
+}

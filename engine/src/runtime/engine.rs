@@ -1,0 +1,329 @@
+//! What the engine's thread does.
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, mpsc::Receiver},
+    time::{Duration, Instant},
+};
+
+use super::{StepReport, batch};
+use crate::{
+    Error, Result,
+    compute::Compute,
+    kv::{KvCache, blocks::PrefixCounters},
+    model::{self, Model, StepContext},
+    request::{Event, Request, RequestError},
+    sampler::{SampleError, Sampler},
+    scheduler::{Phase, Planned, Scheduler, StepPlan},
+    sequence::{RequestId, SequenceId},
+};
+
+/// Where a request's events go.
+pub(super) type Sink = Box<dyn FnMut(Event) + Send>;
+
+/// Who is told about each step.
+pub(super) type Observer = Box<dyn FnMut(&StepReport) + Send>;
+
+/// What callers tell the engine.
+pub(super) enum Message {
+    /// A new request; ids ascend.
+    Submit { id: RequestId, request: Arc<Request>, sink: Sink },
+    /// Nobody wants this request's answer any more.
+    Cancel(RequestId),
+    /// End, after at most this long. No `Submit` follows.
+    Stop { drain: Duration },
+}
+
+/// Everything that the engine's thread owns.
+pub(super) struct Engine {
+    model: Box<dyn Model>,
+    kv: KvCache,
+    compute: Compute,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    /// The sink of every request that has not ended.
+    sinks: HashMap<RequestId, Sink>,
+    inbox: Receiver<Message>,
+    observer: Observer,
+    /// What happened since the last report; the gauges are set when it is given.
+    report: StepReport,
+    /// Whether anything did.
+    unreported: bool,
+    reported_prefix: PrefixCounters,
+    stop: Option<Stop>,
+}
+
+struct Stop {
+    /// `None` if it lies beyond what the clock can say.
+    deadline: Option<Instant>,
+}
+
+impl Engine {
+    pub(super) fn new(
+        model: Box<dyn Model>,
+        kv: KvCache,
+        compute: Compute,
+        scheduler: Scheduler,
+        inbox: Receiver<Message>,
+        observer: Observer,
+    ) -> Self {
+        Self {
+            model,
+            kv,
+            compute,
+            scheduler,
+            sampler: Sampler::default(),
+            sinks: HashMap::new(),
+            inbox,
+            observer,
+            report: StepReport::default(),
+            unreported: false,
+            reported_prefix: PrefixCounters::default(),
+            stop: None,
+        }
+    }
+
+    /// Steps until it is told to stop.
+    pub(super) fn run(mut self) {
+        while self.wait_for_work() {
+            self.step();
+        }
+        self.fail_all(&RequestError::ShuttingDown);
+        self.give_report();
+    }
+
+    /// Takes all messages, and sleeps while there is nothing to do. False when it is time to end.
+    fn wait_for_work(&mut self) -> bool {
+        loop {
+            while let Ok(message) = self.inbox.try_recv() {
+                self.take(message);
+            }
+            if self.stop.as_ref().is_some_and(|stop| self.scheduler.is_empty() || stop.is_due()) {
+                return false;
+            }
+            if !self.scheduler.is_empty() {
+                return true;
+            }
+            self.give_report();
+            let Ok(message) = self.inbox.recv() else { return false };
+            self.take(message);
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Submit { id, request, sink } => {
+                self.scheduler.add(id, &request);
+                if self.scheduler.has(id) {
+                    self.sinks.insert(id, sink);
+                }
+            }
+            Message::Cancel(id) => self.cancel(id),
+            Message::Stop { drain } => self.stop = Some(Stop { deadline: Instant::now().checked_add(drain) }),
+        }
+    }
+
+    fn cancel(&mut self, request: RequestId) {
+        self.sinks.remove(&request);
+        let cancelled = &mut self.report.cancelled;
+        match self.scheduler.cancel(request) {
+            None => return,
+            Some(Phase::Queue) => cancelled.queue += 1,
+            Some(Phase::Prefill) => cancelled.prefill += 1,
+            Some(Phase::Decode) => cancelled.decode += 1,
+        }
+        self.unreported = true;
+    }
+
+    /// One step, whatever happens in it.
+    fn step(&mut self) {
+        let start = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.try_step()));
+        // What a panic may have left half done is either replaced here (the books) or written anew before it is
+        // read (KV blocks, working memory of the sampler).
+        let failure = match outcome {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(panic) => Some(format!("panic: {}", panic_message(panic.as_ref()))),
+        };
+        if let Some(message) = failure {
+            tracing::error!(message, "a step failed");
+            self.fail_running(&message);
+        }
+        self.report.step_seconds = start.elapsed().as_secs_f64();
+        self.unreported = true;
+        self.give_report();
+    }
+
+    fn try_step(&mut self) -> Result<()> {
+        let plan = self.scheduler.plan();
+        self.report.preemptions += plan.preempted.len();
+        if plan.is_empty() {
+            // The scheduler's invariants exclude it; if it happened nevertheless, waiting would be for ever.
+            let message = "the scheduler has sequences but planned none".to_owned();
+            self.fail_all(&RequestError::Internal(message.clone()));
+            return Err(Error::Config(message));
+        }
+        self.announce(&plan);
+        let batch = batch::of(&plan, &self.scheduler);
+        let mut context = StepContext { compute: &self.compute, batch: &batch, kv: &mut self.kv };
+        let logits = model::forward(self.model.as_ref(), &mut context)?;
+        self.report.scheduled_tokens += plan.num_tokens();
+        self.report.prompt_tokens += plan.sequences.iter().map(|planned| planned.prompt_tokens).sum::<usize>();
+        let vocab_size = self.model.info().vocab_size;
+        match logits {
+            Some(logits) => {
+                let shape = [batch.logit_rows.len(), vocab_size];
+                batch::with_logits(&logits, shape, |logits| self.conclude(&plan, logits))
+            }
+            None => {
+                self.conclude(&plan, &[]);
+                Ok(())
+            }
+        }
+    }
+
+    fn announce(&mut self, plan: &StepPlan) {
+        for admission in &plan.admitted {
+            if admission.first_time && admission.id.choice == 0 {
+                let cached_tokens = admission.cached_tokens as u32;
+                self.send(admission.id.request, Event::Started { cached_tokens });
+            }
+        }
+    }
+
+    /// Notes what the step computed: scores, tokens, ends.
+    fn conclude(&mut self, plan: &StepPlan, logits: &[f32]) {
+        let vocab_size = self.model.info().vocab_size;
+        let mut rest = logits;
+        for planned in &plan.sequences {
+            let (own, after) = rest.split_at(batch::num_logit_rows(planned) * vocab_size);
+            rest = after;
+            if let Err(error) = self.conclude_one(planned, own) {
+                self.fail_request(planned.id.request, &error);
+            }
+        }
+    }
+
+    fn conclude_one(&mut self, planned: &Planned, logits: &[f32]) -> Result<(), SampleError> {
+        let id = planned.id;
+        let mut rows = logits.chunks_exact(self.model.info().vocab_size.max(1));
+        self.score_prompt(planned, &mut rows)?;
+        self.scheduler.advance(planned);
+        if let Some(scores) = self.scheduler.sequence_mut(id).and_then(|sequence| sequence.take_prompt_logprobs()) {
+            self.send(id.request, Event::PromptLogprobs(scores));
+        }
+        if planned.samples
+            && let Some(row) = rows.next()
+        {
+            self.choose_token(id, row)?;
+        }
+        self.end_if_finished(id);
+        Ok(())
+    }
+
+    fn score_prompt<'a>(
+        &mut self,
+        planned: &Planned,
+        rows: &mut impl Iterator<Item = &'a [f32]>,
+    ) -> Result<(), SampleError> {
+        let Some(sequence) = self.scheduler.sequence_mut(planned.id) else { return Ok(()) };
+        let top = sequence.request().prompt_logprobs.unwrap_or(0);
+        for (position, row) in planned.scored.clone().zip(rows) {
+            let next = sequence.tokens()[position + 1];
+            sequence.push_prompt_logprobs(self.sampler.score(row, next, top)?);
+        }
+        Ok(())
+    }
+
+    fn choose_token(&mut self, id: SequenceId, row: &[f32]) -> Result<(), SampleError> {
+        let Some(sequence) = self.scheduler.sequence_mut(id) else { return Ok(()) };
+        let sampled = self.sampler.sample(row, sequence)?;
+        sequence.push_token(sampled.token);
+        self.report.generated_tokens += 1;
+        let event = Event::Token { choice: id.choice, token: sampled.token, logprobs: sampled.logprobs };
+        self.send(id.request, event);
+        Ok(())
+    }
+
+    fn end_if_finished(&mut self, id: SequenceId) {
+        let Some(reason) = self.scheduler.sequence(id).and_then(|sequence| sequence.finish_reason()) else { return };
+        self.scheduler.finish(id);
+        self.send(id.request, Event::Finished { choice: id.choice, reason });
+        if !self.scheduler.has(id.request) {
+            self.sinks.remove(&id.request);
+        }
+    }
+
+    fn fail_request(&mut self, request: RequestId, error: &SampleError) {
+        if matches!(error, SampleError::NotFinite { .. }) {
+            // Its keys and values may hold the same: no other request may continue from them.
+            self.scheduler.clear_prefix_cache();
+        }
+        self.scheduler.cancel(request);
+        self.fail(request, RequestError::Internal(error.to_string()));
+    }
+
+    fn fail_running(&mut self, message: &str) {
+        for request in self.scheduler.fail_running() {
+            self.fail(request, RequestError::Internal(message.to_owned()));
+        }
+    }
+
+    fn fail_all(&mut self, error: &RequestError) {
+        let mut requests: Vec<_> = self.sinks.keys().copied().collect();
+        requests.sort_unstable();
+        for request in requests {
+            self.scheduler.cancel(request);
+            self.fail(request, error.clone());
+        }
+    }
+
+    /// Tells a request that the scheduler no longer has that it failed.
+    fn fail(&mut self, request: RequestId, error: RequestError) {
+        self.report.failed += 1;
+        self.unreported = true;
+        self.send(request, Event::Failed(error));
+        self.sinks.remove(&request);
+    }
+
+    fn send(&mut self, request: RequestId, event: Event) {
+        let Some(sink) = self.sinks.get_mut(&request) else { return };
+        if catch_unwind(AssertUnwindSafe(|| sink(event))).is_err() {
+            tracing::error!(request, "a request's sink panicked: the request is cancelled");
+            self.cancel(request);
+        }
+    }
+
+    /// Tells the observer what happened since it was last told, if anything did.
+    fn give_report(&mut self) {
+        if !std::mem::take(&mut self.unreported) {
+            return;
+        }
+        let mut report = std::mem::take(&mut self.report);
+        let prefix = self.scheduler.prefix_counters();
+        report.prefix_queries = prefix.queries - self.reported_prefix.queries;
+        report.prefix_hits = prefix.hits - self.reported_prefix.hits;
+        self.reported_prefix = prefix;
+        report.running = self.scheduler.num_running();
+        report.waiting = self.scheduler.num_waiting();
+        report.kv_blocks_used = self.scheduler.num_used_blocks();
+        report.kv_blocks_total = self.scheduler.num_blocks();
+        if catch_unwind(AssertUnwindSafe(|| (self.observer)(&report))).is_err() {
+            tracing::error!("the observer of the engine's steps panicked");
+        }
+    }
+}
+
+impl Stop {
+    fn is_due(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message")
+}

@@ -1,0 +1,11 @@
+//! Tensors on disk: safetensors headers, the index of a sharded checkpoint, stored types.
+//!
+//! Nothing here reads a weight or allocates by a number from a file that the file's own size does not justify.
+
+mod header;
+mod set;
+mod stored;
+
+pub(crate) use header::{TensorInfo, read_header};
+pub(crate) use set::TensorSet;
+pub use stored::StoredType;
