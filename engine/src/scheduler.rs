@@ -19,6 +19,8 @@
 //!   computed the prompt, then share its full blocks; only they may be overtaken, and only while they wait for that.
 //! - A prompt's hit in the prefix cache leaves at least its last token to be computed.
 
+#[cfg(test)]
+mod check;
 mod plan;
 #[cfg(test)]
 mod tests;

@@ -79,6 +79,20 @@ impl ConfigFile {
         }
     }
 
+    /// Refuses a configuration whose `field` asks for something else than one of `values`; absent and null are fine.
+    pub(crate) fn supports<T>(&self, field: &str, values: &[T]) -> Result<()>
+    where
+        T: std::fmt::Debug,
+        Value: PartialEq<T>,
+    {
+        match self.get(field) {
+            Some(value) if !values.iter().any(|known| value == known) => {
+                Err(self.error(field, format!("one of {values:?}, which is all that is supported"), shown(Some(value))))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// An error about the value of `field`.
     pub(crate) fn error(&self, field: &str, expected: impl ToString, found: impl ToString) -> Error {
         Error::field(&self.file, field, expected, found)

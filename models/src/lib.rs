@@ -1,1 +1,61 @@
-//! Models.
+//! Checkpoints as Hugging Face lays them out, and the architectures that cadre can make of them.
+//!
+//! | part | does |
+//! |---|---|
+//! | [`checkpoint`] | opens a directory, a hub's id or the embedded default; finds the files |
+//! | `hub` | downloads into the cache that huggingface_hub uses |
+//! | `files`, `json` | small files whole, weights by positioned reads |
+//! | [`config`] | config.json: bounds, rotary embedding; generation_config.json |
+//! | `tensors` | safetensors headers and the index of shards, checked against the files' sizes |
+//! | `weights`, `blocks` | tensors by name and shape, packed as they are read; every tensor accounted for |
+//! | `registry` | the table from `model_type` to the file that builds it |
+//! | `qwen3_moe`, `olmoe`, `bailing_moe`, `bailing_moe_v2` | the architectures |
+//! | [`load`] | from a checkpoint to a model |
+//! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
+//! | [`chat_template`] | a conversation to a prompt |
+//! | [`summary`] | what a checkpoint holds, from its headers |
+//!
+//! To add an architecture: one file that assembles the blocks of `cadre_engine::nn`, one row in `registry`.
+//!
+//! What a file says is never believed before it is checked: no panic, and no allocation that the file's own size does
+//! not justify. There is one [`Error`]; its messages name the file, what was expected and what was found.
+
+mod bailing;
+mod bailing_moe;
+mod bailing_moe_v2;
+mod blocks;
+pub mod chat_template;
+pub mod checkpoint;
+pub mod config;
+mod embedded;
+mod error;
+mod files;
+mod hub;
+mod json;
+pub mod load;
+mod olmoe;
+mod qwen3_moe;
+mod registry;
+pub mod summary;
+mod tensors;
+#[cfg(test)]
+mod testing;
+pub mod text_stream;
+pub mod tokenizer;
+mod weights;
+
+pub use chat_template::{ChatTemplate, RenderOptions};
+pub use checkpoint::{Checkpoint, open};
+pub use config::GenerationConfig;
+pub use error::Error;
+pub use hub::DownloadProgress;
+pub use load::{Dtype, LoadedModel, load};
+pub use registry::architectures;
+pub use summary::Summary;
+pub use tensors::StoredType;
+pub use text_stream::TextStream;
+pub use tokenizer::Tokenizer;
+pub use weights::LoadProgress;
+
+/// The result of everything in this crate that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

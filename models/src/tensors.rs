@@ -7,5 +7,5 @@ mod set;
 mod stored;
 
 pub(crate) use header::{TensorInfo, read_header};
-pub(crate) use set::TensorSet;
+pub(crate) use set::{INDEX_FILE, SINGLE_FILE, TensorSet, is_plain_name, shards_of};
 pub use stored::StoredType;

@@ -54,7 +54,8 @@ class RmsNorm(nn.Module):
 
 
 def rope_frequencies(config, tokens):
-    """The angle per position of each rotated pair, and the factor on cos and sin (1, except for YaRN)."""
+    """The angle per position of each rotated pair, and the factor on cos and sin (1, except for YaRN).
+    The first is [pairs], or [tokens, pairs] if the scaling is dynamic."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     base = float(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
@@ -64,9 +65,21 @@ def rope_frequencies(config, tokens):
     if is_v2(config):
         part = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
         dim = config.get("rotary_dim") or int(dim * part)
-    if kind == "dynamic" and tokens > limit:
-        base = base * (factor * tokens / limit - (factor - 1)) ** (dim / (dim - 2))
-    freq = 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+
+    def frequencies(base):
+        return 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+
+    if kind == "dynamic":
+        # The base grows with the length: position p takes that of a sequence of p + 1 tokens, as decoding token by
+        # token with a cache does, where a key is turned once and never again. One base for all positions, from the
+        # whole length, would make logits depend on how many tokens follow and on how a sequence is cut into chunks.
+        def base_at(length):
+            if length <= limit:
+                return base
+            return base * (factor * length / limit - (factor - 1)) ** (dim / (dim - 2))
+
+        return torch.stack([frequencies(base_at(position + 1)) for position in range(tokens)]), 1.0
+    freq = frequencies(base)
     if kind == "linear":
         return freq / factor, 1.0
     if kind != "yarn":
@@ -90,7 +103,7 @@ def rope_frequencies(config, tokens):
         return freq, float(rope["attention_factor"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return freq, mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
-    return freq, mscale(rope.get("mscale") or 1)
+    return freq, mscale(1)  # `mscale` alone counts for nothing, in transformers too
 
 
 def rotate(x, cos, sin):
@@ -252,7 +265,7 @@ class BailingMoe(nn.Module):
         `select`: a boolean mask [batch, tokens]; then only those rows' logits are made: [selected, vocab]."""
         x = self.model.word_embeddings(ids)
         freq, scale = rope_frequencies(self.config, ids.shape[1])
-        angles = torch.outer(torch.arange(ids.shape[1]).float(), freq).to(x.device)
+        angles = (torch.arange(ids.shape[1]).float().unsqueeze(1) * freq).to(x.device)  # [tokens, pairs]
         cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
         trace = [] if trace is None else trace
         trace.append(x.detach())

@@ -58,7 +58,7 @@ def _qwen3_moe(config):
 def _bailing_moe(config):
     hidden = config["hidden_size"]
     heads, kv_heads, head_dim = _heads(config)
-    v2 = config["model_type"] == "bailing_moe_v2"
+    v2 = family_of(config) == "bailing_moe_v2"
     layers = config["num_hidden_layers"]
     yield "model.word_embeddings.weight", (config["vocab_size"], hidden)
     for layer in range(layers + config.get("num_nextn_predict_layers", 0)):
@@ -98,6 +98,11 @@ _FAMILIES = {
 }
 
 
+def family_of(config):
+    """The hub's Ling 2.0 checkpoints may call themselves bailing_moe too: the class name decides."""
+    return "bailing_moe_v2" if "BailingMoeV2ForCausalLM" in config["architectures"] else config["model_type"]
+
+
 def hub_tensors(config):
     """Every tensor of the checkpoint, in layer order."""
-    return dict(_FAMILIES[config["model_type"]](config))
+    return dict(_FAMILIES[family_of(config)](config))

@@ -24,6 +24,12 @@ class Routing:
         """From flat tokens to [sequences, tokens]."""
         return Routing(*(getattr(self, field.name).unflatten(0, shape) for field in dataclasses.fields(self)))
 
+    @staticmethod
+    def joined(parts):
+        """One after the other along the tokens."""
+        names = (field.name for field in dataclasses.fields(Routing))
+        return Routing(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
+
 
 def _margins(scores, k):
     ranked = scores.sort(-1, descending=True).values
@@ -49,16 +55,25 @@ class _Transformers:
         )
         wrong = {kind: names for kind, names in loading.items() if names}
         assert not wrong, f"{folder}: {wrong}"
+        self.dynamic = self.model.config.rope_parameters["rope_type"] == "dynamic"
         self.routers = []
         for module in self.model.modules():
             if type(module).__name__.endswith("TopKRouter"):
                 module.register_forward_hook(lambda module, _, output: self.routers.append((module.top_k, output[0])))
 
     def __call__(self, input_ids):
+        if not self.dynamic:
+            return self._forward(input_ids, use_cache=False)
+        # Dynamic frequencies depend on the length so far: token by token, each key keeps those of its own position.
+        cache = transformers.DynamicCache(config=self.model.config)
+        steps = [self._forward(ids, cache=cache, use_cache=True) for ids in input_ids.split(1, 1)]
+        logits, routings = zip(*steps)
+        return torch.cat(logits, 1), [Routing.joined(layer) for layer in zip(*routings)]
+
+    def _forward(self, input_ids, **options):
         self.routers.clear()
-        logits = self.model(input_ids, use_cache=False).logits
-        routings = [_softmax_routing(out.view(*input_ids.shape, -1), k) for k, out in self.routers]
-        return logits, routings
+        logits = self.model(input_ids, **options).logits
+        return logits, [_softmax_routing(out.view(*input_ids.shape, -1), k) for k, out in self.routers]
 
 
 def _grouped_routing(logits, bias, k, groups, kept):
@@ -92,12 +107,12 @@ class _Bailing:
             f"model.layers.{config['num_hidden_layers'] + i}." for i in range(config.get("num_nextn_predict_layers", 0))
         )
         self.model.load_state_dict({name: t for name, t in tensors.items() if not name.startswith(extra)})
-        self.model.to(dtype)
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)  # not the buffers: expert_bias stays in f32
         self.routings = []
         for module in self.model.modules():
             if isinstance(module, bailing.Gate):
-                if module.expert_bias is not None:  # stays in f32
-                    module.expert_bias = module.expert_bias.float()
                 module.register_forward_pre_hook(self._watch)
 
     def _watch(self, gate, inputs):

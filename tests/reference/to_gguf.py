@@ -15,6 +15,8 @@ import gguf
 import torch
 from safetensors import safe_open
 
+from hub_tensors import family_of
+
 ARCHITECTURES = {
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
@@ -43,7 +45,7 @@ def heads_of(config):
 
 def refuse(config):
     """What llama.cpp would read wrongly, or not at all, though it knows the architecture."""
-    family = config["model_type"]
+    family = family_of(config)
     heads, head_dim = heads_of(config)
     if rope_kind(config) == "dynamic":
         raise Unsupported("dynamic rope scaling")
@@ -73,7 +75,7 @@ def refuse(config):
 
 
 def write_parameters(writer, config):
-    family = config["model_type"]
+    family = family_of(config)
     rope = rope_of(config)
     heads, head_dim = heads_of(config)
     moe_ff = config.get("moe_intermediate_size", config["intermediate_size"])
@@ -92,7 +94,8 @@ def write_parameters(writer, config):
     writer.add_expert_feed_forward_length(moe_ff)
 
     partial = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    writer.add_rope_dimension_count(int(head_dim * partial) if family == "bailing_moe_v2" else head_dim)
+    rotated = config.get("rotary_dim") or int(head_dim * partial)
+    writer.add_rope_dimension_count(rotated if family == "bailing_moe_v2" else head_dim)
     writer.add_rope_freq_base(rope.get("rope_theta") or config["rope_theta"])
     kind = rope_kind(config)
     if kind != "default":
@@ -157,7 +160,7 @@ class Checkpoint:
 
 
 def write_tensors(writer, checkpoint, config, bf16):
-    family = config["model_type"]
+    family = family_of(config)
     layers = config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(ARCHITECTURES[family], layers)
 
@@ -208,7 +211,7 @@ def convert(folder, output, bf16=False):
     folder = pathlib.Path(folder)
     config = json.loads((folder / "config.json").read_text())
     refuse(config)
-    writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]])
+    writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family_of(config)]])
     write_parameters(writer, config)
     write_tokenizer(writer, folder, config)
     write_tensors(writer, Checkpoint(folder), config, bf16)

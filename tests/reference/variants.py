@@ -310,7 +310,13 @@ VARIANTS = [
     ),
     ("bailing_moe_v2-no-shared", "bailing_moe_v2", {"num_shared_experts": 0, "routed_scaling_factor": 1.0}, {}),
     ("bailing_moe_v2-two-shared", "bailing_moe_v2", {"num_shared_experts": 2}, {}),
-    ("bailing_moe_v2-mtp", "bailing_moe_v2", {"num_nextn_predict_layers": 1}, {"shards": 2}),
+    (
+        "bailing_moe_v2-mtp",
+        "bailing_moe_v2",
+        {"num_nextn_predict_layers": 1, "model_type": "bailing_moe"},  # so on the hub: the class name decides
+        {"shards": 2},
+    ),
+    ("bailing_moe_v2-rotary-dim", "bailing_moe_v2", {"partial_rotary_factor": DROP, "rotary_dim": 4}, {}),
     ("bailing_moe_v2-odd", "bailing_moe_v2", ODD_BAILING_V2, {"tokens": 41}),
     ("bailing_moe_v2-rope-linear", "bailing_moe_v2", {"rope_scaling": LINEAR, "rope_theta": 10000.0, **FEW_HEADS}, {}),
     (

@@ -5,6 +5,9 @@
 //! order, one block at a time, whatever else is in the batch: its result depends on nothing else. All query heads of a
 //! group, and the rows of a prefill chunk, share each block's keys and values while they are in the nearest cache.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use std::ops::Range;
 
 use half::bf16;
@@ -175,8 +178,8 @@ pub fn paged_attention<T: KvValue>(
         unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Avx512Bf16 => attend_avx512(task, layout, scale, queries, cache, &target),
-                _ => attend::<T, false>(task, layout, scale, queries, cache, &target),
+                Isa::Avx512 | Isa::Avx512Bf16 => avx512::attend(task, layout, scale, queries, cache, &target),
+                _ => attend::<T, Portable>(task, layout, scale, queries, cache, &target),
             }
         }
     });
@@ -189,28 +192,52 @@ struct Task<'a> {
     kv_head: usize,
 }
 
-/// The same source as the portable form, compiled for AVX-512, with fused multiply-adds.
-///
-/// # Safety
-/// The machine has the features; as for [`attend`].
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-unsafe fn attend_avx512<T: KvValue>(
-    task: &Task<'_>,
-    layout: &AttentionLayout,
-    scale: f32,
-    queries: &[f32],
-    cache: &[T],
-    out: &SharedSlice<f32>,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { attend::<T, true>(task, layout, scale, queries, cache, out) }
+/// The two products of attention over one block, for `Q` queries at a time, which share the loads of the block. Each
+/// query's sums are taken in ascending place and in ascending token, whatever `Q` is.
+trait Products {
+    /// `scores[q][token] = Σ over places of queries[q][place] · keys[place][token]`, `queries` `[Q, places]`, `keys`
+    /// `[places, 16]`.
+    ///
+    /// # Safety
+    /// The machine has the tier's instructions.
+    unsafe fn scores<const Q: usize>(queries: &[f32], keys: &[f32]) -> [[f32; LANES]; Q];
+
+    /// `sums[q][place] += Σ over tokens of weights[q][token] · values[token][place]`, `values` `[16, places]`, `sums`
+    /// `[Q, places]`.
+    ///
+    /// # Safety
+    /// The machine has the tier's instructions.
+    unsafe fn add_values<const Q: usize>(weights: &[[f32; LANES]; Q], values: &[f32], sums: &mut [f32]);
+}
+
+/// The contract of the products, in plain Rust.
+struct Portable;
+
+impl Products for Portable {
+    unsafe fn scores<const Q: usize>(queries: &[f32], keys: &[f32]) -> [[f32; LANES]; Q] {
+        let mut scores = [[0.0; LANES]; Q];
+        for (query, scores) in queries.chunks_exact(keys.len() / LANES).zip(&mut scores) {
+            for (x, keys) in query.iter().zip(keys.chunks_exact(LANES)) {
+                scores.iter_mut().zip(keys).for_each(|(score, key)| *score += x * key);
+            }
+        }
+        scores
+    }
+
+    unsafe fn add_values<const Q: usize>(weights: &[[f32; LANES]; Q], values: &[f32], sums: &mut [f32]) {
+        let places = values.len() / LANES;
+        for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(places)) {
+            for (weight, values) in weights.iter().zip(values.chunks_exact(places)) {
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += weight * value);
+            }
+        }
+    }
 }
 
 /// # Safety
-/// No two tasks on one `out` share rows and heads.
+/// No two tasks on one `out` share rows and heads; the machine has the tier's instructions.
 #[inline(always)]
-unsafe fn attend<T: KvValue, const FUSED: bool>(
+unsafe fn attend<T: KvValue, P: Products>(
     task: &Task<'_>,
     layout: &AttentionLayout,
     scale: f32,
@@ -236,14 +263,28 @@ unsafe fn attend<T: KvValue, const FUSED: bool>(
     for (index, block) in task.sequence.block_table[..=last / BLOCK_TOKENS].iter().enumerate() {
         let start = index * BLOCK_TOKENS;
         widen(&cache[layout.keys_at(*block, task.kv_head)..], &mut keys);
-        widen(&cache[layout.values_at(*block, task.kv_head)..], &mut values);
+        // What lies past the last position was never written, or by a sequence that is gone: not even its weight of
+        // zero may carry a NaN into the sum.
+        let (seen, unseen) = values.split_at_mut(BLOCK_TOKENS.min(last + 1 - start) * head_dim);
+        widen(&cache[layout.values_at(*block, task.kv_head)..], seen);
+        unseen.fill(0.0);
         // Rows whose position lies before the block see nothing of it.
         let first = (0..count).step_by(group).find(|query| position(*query) >= start).unwrap_or(count);
-        for query in first..count {
-            let visible = (position(query) + 1 - start).min(BLOCK_TOKENS);
-            let place = query * head_dim..(query + 1) * head_dim;
-            let scores = scores::<FUSED>(&scaled[place.clone()], &keys, visible);
-            states[query].add::<FUSED>(scores, &values, &mut sums[place]);
+        let mut query = first;
+        while query < count {
+            let visible = |q: usize| (position(query + q) + 1 - start).min(BLOCK_TOKENS);
+            let places = query * head_dim..;
+            let tile = Tile { queries: &scaled[places.clone()], keys: &keys, values: &values };
+            let (states, sums) = (&mut states[query..], &mut sums[places]);
+            // SAFETY: the caller promises the instructions.
+            query += unsafe {
+                match count - query {
+                    8.. => tile.attend::<8, P>(visible, states, sums),
+                    4.. => tile.attend::<4, P>(visible, states, sums),
+                    2.. => tile.attend::<2, P>(visible, states, sums),
+                    _ => tile.attend::<1, P>(visible, states, sums),
+                }
+            };
         }
     }
     for (query, state) in states.iter().enumerate() {
@@ -262,24 +303,6 @@ fn widen<T: KvValue>(stored: &[T], out: &mut [f32]) {
     }
 }
 
-#[inline(always)]
-fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FUSED { a.mul_add(b, c) } else { a * b + c }
-}
-
-/// The scores of 16 keys; those past `visible` become minus infinity.
-#[inline(always)]
-fn scores<const FUSED: bool>(query: &[f32], keys: &[f32], visible: usize) -> [f32; LANES] {
-    let mut scores = [0.0; LANES];
-    for (x, keys) in query.iter().zip(keys.chunks_exact(LANES)) {
-        for (score, key) in scores.iter_mut().zip(keys) {
-            *score = multiply_add::<FUSED>(*x, *key, *score);
-        }
-    }
-    scores[visible..].fill(f32::NEG_INFINITY);
-    scores
-}
-
 /// The running softmax of one query.
 #[derive(Clone, Copy)]
 struct State {
@@ -287,24 +310,55 @@ struct State {
     sum: f32,
 }
 
-impl State {
-    /// Takes 16 further scores and their values `[16, head_dim]` into `sums` `[head_dim]`.
+/// Some queries `[.., head_dim]` and one block's keys `[head_dim, 16]` and values `[16, head_dim]`.
+struct Tile<'a> {
+    queries: &'a [f32],
+    keys: &'a [f32],
+    values: &'a [f32],
+}
+
+impl Tile<'_> {
+    /// Takes the block into the states and sums `[head_dim]` of the first `Q` queries, of which query `q` sees
+    /// `visible(q)` tokens. Returns `Q`.
+    ///
+    /// # Safety
+    /// The machine has the tier's instructions.
     #[inline(always)]
-    fn add<const FUSED: bool>(&mut self, scores: [f32; LANES], values: &[f32], sums: &mut [f32]) {
-        let max = self.max.max(tree(scores, f32::max));
-        let probabilities = exp(scores.map(|score| score - max));
-        if max > self.max {
-            let shrink = exp([self.max - max; LANES])[0];
-            self.sum *= shrink;
-            sums.iter_mut().for_each(|sum| *sum *= shrink);
-            self.max = max;
-        }
-        self.sum += tree(probabilities, |a, b| a + b);
-        for (probability, values) in probabilities.iter().zip(values.chunks_exact(sums.len())) {
-            for (sum, value) in sums.iter_mut().zip(values) {
-                *sum = multiply_add::<FUSED>(*probability, *value, *sum);
+    unsafe fn attend<const Q: usize, P: Products>(
+        &self,
+        visible: impl Fn(usize) -> usize,
+        states: &mut [State],
+        sums: &mut [f32],
+    ) -> usize {
+        let head_dim = self.values.len() / LANES;
+        let sums = &mut sums[..Q * head_dim];
+        // SAFETY: the caller's promise.
+        let scores = unsafe { P::scores::<Q>(&self.queries[..Q * head_dim], self.keys) };
+        let mut weights = [[0.0; LANES]; Q];
+        for (q, mut scores) in scores.into_iter().enumerate() {
+            scores[visible(q)..].fill(f32::NEG_INFINITY);
+            let shrink;
+            (weights[q], shrink) = states[q].add(scores);
+            if shrink != 1.0 {
+                sums[q * head_dim..(q + 1) * head_dim].iter_mut().for_each(|sum| *sum *= shrink);
             }
         }
+        // SAFETY: the caller's promise.
+        unsafe { P::add_values::<Q>(&weights, self.values, sums) };
+        Q
+    }
+}
+
+impl State {
+    /// Takes 16 further scores: their weights, and what the weights before must be multiplied with.
+    #[inline(always)]
+    fn add(&mut self, scores: [f32; LANES]) -> ([f32; LANES], f32) {
+        let max = self.max.max(tree(scores, f32::max));
+        let weights = exp(scores.map(|score| score - max));
+        let shrink = if max > self.max { exp([self.max - max; LANES])[0] } else { 1.0 };
+        self.max = max;
+        self.sum = self.sum * shrink + tree(weights, |a, b| a + b);
+        (weights, shrink)
     }
 }
 

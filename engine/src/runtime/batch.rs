@@ -1,10 +1,9 @@
 //! A plan's tensors: the batch that goes into the model, and the rows of logits that come out.
 
-use candle_core::{DType, Storage};
-
 use crate::{
     Error, Result, Tensor,
     model::{SequenceRows, StepBatch},
+    ops,
     scheduler::{Planned, Scheduler, StepPlan},
 };
 
@@ -35,17 +34,14 @@ pub(super) fn num_logit_rows(planned: &Planned) -> usize {
     planned.scored.len() + usize::from(planned.samples)
 }
 
-/// Calls `read` with the logits `[rows, vocab]` as one slice, without copying them where they are f32 already.
-pub(super) fn with_logits<T>(logits: &Tensor, shape: [usize; 2], read: impl FnOnce(&[f32]) -> T) -> Result<T> {
+/// Calls `read` with the logits, which must be `[rows, vocab]`, as one slice.
+pub(super) fn with_logits(logits: &Tensor, shape: [usize; 2], read: impl FnOnce(&[f32])) -> Result<()> {
     if logits.dims() != shape {
         let found = logits.dims().to_vec();
         return Err(Error::Shape { what: "logits of a step".into(), expected: shape.to_vec(), found });
     }
-    let logits = logits.to_dtype(DType::F32)?.contiguous()?;
-    let (storage, layout) = logits.storage_and_layout();
-    if let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
-        return Ok(read(&storage.as_slice::<f32>()?[start..end]));
-    }
-    drop(storage);
-    Ok(read(&logits.flatten_all()?.to_vec1::<f32>()?))
+    ops::values(logits, |logits| {
+        read(logits);
+        Ok(())
+    })
 }

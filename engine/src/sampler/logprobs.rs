@@ -8,7 +8,8 @@ pub(super) fn of(row: &[f32], token: u32, top: u32, order: &mut Vec<u32>) -> Res
     let unknown = || SampleError::UnknownToken { token, vocab_size: row.len() };
     let own = *row.get(token as usize).ok_or_else(unknown)?;
     let normaliser = log_sum_exp(row);
-    let logprob = |logit: f32| (f64::from(logit) - normaliser) as f32;
+    // Two finite logits may lie further apart than f32 reaches; a log-probability stays a number nevertheless.
+    let logprob = |logit: f32| (f64::from(logit) - normaliser).max(f64::from(f32::MIN)) as f32;
     let before = |&(other, &logit): &(usize, &f32)| logit > own || (logit == own && other < token as usize);
     let rank = 1 + row.iter().enumerate().filter(before).count() as u32;
     let top = most_likely(row, top as usize, order).iter().map(|&id| (id, logprob(row[id as usize]))).collect();

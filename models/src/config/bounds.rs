@@ -13,7 +13,7 @@ const COUNTS: &[(&str, u64, u64)] = &[
     ("vocab_size", 1, HUGE),
     ("intermediate_size", 1, HUGE),
     ("moe_intermediate_size", 1, HUGE),
-    ("moe_shared_expert_intermediate_size", 1, HUGE),
+    ("moe_shared_expert_intermediate_size", 0, HUGE),
     ("shared_expert_intermediate_size", 0, HUGE),
     ("num_hidden_layers", 1, 4096),
     ("num_attention_heads", 1, 65_536),

@@ -33,8 +33,8 @@ pub(super) struct WidenedBf16;
 /// The contract is in `portable.rs`.
 ///
 /// # Safety
-/// The machine has the tier; rows and panels have the sizes that `k` says; at most 12 rows, and 1, 2, 4 or 8 panels,
-/// of which 8 come with at most 2 rows and 4 with at most 6.
+/// The machine has the tier; rows and panels have the sizes that `k` says; at most 12 rows, and 1, 2 or 4 panels,
+/// of which 4 come with at most 6 rows.
 pub(super) unsafe fn tile<K: Kind>(rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
     macro_rules! by_shape {
         ($($r:literal x $p:literal),*) => {
@@ -48,8 +48,7 @@ pub(super) unsafe fn tile<K: Kind>(rows: &[*const u8], panels: &[*const u8], k: 
     by_shape!(
         1 x 1, 2 x 1, 3 x 1, 4 x 1, 5 x 1, 6 x 1, 7 x 1, 8 x 1, 9 x 1, 10 x 1, 11 x 1, 12 x 1,
         1 x 2, 2 x 2, 3 x 2, 4 x 2, 5 x 2, 6 x 2, 7 x 2, 8 x 2, 9 x 2, 10 x 2, 11 x 2, 12 x 2,
-        1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 4, 6 x 4,
-        1 x 8, 2 x 8
+        1 x 4, 2 x 4, 3 x 4, 4 x 4, 5 x 4, 6 x 4
     );
 }
 

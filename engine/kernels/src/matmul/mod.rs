@@ -1,6 +1,6 @@
 //! Dense products over packed weights: `y = x · Wᵀ`.
 //!
-//! One primitive does the work, the *tile*: up to 12 rows of activations times up to 8 panels of weights, over the
+//! One primitive does the work, the *tile*: up to 12 rows of activations times up to 4 panels of weights, over the
 //! whole of k, sums in registers. `portable.rs` is its contract; `avx512.rs` has the vector tiers. The sum of one
 //! output is taken in ascending k by one chain of additions, whatever the tile's shape, so a row's result does not
 //! depend on its neighbours, on the number of threads or on how the work was cut.
@@ -20,8 +20,9 @@ use crate::{
 
 /// Most rows of one tile. 12 rows by 2 panels keep 24 sums in the 32 vector registers.
 const TILE_ROWS: usize = 12;
-/// Most panels of one tile: enough independent sums to hide the latency of an addition when there is one row.
-const TILE_PANELS: usize = 8;
+/// Most panels of one tile: enough independent sums to outrun the memory when there is one row. Eight would be slower:
+/// their streams lie a power of two apart and evict each other from the nearest cache.
+const TILE_PANELS: usize = 4;
 /// Rows by panels of 16 outputs.
 type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
 
@@ -162,8 +163,7 @@ pub(crate) unsafe fn walk(
 /// As many panels as keep at most 24 sums in registers.
 fn panels_per_tile(rows: usize) -> usize {
     match rows {
-        0..=2 => 8,
-        3..=6 => 4,
+        0..=6 => 4,
         _ => 2,
     }
 }

@@ -1,0 +1,72 @@
+//! The invariants of the scheduler, as assertions for tests.
+
+use std::collections::HashMap;
+
+use super::{BLOCK_SIZE, Scheduler, StepPlan, blocks_for};
+use crate::{kv::blocks::BlockId, sequence::Sequence};
+
+impl Scheduler {
+    /// Asserts what must hold between any two calls.
+    pub(crate) fn check(&self) {
+        self.pool.check();
+        assert!(self.running.len() <= self.config.max_num_seqs, "too many run");
+        assert!(self.running.len() <= self.config.max_num_batched_tokens, "more run than a step has tokens");
+        for (id, sequence) in &self.waiting {
+            assert!(!self.running.contains_key(id), "{id:?} runs and waits");
+            assert_eq!((sequence.computed, sequence.registered, sequence.block_table.len()), (0, 0, 0), "{id:?}");
+        }
+        self.running.values().for_each(check_running);
+        self.check_owners();
+    }
+
+    /// Asserts what must hold of a plan that was just made.
+    pub(crate) fn check_plan(&self, plan: &StepPlan) {
+        assert!(plan.num_tokens() <= self.config.max_num_batched_tokens, "over the budget");
+        let scored: usize = plan.sequences.iter().map(|planned| planned.scored.len()).sum();
+        assert!(scored <= self.config.max_scored_rows, "{scored} scored rows");
+        let mut seen = Vec::new();
+        for planned in &plan.sequences {
+            let sequence = self.running.get(&planned.id).expect("what is planned runs");
+            assert!(!seen.contains(&planned.id), "{:?} is planned twice", planned.id);
+            seen.push(planned.id);
+            assert_eq!(planned.positions.start, sequence.computed);
+            assert!(!planned.positions.is_empty() && planned.positions.end <= sequence.tokens().len());
+            assert_eq!(sequence.block_table.len(), blocks_for(planned.positions.end), "{:?}", planned.id);
+            let unscored = sequence.unscored();
+            let expected = unscored.start.max(planned.positions.start)..unscored.end.min(planned.positions.end);
+            assert!(planned.scored == expected || (expected.is_empty() && planned.scored.is_empty()));
+            assert!(unscored.is_empty() || unscored.start >= planned.positions.start, "an unscored position is skipped");
+        }
+        let oldest = self.running.first_key_value().map(|(id, _)| id);
+        assert!(oldest.is_none_or(|id| seen.contains(id)), "the oldest is not planned");
+        assert_eq!(oldest.is_none(), self.waiting.is_empty() && plan.is_empty(), "something waits but nothing runs");
+    }
+
+    /// Every hold of a block is by exactly one table each, and what is shared is full, computed and the same prefix.
+    fn check_owners(&self) {
+        let mut holders: HashMap<BlockId, Vec<(usize, &Sequence)>> = HashMap::new();
+        for sequence in self.running.values() {
+            for (at, &block) in sequence.block_table.iter().enumerate() {
+                holders.entry(block).or_default().push((at, sequence));
+            }
+        }
+        for (block, refs) in self.pool.refs().into_iter().enumerate() {
+            let held = holders.remove(&(block as BlockId)).unwrap_or_default();
+            assert_eq!(refs as usize, held.len(), "block {block} is counted wrongly");
+            let Some((first, others)) = held.split_first() else { continue };
+            for (at, other) in others {
+                let end = (first.0 + 1) * BLOCK_SIZE;
+                assert!(*at == first.0 && end <= other.computed && end <= first.1.computed, "block {block} is not full");
+                assert_eq!(first.1.tokens()[..end], other.tokens()[..end], "block {block} is shared by two prefixes");
+            }
+        }
+    }
+}
+
+fn check_running(sequence: &Sequence) {
+    let id = sequence.id();
+    assert!(sequence.computed < sequence.tokens().len(), "{id:?} has nothing to compute");
+    assert!(sequence.registered * BLOCK_SIZE <= sequence.computed, "{id:?} registered what isn't computed");
+    let blocks = sequence.block_table.len();
+    assert!(blocks_for(sequence.computed) <= blocks && blocks <= blocks_for(sequence.tokens().len()), "{id:?}");
+}

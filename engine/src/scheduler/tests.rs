@@ -1,0 +1,163 @@
+mod properties;
+mod simulation;
+
+use simulation::{Simulation, config, request};
+
+use super::*;
+use crate::request::FinishReason;
+
+fn positions(plan: &StepPlan) -> Vec<(u64, u32, std::ops::Range<usize>)> {
+    plan.sequences.iter().map(|one| (one.id.request, one.id.choice, one.positions.clone())).collect()
+}
+
+#[test]
+fn refuses_limits_that_cannot_work() {
+    let message = |config: SchedulerConfig, blocks| Scheduler::new(config, blocks).expect_err("an error").to_string();
+    let text = message(SchedulerConfig { max_model_len: 33, ..config() }, 2);
+    assert!(text.contains("takes 3 KV blocks") && text.contains("there are 2"), "{text}");
+    assert_eq!(message(SchedulerConfig { max_num_seqs: 0, ..config() }, 9), "max_num_seqs is 0: expected at least 1");
+    assert!(Scheduler::new(SchedulerConfig { max_model_len: 32, ..config() }, 2).is_ok());
+}
+
+#[test]
+fn decodes_come_first_and_prompts_fill_the_rest_in_chunks() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_num_batched_tokens: 10, ..config() }, 16);
+    simulation.add(request(&[1; 4], 5));
+    assert_eq!(positions(&simulation.step()), [(1, 0, 0..4)]);
+    simulation.add(request(&[2; 20], 5));
+    simulation.add(request(&[3; 3], 5));
+    assert_eq!(positions(&simulation.step()), [(1, 0, 4..5), (2, 0, 0..9)]);
+    assert_eq!(positions(&simulation.step()), [(1, 0, 5..6), (2, 0, 9..18)]);
+    assert_eq!(positions(&simulation.step()), [(1, 0, 6..7), (2, 0, 18..20), (3, 0, 0..3)]);
+    simulation.run_to_end();
+}
+
+#[test]
+fn the_youngest_is_preempted_and_comes_back_first_with_all_its_tokens() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_model_len: 64, ..config() }, 5);
+    simulation.add(request(&[1; 16], 40));
+    simulation.add(request(&[2; 16], 40));
+    let mut preempted = None;
+    for _ in 0..60 {
+        let plan = simulation.step();
+        if let Some(&id) = plan.preempted.first() {
+            preempted = Some((id, simulation.tokens(id)));
+            break;
+        }
+    }
+    let (id, tokens) = preempted.expect("5 blocks don't hold 2 * 56 tokens");
+    assert_eq!(id.request, 2);
+    simulation.add(request(&[3; 4], 1));
+    let admitted = std::iter::repeat_with(|| simulation.step().admitted).find(|admitted| !admitted.is_empty());
+    let admitted: Vec<_> = admitted.into_iter().flatten().map(|one| (one.id.request, one.first_time)).collect();
+    assert_eq!(admitted[..1], [(2, false)], "the preempted one is ahead of what came later");
+    simulation.run_to_end();
+    assert!(simulation.ended(id).starts_with(&tokens));
+    assert_eq!(simulation.ended(id).len(), 56);
+}
+
+#[test]
+fn a_prefix_is_reused_but_never_the_last_token() {
+    let mut simulation = Simulation::new(config(), 16);
+    let prompt: Vec<u32> = (0..48).collect();
+    let mut cached = Vec::new();
+    for prompt in [&prompt[..], &prompt, &prompt[..47], &prompt[..16], &prompt[1..]] {
+        simulation.add(request(prompt, 1));
+        cached.push(simulation.step().admitted[0].cached_tokens);
+        simulation.run_to_end();
+    }
+    assert_eq!(cached, [0, 32, 32, 0, 0]);
+    let counters = simulation.scheduler.prefix_counters();
+    assert_eq!((counters.queries, counters.hits), (48 + 48 + 47 + 16 + 47, 64));
+}
+
+#[test]
+fn generated_tokens_are_reused_by_the_next_turn() {
+    let mut simulation = Simulation::new(config(), 16);
+    let id = simulation.add(request(&[7; 10], 30));
+    simulation.run_to_end();
+    let mut next = simulation.ended(SequenceId { request: id, choice: 0 });
+    next.extend([8; 4]);
+    simulation.add(request(&next, 1));
+    assert_eq!(simulation.step().admitted[0].cached_tokens, 32, "39 tokens were computed");
+}
+
+#[test]
+fn scoring_a_prompt_skips_the_cache_and_is_bounded_per_step() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_scored_rows: 20, ..config() }, 16);
+    simulation.add(request(&[5; 40], 1));
+    simulation.run_to_end();
+    simulation.add(Request { prompt_logprobs: Some(0), ..request(&[5; 40], 1) });
+    let steps: Vec<_> = (0..2).map(|_| simulation.step()).collect();
+    assert_eq!(steps[0].admitted[0].cached_tokens, 0);
+    let scored: Vec<_> = steps.iter().map(|plan| plan.sequences[0].scored.clone()).collect();
+    assert_eq!(scored, [0..20, 20..39]);
+    assert!(steps[1].sequences[0].samples);
+}
+
+#[test]
+fn choices_share_the_prompt_even_without_a_cache_between_requests() {
+    let mut simulation = Simulation::new(SchedulerConfig { enable_prefix_caching: false, ..config() }, 16);
+    for id in 1..=2 {
+        simulation.add(Request { n: 3, ..request(&[4; 40], 9) });
+        assert_eq!(positions(&simulation.step()), [(id, 0, 0..40)]);
+        let second = simulation.step();
+        let cached: Vec<_> = second.admitted.iter().map(|one| (one.id.choice, one.cached_tokens)).collect();
+        assert_eq!(cached, [(1, 32), (2, 32)]);
+        assert_eq!(simulation.scheduler.num_used_blocks(), 2 + 3);
+        simulation.run_to_end();
+    }
+    assert_eq!(simulation.scheduler.prefix_counters(), PrefixCounters::default());
+}
+
+#[test]
+fn further_choices_wait_for_the_prompt_and_may_be_overtaken_meanwhile() {
+    let budget = SchedulerConfig { max_num_batched_tokens: 30, max_scored_rows: 10, ..config() };
+    let mut simulation = Simulation::new(budget, 16);
+    simulation.add(Request { n: 2, prompt_logprobs: Some(0), ..request(&[4; 20], 9) });
+    simulation.add(request(&[5; 6], 9));
+    assert_eq!(positions(&simulation.step()), [(1, 0, 0..10), (2, 0, 0..6)]);
+    assert_eq!(positions(&simulation.step()), [(2, 0, 6..7), (1, 0, 10..20)]);
+    assert_eq!(positions(&simulation.step()), [(1, 0, 20..21), (2, 0, 7..8), (1, 1, 16..20)]);
+}
+
+#[test]
+fn a_cancelled_request_leaves_at_once_from_every_phase() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_num_batched_tokens: 8, ..config() }, 16);
+    let [decoding, prefilling, queued] = [4, 30, 5].map(|len| simulation.add(request(&[1; 30][..len], 9)));
+    simulation.step();
+    simulation.step();
+    assert_eq!(simulation.scheduler.cancel(queued), Some(Phase::Queue));
+    assert_eq!(simulation.scheduler.cancel(prefilling), Some(Phase::Prefill));
+    assert_eq!(simulation.scheduler.cancel(decoding), Some(Phase::Decode));
+    assert_eq!(simulation.scheduler.cancel(decoding), None);
+    simulation.scheduler.check();
+    assert!(simulation.scheduler.is_empty());
+    assert_eq!(simulation.scheduler.num_used_blocks(), 0);
+}
+
+#[test]
+fn a_failed_step_removes_what_ran_and_keeps_what_waits() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_num_seqs: 2, ..config() }, 16);
+    simulation.add(request(&[1; 20], 9));
+    simulation.add(Request { n: 2, ..request(&[2; 20], 9) });
+    simulation.add(request(&[1; 20], 9));
+    simulation.step();
+    simulation.scheduler.plan();
+    assert_eq!(simulation.scheduler.fail_running(), [1, 2]);
+    simulation.scheduler.check();
+    assert_eq!((simulation.scheduler.num_running(), simulation.scheduler.num_waiting()), (0, 1));
+    let plan = simulation.step();
+    assert_eq!((positions(&plan), plan.admitted[0].cached_tokens), (vec![(3, 0, 0..20)], 0));
+    simulation.run_to_end();
+}
+
+#[test]
+fn a_prompt_alone_is_evaluated_and_ends() {
+    let mut simulation = Simulation::new(config(), 16);
+    simulation.add(request(&[1; 20], 0));
+    let plan = simulation.step();
+    assert_eq!((plan.num_tokens(), plan.sequences[0].samples), (20, false));
+    assert_eq!(simulation.reasons, [FinishReason::Length]);
+    assert!(simulation.scheduler.is_empty());
+}

@@ -1,0 +1,173 @@
+//! A checkpoint: a model's configuration, weights, tokenizer and chat template, wherever they lie.
+
+use std::{path::Path, sync::OnceLock};
+
+use serde_json::{Map, Value};
+
+use crate::{
+    Error, Result,
+    chat_template::ChatTemplate,
+    config::{ConfigFile, GenerationConfig},
+    embedded,
+    files::Files,
+    hub::{self, DownloadProgress, HubSettings},
+    json, registry,
+    summary::Summary,
+    tensors::TensorSet,
+    tokenizer::Tokenizer,
+};
+
+/// An open checkpoint; its weights have not been read.
+pub struct Checkpoint {
+    name: String,
+    files: Files,
+    config: ConfigFile,
+    generation_config: GenerationConfig,
+    /// Read once; large vocabularies take a while.
+    tokenizer: OnceLock<Tokenizer>,
+}
+
+/// Opens the checkpoint `model`: a directory, or a hub's id like `org/name`, whose files are downloaded into the
+/// shared cache if they are not there yet; `None` opens the one inside of this binary.
+///
+/// # Errors
+/// When there is no such checkpoint, it cannot be downloaded, or its configuration cannot be used.
+pub fn open(model: Option<&str>, on_download: &dyn Fn(DownloadProgress<'_>)) -> Result<Checkpoint> {
+    let Some(model) = model else {
+        return Checkpoint::read(embedded::NAME.to_owned(), Files::Embedded(embedded::FILES));
+    };
+    let path = Path::new(model);
+    if path.is_dir() {
+        return Checkpoint::read(directory_name(path), Files::Directory(path.to_owned()));
+    }
+    if path.exists() {
+        return Err(Error::NotADirectory { path: model.to_owned() });
+    }
+    if !hub::is_hub_id(model) {
+        return Err(Error::UnknownModel { model: model.to_owned() });
+    }
+    let accept = |files: &Files| registry::find(&read_config(files)?).map(|_| ());
+    let directory = hub::fetch(&HubSettings::from_env()?, model, &accept, on_download)?;
+    Checkpoint::read(model.to_owned(), Files::Directory(directory))
+}
+
+/// A directory's own name, also of `.` and `..`.
+fn directory_name(path: &Path) -> String {
+    let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    full.file_name().unwrap_or(full.as_os_str()).to_string_lossy().into_owned()
+}
+
+fn read_config(files: &Files) -> Result<ConfigFile> {
+    const FILE: &str = "config.json";
+    let bytes = files.require(FILE, "expected a checkpoint in the Hugging Face layout")?;
+    ConfigFile::read(files.label(FILE), &bytes)
+}
+
+impl Checkpoint {
+    fn read(name: String, files: Files) -> Result<Self> {
+        const FILE: &str = "generation_config.json";
+        let config = read_config(&files)?;
+        registry::find(&config)?;
+        let generation_config = match files.read(FILE)? {
+            Some(bytes) => GenerationConfig::read(&files.label(FILE), &bytes)?,
+            None => GenerationConfig::default(),
+        };
+        let generation_config = generation_config.or_config(&config)?;
+        let mut checkpoint = Self { name, files, config, generation_config, tokenizer: OnceLock::new() };
+        if checkpoint.generation_config.eos_token_ids.is_empty()
+            && let Some(id) = checkpoint.tokenizer()?.eos_token_id()
+        {
+            checkpoint.generation_config.eos_token_ids.push(id);
+        }
+        Ok(checkpoint)
+    }
+
+    /// The architecture: config.json's `model_type`, one of the registered ones.
+    #[must_use]
+    pub fn architecture(&self) -> &str {
+        self.config.model_type().unwrap_or_default()
+    }
+
+    /// What the model is called: the directory's name or the hub's id.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The sampling that its makers recommend, and its end-of-sequence tokens.
+    #[must_use]
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.generation_config
+    }
+
+    /// Its tokenizer.
+    ///
+    /// # Errors
+    /// When tokenizer.json is missing or cannot be read.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        const FILE: &str = "tokenizer.json";
+        if let Some(tokenizer) = self.tokenizer.get() {
+            return Ok(tokenizer.clone());
+        }
+        let hint = "expected the fast tokenizer's file; older formats must be converted with transformers first";
+        let bytes = self.files.require(FILE, hint)?;
+        let tokenizer = Tokenizer::read(self.files.label(FILE), &bytes, self.tokenizer_config()?)?;
+        Ok(self.tokenizer.get_or_init(|| tokenizer).clone())
+    }
+
+    /// Its chat template: chat_template.jinja, else the one inside of tokenizer_config.json; `None` if it has none.
+    ///
+    /// # Errors
+    /// When the template cannot be compiled.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        const FILE: &str = "chat_template.jinja";
+        let tokenizer_config = Value::Object(self.tokenizer_config()?);
+        let Some(bytes) = self.files.read(FILE)? else {
+            return ChatTemplate::from_tokenizer_config(&self.files.label(TOKENIZER_CONFIG), &tokenizer_config);
+        };
+        let file = self.files.label(FILE);
+        let source = std::str::from_utf8(&bytes)
+            .map_err(|error| Error::TemplateSyntax { file: file.clone(), detail: format!("expected UTF-8: {error}") })?;
+        ChatTemplate::from_source(&file, source, &tokenizer_config).map(Some)
+    }
+
+    /// What it holds, from the configuration and the tensors' headers alone.
+    ///
+    /// # Errors
+    /// When the headers cannot be read.
+    pub fn summary(&self) -> Result<Summary> {
+        Summary::of(&self.config, &self.tensors()?)
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &ConfigFile {
+        &self.config
+    }
+
+    /// Its tensors' headers.
+    pub(crate) fn tensors(&self) -> Result<TensorSet> {
+        TensorSet::open(&self.files)
+    }
+
+    /// tokenizer_config.json, completed by special_tokens_map.json as older checkpoints have it.
+    fn tokenizer_config(&self) -> Result<Map<String, Value>> {
+        let mut fields = self.object(TOKENIZER_CONFIG)?;
+        for (name, value) in self.object("special_tokens_map.json")? {
+            if fields.get(&name).is_none_or(Value::is_null) {
+                fields.insert(name, value);
+            }
+        }
+        Ok(fields)
+    }
+
+    /// The fields of a JSON file; none if there is no such file.
+    fn object(&self, file: &str) -> Result<Map<String, Value>> {
+        match self.files.read(file)? {
+            Some(bytes) => json::object(&self.files.label(file), &bytes),
+            None => Ok(Map::new()),
+        }
+    }
+}
+
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
