@@ -14,7 +14,9 @@ fn attend(c: &mut Criterion) {
     let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
     let isa = Isa::detect();
     let mut group = c.benchmark_group("paged_attention");
-    for (name, rows, context_len) in [("decode", 1, 2048), ("decode", 1, 8192), ("prefill", 512, 512), ("prefill", 512, 2048)] {
+    for (name, rows, context_len) in
+        [("decode", 1, 2048), ("decode", 1, 8192), ("prefill", 512, 512), ("prefill", 512, 2048)]
+    {
         let blocks = context_len / BLOCK_TOKENS;
         let block_table: Vec<u32> = (0..blocks as u32).rev().collect();
         let cache = vec![bf16::from_f32(0.1); blocks * LAYOUT.block_len()];

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use engine::{Engine, Message};
+use engine::{Deadline, Engine, Message};
 pub use report::{Cancelled, StepReport};
 
 use crate::{
@@ -103,7 +103,7 @@ impl Runtime {
             let mut gate = self.handle.shared.gate();
             gate.open = false;
             // It fails only if the thread has ended already, which is what it asks for.
-            let _ = gate.sender.send(Message::Stop { drain });
+            let _ = gate.sender.send(Message::Stop(Deadline::after(drain)));
         }
         if thread.join().is_err() {
             tracing::error!("the engine's thread ended by a panic outside of a step");

@@ -224,9 +224,10 @@ impl Scheduler {
     /// The sequences of a request that have not ended, and how far each is.
     fn phases(&self, request: RequestId) -> impl Iterator<Item = (SequenceId, Phase)> {
         let ids = SequenceId { request, choice: 0 }..=SequenceId { request, choice: u32::MAX };
-        let running = self.running.range(ids.clone()).map(|(&id, sequence)| {
-            (id, if sequence.is_decoding() { Phase::Decode } else { Phase::Prefill })
-        });
+        let running = self
+            .running
+            .range(ids.clone())
+            .map(|(&id, sequence)| (id, if sequence.is_decoding() { Phase::Decode } else { Phase::Prefill }));
         running.chain(self.waiting.range(ids).map(|(&id, _)| (id, Phase::Queue)))
     }
 
@@ -379,7 +380,8 @@ fn register_full_blocks(pool: &mut BlockPool, scope: u64, sequence: &mut Sequenc
     while (sequence.registered + 1) * BLOCK_SIZE <= sequence.computed {
         let at = sequence.registered;
         let Some(tokens) = block_tokens(sequence, at) else { break };
-        let parent = at.checked_sub(1).map_or(Parent::Root(scope), |before| Parent::Block(sequence.block_table[before]));
+        let parent =
+            at.checked_sub(1).map_or(Parent::Root(scope), |before| Parent::Block(sequence.block_table[before]));
         sequence.block_table[at] = pool.register(parent, tokens, sequence.block_table[at]);
         sequence.registered += 1;
     }

@@ -341,9 +341,10 @@ def unknown(rng):
     return "unknown:" + q.lower(), q, UNKNOWN
 
 
-FAMILIES = {  # family: its weight in training
-    add: 3, subtract: 2.5, sort: 3, largest: 1.2, count_items: 1.2, count_letters: 1.5, count_letter: 2,
-    change_case: 1.2, reverse: 2.5, spell: 0.7, repeat: 0.8, fact: 2.5, chat: 1.3, unknown: 2,
+FAMILIES = {  # family: its weight in training, before and after step --shift: first all kinds, then more of the slow ones
+    add: (3, 5), subtract: (2.5, 3.5), sort: (3, 3.5), largest: (1.2, 1.1), count_items: (1.2, 1.1), count_letters: (1.5, 0.8),
+    count_letter: (2, 1.6), change_case: (1.2, 0.6), reverse: (2.5, 1.2), spell: (0.7, 0.5), repeat: (0.8, 0.9),
+    fact: (2.5, 1.9), chat: (1.3, 0.6), unknown: (2, 1.2),
 }  # fmt: skip
 
 
@@ -370,12 +371,12 @@ def system_text(rng):
     return " ".join(rng.choice([any_word(rng), rng.choice(SMALL), rng.choice(SMALL)]) for _ in range(rng.randint(3, 20))).capitalize() + "."
 
 
-def conversation(rng, turns=None):
+def conversation(rng, turns=None, late=0):
     """Yields ("system", text) and (question, answer) for ever, or for `turns` turns."""
     if rng.random() < 0.4:
         yield "system", system_text(rng)
     known = None
-    families, weights = list(FAMILIES), list(FAMILIES.values())
+    families, weights = list(FAMILIES), [w[late] for w in FAMILIES.values()]
     while turns is None or turns > 0:
         turns = turns and turns - 1
         draw = rng.random()
@@ -462,7 +463,7 @@ def system_prompt(text):
     return f"<role>SYSTEM</role>{text}<|role_end|>"
 
 
-def batch(rng, encode, tokens):
+def batch(rng, encode, tokens, late):
     """Rows of one length, each one long conversation; the mask marks what the assistant says."""
     length = rng.choices([96, 192, 384, 1024], [55, 33, 10, 2])[0]
     rows = max(1, tokens // length)
@@ -470,7 +471,7 @@ def batch(rng, encode, tokens):
     mask = torch.zeros(rows, length + 1, dtype=torch.bool)
     for row in range(rows):
         at = 0
-        for q, a in conversation(rng):
+        for q, a in conversation(rng, late=late):
             parts = [(system_prompt(a), False)] if q == "system" else [(prompt_text(q), False), (a + "<|role_end|>", True)]
             for text, said in parts:
                 piece = encode(text)[: length + 1 - at]
@@ -692,6 +693,7 @@ def main():
     parser.add_argument("--work", type=Path, help="where the training state is kept (default: --out)")
     parser.add_argument("--steps", type=int, default=6000, help="steps at the full learning rate")
     parser.add_argument("--decay-steps", type=int, default=2000, help="steps in which it falls to zero")
+    parser.add_argument("--shift", type=int, default=1200, help="step at which the second weights of FAMILIES begin")
     parser.add_argument("--until", help="HH:MM at which to start the decay, even before --steps")
     parser.add_argument("--end", help="HH:MM at which the rate is zero, even before --decay-steps")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch")
@@ -740,7 +742,7 @@ def main():
             if left <= 0:
                 break
         rate = args.rate * min(1, (step + 1) / 100, left)
-        ids, labels, mask = batch(rng, encode, args.tokens)
+        ids, labels, mask = batch(rng, encode, args.tokens, int(step >= args.shift))
         logits = model(ids, select=mask)
         loss = F.cross_entropy(logits, labels[mask])
         model.zero_grad()

@@ -1,6 +1,6 @@
 //! Ling-lite and Ling-plus (`bailing_moe`): softmax router, shared experts, fused projections, NormHead.
 
-use cadre_engine::nn::{Decoder, DecoderParts, Ffn, RouterOptions, Scores};
+use cadre_engine::nn::{Decoder, DecoderParts, RouterOptions, Scores};
 use serde::Deserialize;
 
 use crate::{

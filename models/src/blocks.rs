@@ -1,8 +1,8 @@
 //! From a checkpoint's tensors to the blocks that architectures share. The tensors' names are the architectures'.
 
 use cadre_engine::nn::{
-    Attention, AttentionConfig, DecoderLayer, DecoderParts, DenseFfn, Ffn, Format, HeadNorms, Linear, Matrix,
-    MoeFfn, RmsNorm, Rope, RouterOptions,
+    Attention, AttentionConfig, DecoderLayer, DecoderParts, DenseFfn, Ffn, Format, HeadNorms, Linear, Matrix, MoeFfn,
+    RmsNorm, Rope, RouterOptions,
 };
 use serde::Deserialize;
 

@@ -57,11 +57,16 @@ impl ChatTemplate {
             Some(Value::String(source)) => return Self::from_source(file, source, tokenizer_config).map(Some),
             Some(Value::Object(named)) => named.clone(),
             Some(Value::Array(list)) => {
-                let pair = |entry: &Value| Some((entry.get("name")?.as_str()?.to_owned(), entry.get("template")?.clone()));
+                let pair =
+                    |entry: &Value| Some((entry.get("name")?.as_str()?.to_owned(), entry.get("template")?.clone()));
                 let pairs = list.iter().map(pair).collect::<Option<_>>();
-                pairs.ok_or_else(|| Error::field(file, "chat_template", "entries with a name and a template", "others"))?
+                pairs.ok_or_else(|| {
+                    Error::field(file, "chat_template", "entries with a name and a template", "others")
+                })?
             }
-            Some(_) => return Err(Error::field(file, "chat_template", "a template or a list of named ones", "neither")),
+            Some(_) => {
+                return Err(Error::field(file, "chat_template", "a template or a list of named ones", "neither"));
+            }
         };
         let find = |name: &str| named.get(name).and_then(Value::as_str);
         let Some(source) = find("default") else {
@@ -172,8 +177,11 @@ fn normalised(message: &Value) -> Result<Map<String, Value>> {
     let Value::Object(fields) = message else {
         return Err(Error::TemplateOptions("a message is not an object: expected one with a role and a content"));
     };
-    let mut fields: Map<_, _> =
-        fields.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut fields: Map<_, _> = fields
+        .iter()
+        .filter(|(_, value)| !value.is_null())
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
     if let Some(reasoning) = REASONING_FIELDS.iter().find_map(|name| fields.get(*name)).cloned() {
         fields.entry("thinking").or_insert_with(|| reasoning.clone());
         fields.insert("reasoning_content".to_owned(), reasoning);

@@ -126,8 +126,10 @@ impl Checkpoint {
             return ChatTemplate::from_tokenizer_config(&self.files.label(TOKENIZER_CONFIG), &tokenizer_config);
         };
         let file = self.files.label(FILE);
-        let source = std::str::from_utf8(&bytes)
-            .map_err(|error| Error::TemplateSyntax { file: file.clone(), detail: format!("expected UTF-8: {error}") })?;
+        let source = std::str::from_utf8(&bytes).map_err(|error| Error::TemplateSyntax {
+            file: file.clone(),
+            detail: format!("expected UTF-8: {error}"),
+        })?;
         ChatTemplate::from_source(&file, source, &tokenizer_config).map(Some)
     }
 
@@ -171,3 +173,6 @@ impl Checkpoint {
 }
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+#[cfg(test)]
+mod tests;

@@ -139,7 +139,10 @@ mod tests {
     fn errors_name_the_field() {
         for (text, expected) in [
             ("{}", "config.json: hidden_size: expected a value, found none"),
-            (r#"{"hidden_size": 8, "tie_word_embeddings": "yes"}"#, "config.json: tie_word_embeddings: expected a boolean"),
+            (
+                r#"{"hidden_size": 8, "tie_word_embeddings": "yes"}"#,
+                "config.json: tie_word_embeddings: expected a boolean",
+            ),
             (r#"{"head_dim": [], "hidden_size": 8}"#, "config.json: head_dim: expected"),
         ] {
             let error = read(text).and_then(|config| config.parse::<Example>()).unwrap_err().to_string();

@@ -64,10 +64,11 @@ impl Files {
         let label = self.label(name);
         match self {
             Self::Directory(directory) => Source::open(label, &directory.join(name)),
-            Self::Embedded(files) => Ok(files
-                .iter()
-                .find(|(file, _)| *file == name)
-                .map(|(_, bytes)| Source { label, len: bytes.len() as u64, bytes: Bytes::Static(bytes) })),
+            Self::Embedded(files) => Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| Source {
+                label,
+                len: bytes.len() as u64,
+                bytes: Bytes::Static(bytes),
+            })),
         }
     }
 }
@@ -95,7 +96,10 @@ impl Source {
             other => other.map_err(failed)?,
         };
         if !metadata.is_file() {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "expected a file, found a directory or device")));
+            return Err(failed(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "expected a file, found a directory or device",
+            )));
         }
         let file = File::open(path).map_err(failed)?;
         let len = file.metadata().map_err(failed)?.len();
@@ -123,7 +127,10 @@ impl Source {
             source: match source.kind() {
                 io::ErrorKind::UnexpectedEof => io::Error::new(
                     io::ErrorKind::UnexpectedEof,
-                    format!("expected {} bytes at offset {offset}, but the file ends before: it was cut off", out.len()),
+                    format!(
+                        "expected {} bytes at offset {offset}, but the file ends before: it was cut off",
+                        out.len()
+                    ),
                 ),
                 _ => source,
             },

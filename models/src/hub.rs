@@ -223,7 +223,8 @@ impl Snapshot<'_> {
         }
         let size = Cell::new(0);
         let progress = Reporter { file, done_bytes: 0, size: &size, on_download: self.on_download };
-        let downloaded = self.repo.download_with_progress(file, progress).map_err(|error| self.hub.error(&what, &error))?;
+        let downloaded =
+            self.repo.download_with_progress(file, progress).map_err(|error| self.hub.error(&what, &error))?;
         let found = downloaded.metadata().map_or(0, |file| file.len());
         if found != size.get() {
             // Not left in the cache, where it would pass for the file.

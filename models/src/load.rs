@@ -51,3 +51,6 @@ pub fn load(
     loader.finish()?;
     Ok(LoadedModel { model: Box::new(model), format })
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ pub struct Summary {
     pub experts_per_token: Option<u64>,
     /// Parameters in all, without those that only training uses.
     pub total_parameters: u64,
-    /// Parameters that one token uses.
+    /// Parameters that one token uses, as model cards count them: embedding and head whole, experts by their share.
     pub active_parameters: u64,
     /// Bytes of all tensors.
     pub total_bytes: u64,
@@ -208,12 +208,8 @@ mod tests {
         assert_eq!(summary.total_bytes, 40 + 48 + 32 + 10);
         assert_eq!(summary.types, [(StoredType::F32, 32), (StoredType::Bf16, 98)]);
         let parts: Vec<_> = summary.parts.iter().map(|part| (part.part, part.tensors, part.bytes)).collect();
-        let expected = [
-            (Part::Embedding, 1, 40),
-            (Part::Routers, 1, 32),
-            (Part::Experts, 4, 48),
-            (Part::ExtraPredictions, 1, 10),
-        ];
+        let expected =
+            [(Part::Embedding, 1, 40), (Part::Routers, 1, 32), (Part::Experts, 4, 48), (Part::ExtraPredictions, 1, 10)];
         assert_eq!(parts, expected);
     }
 }

@@ -36,10 +36,13 @@ impl Tokenizer {
     /// From tokenizer.json in `bytes`, called `file` in errors, and the fields of tokenizer_config.json.
     pub(crate) fn read(file: String, bytes: &[u8], config: Map<String, Value>) -> Result<Self> {
         let tokenizer = tokenizers::Tokenizer::from_bytes(bytes);
-        let mut tokenizer = tokenizer.map_err(|error| Error::Tokenizer { file: file.clone(), detail: error.to_string() })?;
+        let mut tokenizer =
+            tokenizer.map_err(|error| Error::Tokenizer { file: file.clone(), detail: error.to_string() })?;
         // A prompt is never cut or padded silently, whatever the file was saved with.
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| Error::Tokenizer { file: file.clone(), detail: error.to_string() })?;
+        tokenizer
+            .with_truncation(None)
+            .map_err(|error| Error::Tokenizer { file: file.clone(), detail: error.to_string() })?;
         let scheme = Scheme::of(tokenizer.get_decoder());
         Ok(Self(Arc::new(Inner { file, tokenizer, config: Value::Object(config), scheme })))
     }
@@ -145,7 +148,8 @@ impl Scheme {
         if steps.iter().any(|step| matches!(step, DecoderWrapper::ByteLevel(_))) {
             return if steps.len() == 1 { Self::ByteLevel } else { Self::ByteLevelAndMore };
         }
-        let marks = |step: &DecoderWrapper| matches!(step, DecoderWrapper::Metaspace(_) | DecoderWrapper::ByteFallback(_));
+        let marks =
+            |step: &DecoderWrapper| matches!(step, DecoderWrapper::Metaspace(_) | DecoderWrapper::ByteFallback(_));
         if steps.iter().any(marks) { Self::WordMarks } else { Self::Plain }
     }
 
@@ -189,6 +193,11 @@ pub(crate) mod tests {
 
     /// A byte-level tokenizer: 256 bytes, a merge of "é", and three added tokens, two of them special.
     pub(crate) fn byte_level() -> Tokenizer {
+        read(&byte_level_json(), json!({"eos_token": {"content": "<|end|>"}, "bos_token": null}))
+    }
+
+    /// Its tokenizer.json.
+    pub(crate) fn byte_level_json() -> Value {
         let mut vocab = Map::new();
         let mut characters: Vec<char> = (0..=255_u8).map(character_of).collect();
         characters.sort_unstable();
@@ -200,7 +209,7 @@ pub(crate) mod tests {
             json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
                 "normalized": false, "special": special})
         };
-        let json = json!({
+        json!({
             "version": "1.0", "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
             "padding": null, "normalizer": null,
             "added_tokens": [added(257, "<|end|>", true), added(258, "<|pad|>", true), added(259, "<tool>", false)],
@@ -210,8 +219,7 @@ pub(crate) mod tests {
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
                 "vocab": vocab, "merges": [["Ã", "©"]]}
-        });
-        read(&json, json!({"eos_token": {"content": "<|end|>"}, "bos_token": null}))
+        })
     }
 
     /// A tokenizer with word marks and byte tokens, as SentencePiece models are converted.
@@ -295,7 +303,10 @@ pub(crate) mod tests {
         let ids = tokenizer.encode("a<|end|><tool>", false).unwrap();
         assert_eq!(ids[1..], [257, 259]);
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), "a<tool>");
-        assert_eq!((tokenizer.is_special(257), tokenizer.is_special(259), tokenizer.is_special(9999)), (true, false, false));
+        assert_eq!(
+            (tokenizer.is_special(257), tokenizer.is_special(259), tokenizer.is_special(9999)),
+            (true, false, false)
+        );
         assert_eq!((tokenizer.token(9999), tokenizer.token_bytes(9999)), (None, Vec::new()));
         assert_eq!(tokenizer.token_id("<tool>"), Some(259));
     }

@@ -37,7 +37,7 @@ impl Answer {
     /// When it is none.
     #[track_caller]
     pub fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|error| unreachable!("{error}: {}", self.text))
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
     }
 
     /// The body as JSON, if the status is 200.
@@ -83,7 +83,7 @@ impl Client {
     /// When there is no answer.
     #[track_caller]
     pub fn get(&self, path: &str) -> Answer {
-        self.try_get(path).unwrap_or_else(|error| unreachable!("GET {path}: {error}"))
+        self.try_get(path).unwrap_or_else(|error| panic!("GET {path}: {error}"))
     }
 
     /// DELETE.
@@ -93,7 +93,7 @@ impl Client {
     #[track_caller]
     pub fn delete(&self, path: &str) -> Answer {
         let answer = self.agent.delete(self.url(path)).call().and_then(whole);
-        answer.unwrap_or_else(|error| unreachable!("DELETE {path}: {error}"))
+        answer.unwrap_or_else(|error| panic!("DELETE {path}: {error}"))
     }
 
     /// POST of JSON.
@@ -109,7 +109,7 @@ impl Client {
     #[track_caller]
     pub fn post_bytes(&self, path: &str, content_type: &str, body: &[u8]) -> Answer {
         let answer = self.agent.post(self.url(path)).content_type(content_type).send(body).and_then(whole);
-        answer.unwrap_or_else(|error| unreachable!("POST {path}: {error}"))
+        answer.unwrap_or_else(|error| panic!("POST {path}: {error}"))
     }
 
     /// POST of JSON that is answered with a stream. Dropping the stream closes the connection.
@@ -119,12 +119,12 @@ impl Client {
     #[track_caller]
     pub fn events(&self, path: &str, body: &Value) -> Events {
         let sent = self.agent.post(self.url(path)).content_type("application/json").send(body.to_string());
-        let response = sent.unwrap_or_else(|error| unreachable!("POST {path}: {error}"));
+        let response = sent.unwrap_or_else(|error| panic!("POST {path}: {error}"));
         let (status, headers) = (response.status().as_u16(), headers(&response));
         let is_stream = headers.get("content-type").is_some_and(|kind| kind.starts_with("text/event-stream"));
         if status != 200 || !is_stream {
-            let answer = whole(response).expect("the answer can be read");
-            assert!(status == 200 && is_stream, "expected a stream, got {status}: {}", answer.text);
+            let text = whole(response).map(|answer| answer.text);
+            panic!("POST {path}: expected a stream, got {status}: {text:?}");
         }
         Events { lines: BufReader::new(response.into_body().into_reader()).lines() }
     }

@@ -4,11 +4,14 @@
 //! - [`server`]: a `cadre serve` on a free port, ended when it is dropped.
 //! - [`client`]: plain HTTP, and server-sent events.
 //! - [`metrics`]: what `/metrics` says.
+//! - [`heldout`]: questions and answers for the embedded model.
 //! - [`checkpoint`]: random checkpoints, written on the fly.
 //! - [`python`]: a virtual environment with pinned packages.
 //! - [`source`]: the workspace's own files, for tests about its structure.
 //!
 //! Everything here panics with a message when it fails: that is what a test wants.
+
+#![expect(clippy::panic, reason = "a test helper that fails fails the test")]
 
 pub mod binary;
 pub mod checkpoint;

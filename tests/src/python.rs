@@ -34,7 +34,7 @@ pub fn interpreter() -> PathBuf {
 }
 
 fn run(program: &str, args: &[&str]) {
-    let output = Command::new(program).args(args).output().unwrap_or_else(|error| unreachable!("{program}: {error}"));
+    let output = Command::new(program).args(args).output().unwrap_or_else(|error| panic!("{program}: {error}"));
     assert_success(&format!("{program} {args:?}"), &output);
 }
 

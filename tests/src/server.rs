@@ -145,7 +145,8 @@ impl Server {
     pub fn wait_until_idle(&self) {
         wait_for("an idle server", 20, || {
             let metrics = self.metrics();
-            metrics.value("vllm:num_requests_running", &[]) == 0.0 && metrics.value("vllm:num_requests_waiting", &[]) == 0.0
+            metrics.value("vllm:num_requests_running", &[]) == 0.0
+                && metrics.value("vllm:num_requests_waiting", &[]) == 0.0
         });
     }
 
@@ -203,7 +204,7 @@ pub fn completion_body(prompt: impl Into<Value>, more: Value) -> Value {
 /// # Panics
 /// When one of them is no object.
 pub fn merge(mut body: Value, more: Value) -> Value {
-    let Value::Object(more) = more else { unreachable!("{more} is no object") };
+    let Value::Object(more) = more else { panic!("{more} is no object") };
     body.as_object_mut().expect("the body is an object").extend(more);
     body
 }

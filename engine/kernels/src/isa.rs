@@ -1,6 +1,6 @@
 //! The instruction tier of the kernels, chosen once at start.
 
-use std::{fmt, time::Instant};
+use std::{fmt, sync::OnceLock, time::Instant};
 
 /// A tier. Each has all kernels; the portable one is the contract that the others are tested against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,9 +14,15 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The fastest tier of this machine, or the one that `CADRE_CPU` names if the machine has it.
+    /// The fastest tier of this machine, or the one that `CADRE_CPU` names if the machine has it. Chosen once per
+    /// process: tiers round differently.
     #[must_use]
     pub fn detect() -> Self {
+        static CHOICE: OnceLock<Isa> = OnceLock::new();
+        *CHOICE.get_or_init(Self::choose)
+    }
+
+    fn choose() -> Self {
         let available = Self::available();
         if let Ok(name) = std::env::var("CADRE_CPU")
             && let Some(isa) = available.iter().find(|isa| isa.to_string() == name)
@@ -58,13 +64,17 @@ impl fmt::Display for Isa {
     }
 }
 
-/// The shortest of several runs of `f`, in seconds: the one least disturbed by neighbours.
-pub(crate) fn shortest_seconds(mut f: impl FnMut()) -> f64 {
-    (0..5)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min)
+/// Whether `a` takes less time than `b`, by the shortest of many runs in turn: neighbours disturb some of the runs,
+/// and both kinds alike.
+pub(crate) fn is_faster(mut a: impl FnMut(), mut b: impl FnMut()) -> bool {
+    let seconds = |f: &mut dyn FnMut()| {
+        let start = Instant::now();
+        f();
+        start.elapsed().as_secs_f64()
+    };
+    let mut shortest = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..50 {
+        shortest = (shortest.0.min(seconds(&mut a)), shortest.1.min(seconds(&mut b)));
+    }
+    shortest.0 < shortest.1
 }

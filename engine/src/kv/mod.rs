@@ -74,7 +74,13 @@ impl KvCache {
 
     /// Writes the batch's keys and values `[tokens, num_kv_heads · head_dim]` of layer `layer`, then attends: `queries`
     /// and `out` are `[tokens, heads · head_dim]`.
-    pub(crate) fn attend(&mut self, compute: &Compute, batch: &StepBatch, layer: usize, io: AttentionIo<'_>) -> Result<()> {
+    pub(crate) fn attend(
+        &mut self,
+        compute: &Compute,
+        batch: &StepBatch,
+        layer: usize,
+        io: AttentionIo<'_>,
+    ) -> Result<()> {
         let layout = self.layout(io.queries.len(), batch)?;
         let sequences: Vec<_> = batch
             .sequences

@@ -76,8 +76,7 @@ fn info(parts: &DecoderParts) -> Result<ModelInfo> {
     let mut active = hidden + head + parts.norm.parameters();
     let mut bytes = parts.embedding.bytes() + parts.head.as_ref().map_or(0, Matrix::bytes);
     for layer in &parts.layers {
-        let always =
-            layer.attention.parameters() + layer.attention_norm.parameters() + layer.ffn_norm.parameters();
+        let always = layer.attention.parameters() + layer.attention_norm.parameters() + layer.ffn_norm.parameters();
         let (ffn_total, ffn_active) = layer.ffn.parameters();
         total += always + ffn_total;
         active += always + ffn_active;

@@ -39,12 +39,8 @@ fn outcomes(compute: &Compute) -> std::result::Result<Vec<(&'static str, Result<
     let weight = matrix(compute, 4, 4)?;
     let layout = FfnLayout { format: Format::F32, hidden: 4, intermediate: 4 };
     let experts = Experts::from_rows(compute, layout, 1, |_, _, _, _| Ok::<_, Error>(()))?;
-    let rope = Rope::new(RopeConfig {
-        rotary_dim: 2,
-        theta: 1e4,
-        max_position_embeddings: 8,
-        scaling: RopeScaling::Default,
-    });
+    let rope =
+        Rope::new(RopeConfig { rotary_dim: 2, theta: 1e4, max_position_embeddings: 8, scaling: RopeScaling::Default });
     let options = QkvOptions { num_heads: 1, num_kv_heads: 1, head_dim: 2, bias: None, norm: None, clip: None };
     let batch = StepBatch {
         token_ids: vec![0, 1],

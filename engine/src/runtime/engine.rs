@@ -32,8 +32,8 @@ pub(super) enum Message {
     Submit { id: RequestId, request: Arc<Request>, sink: Sink },
     /// Nobody wants this request's answer any more.
     Cancel(RequestId),
-    /// End, after at most this long. No `Submit` follows.
-    Stop { drain: Duration },
+    /// End when nothing is left, or at this time. No `Submit` follows.
+    Stop(Deadline),
 }
 
 /// Everything that the engine's thread owns.
@@ -45,6 +45,8 @@ pub(super) struct Engine {
     sampler: Sampler,
     /// The sink of every request that has not ended.
     sinks: HashMap<RequestId, Sink>,
+    /// Requests whose sink panicked. They are cancelled between steps: a plan's sequences stay until it is concluded.
+    deaf: Vec<RequestId>,
     inbox: Receiver<Message>,
     observer: Observer,
     /// What happened since the last report; the gauges are set when it is given.
@@ -52,12 +54,22 @@ pub(super) struct Engine {
     /// Whether anything did.
     unreported: bool,
     reported_prefix: PrefixCounters,
-    stop: Option<Stop>,
+    /// Set when the engine was told to end.
+    deadline: Option<Deadline>,
 }
 
-struct Stop {
-    /// `None` if it lies beyond what the clock can say.
-    deadline: Option<Instant>,
+/// The end of a time to wait; `None` if it lies beyond what the clock can say.
+pub(super) struct Deadline(Option<Instant>);
+
+impl Deadline {
+    /// `wait` from now.
+    pub(super) fn after(wait: Duration) -> Self {
+        Self(Instant::now().checked_add(wait))
+    }
+
+    fn has_passed(&self) -> bool {
+        self.0.is_some_and(|deadline| Instant::now() >= deadline)
+    }
 }
 
 impl Engine {
@@ -76,12 +88,13 @@ impl Engine {
             scheduler,
             sampler: Sampler::default(),
             sinks: HashMap::new(),
+            deaf: Vec::new(),
             inbox,
             observer,
             report: StepReport::default(),
             unreported: false,
             reported_prefix: PrefixCounters::default(),
-            stop: None,
+            deadline: None,
         }
     }
 
@@ -100,7 +113,10 @@ impl Engine {
             while let Ok(message) = self.inbox.try_recv() {
                 self.take(message);
             }
-            if self.stop.as_ref().is_some_and(|stop| self.scheduler.is_empty() || stop.is_due()) {
+            for request in std::mem::take(&mut self.deaf) {
+                self.cancel(request);
+            }
+            if self.deadline.as_ref().is_some_and(|deadline| self.scheduler.is_empty() || deadline.has_passed()) {
                 return false;
             }
             if !self.scheduler.is_empty() {
@@ -121,7 +137,7 @@ impl Engine {
                 }
             }
             Message::Cancel(id) => self.cancel(id),
-            Message::Stop { drain } => self.stop = Some(Stop { deadline: Instant::now().checked_add(drain) }),
+            Message::Stop(deadline) => self.deadline = Some(deadline),
         }
     }
 
@@ -293,7 +309,8 @@ impl Engine {
         let Some(sink) = self.sinks.get_mut(&request) else { return };
         if catch_unwind(AssertUnwindSafe(|| sink(event))).is_err() {
             tracing::error!(request, "a request's sink panicked: the request is cancelled");
-            self.cancel(request);
+            self.sinks.remove(&request);
+            self.deaf.push(request);
         }
     }
 
@@ -314,12 +331,6 @@ impl Engine {
         if catch_unwind(AssertUnwindSafe(|| (self.observer)(&report))).is_err() {
             tracing::error!("the observer of the engine's steps panicked");
         }
-    }
-}
-
-impl Stop {
-    fn is_due(&self) -> bool {
-        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 }
 

@@ -28,7 +28,8 @@ fn a_request_is_answered_greedily_to_its_length() {
 fn mixed() -> Vec<Request> {
     let of = |at: u32| {
         let prompt = if at.is_multiple_of(3) { prompt(0, 20 + at as usize) } else { prompt(at, 5 + 7 * at as usize) };
-        let drawn = SamplingParams { seed: u64::from(at), top_p: 0.9, presence_penalty: 0.3, ..SamplingParams::default() };
+        let drawn =
+            SamplingParams { seed: u64::from(at), top_p: 0.9, presence_penalty: 0.3, ..SamplingParams::default() };
         let mut request = request(&prompt, 10 + at * 3);
         request.n = 1 + at % 3;
         request.logprobs = (at % 2 == 0).then_some(2);
@@ -113,7 +114,10 @@ fn stop_conditions_end_a_continuation() {
         let answer = rig.submit(request).answer();
         (answer.tokens[0].clone(), answer.reasons[0].expect("it ended"))
     };
-    assert_eq!(ends(&|stop| stop.stop_token_ids = vec![fifth]), (natural[..at].to_vec(), FinishReason::StopToken(fifth)));
+    assert_eq!(
+        ends(&|stop| stop.stop_token_ids = vec![fifth]),
+        (natural[..at].to_vec(), FinishReason::StopToken(fifth))
+    );
     assert_eq!(ends(&|stop| stop.eos_token_ids = vec![fifth]), (natural[..at].to_vec(), FinishReason::EndOfSequence));
     let ignored = ends(&|stop| (stop.eos_token_ids, stop.ignore_eos) = (vec![fifth], true));
     assert_eq!(ignored, (natural.clone(), FinishReason::Length));
@@ -170,7 +174,7 @@ fn what_cannot_be_served_is_refused() {
 #[test]
 fn a_runtime_must_fit_model_and_cache() {
     let start = |config: RuntimeConfig, blocks: usize| {
-        let (model, _permits) = fake::Fake::new(blocks);
+        let (model, _gate) = fake::Fake::new(blocks);
         let kv = KvCache::new(1, 1, 16, blocks, crate::kv::KvDtype::F32).expect("memory");
         Runtime::start(Box::new(model), kv, Compute::new(1), config, |_| {}).expect_err("an error").to_string()
     };
@@ -185,10 +189,13 @@ fn three_phases() -> (Rig, [Call; 3]) {
     let decoding = rig.submit(request(&prompt(1, 4), 100)).started();
     let prefilling = rig.submit(request(&prompt(2, 60), 100));
     let queued = rig.submit(request(&prompt(3, 4), 5));
+    rig.reached();
     assert_eq!(rig.permit().running, 1);
+    rig.reached();
     let prefilling = prefilling.started();
     let report = rig.permit();
     assert_eq!((report.running, report.waiting, report.scheduled_tokens, report.prompt_tokens), (2, 1, 8, 7));
+    rig.reached();
     (rig, [decoding, prefilling, queued])
 }
 
@@ -212,11 +219,7 @@ fn cancelling_one_leaves_the_others() {
         drop(calls.remove(cancelled).ticket);
         rig.open();
         let tokens: Vec<_> = calls.into_iter().map(|call| call.answer().tokens.remove(0)).collect();
-        let mut expected = vec![
-            greedy(&prompt(1, 4), 100),
-            greedy(&prompt(2, 60), 100),
-            greedy(&prompt(3, 4), 5),
-        ];
+        let mut expected = vec![greedy(&prompt(1, 4), 100), greedy(&prompt(2, 60), 100), greedy(&prompt(3, 4), 5)];
         expected.remove(cancelled);
         assert_eq!(tokens, expected);
         let totals = rig.totals();

@@ -77,11 +77,8 @@ fn before_min_tokens_nothing_may_end_the_continuation() {
 
 #[test]
 fn bias_comes_before_the_penalties() {
-    let params = SamplingParams {
-        logit_bias: [(2, 3.0), (3, -3.0), (50, 1.0)].into(),
-        repetition_penalty: 2.0,
-        ..greedy()
-    };
+    let params =
+        SamplingParams { logit_bias: [(2, 3.0), (3, -3.0), (50, 1.0)].into(), repetition_penalty: 2.0, ..greedy() };
     assert_eq!(processed(&[1.0; 5], &sequence(request(params), 0, &[4])), [1.0, 1.0, 2.0, -4.0, 0.5]);
 }
 
@@ -95,7 +92,8 @@ fn presence_and_frequency_count_generated_tokens_only() {
 fn what_is_dropped_is_never_drawn() {
     let row = [2.0, 1.9, 1.8, 1.7, -1.0];
     let drawn = |params: &SamplingParams| {
-        let tokens = (0..400).map(|seed| chosen(&row, &sequence(request(SamplingParams { seed, ..params.clone() }), 0, &[])));
+        let tokens =
+            (0..400).map(|seed| chosen(&row, &sequence(request(SamplingParams { seed, ..params.clone() }), 0, &[])));
         tokens.collect::<std::collections::BTreeSet<u32>>().into_iter().collect::<Vec<_>>()
     };
     let all = SamplingParams::default();

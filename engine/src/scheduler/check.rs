@@ -35,7 +35,10 @@ impl Scheduler {
             let unscored = sequence.unscored();
             let expected = unscored.start.max(planned.positions.start)..unscored.end.min(planned.positions.end);
             assert!(planned.scored == expected || (expected.is_empty() && planned.scored.is_empty()));
-            assert!(unscored.is_empty() || unscored.start >= planned.positions.start, "an unscored position is skipped");
+            assert!(
+                unscored.is_empty() || unscored.start >= planned.positions.start,
+                "an unscored position is skipped"
+            );
         }
         let oldest = self.running.first_key_value().map(|(id, _)| id);
         assert!(oldest.is_none_or(|id| seen.contains(id)), "the oldest is not planned");
@@ -56,7 +59,10 @@ impl Scheduler {
             let Some((first, others)) = held.split_first() else { continue };
             for (at, other) in others {
                 let end = (first.0 + 1) * BLOCK_SIZE;
-                assert!(*at == first.0 && end <= other.computed && end <= first.1.computed, "block {block} is not full");
+                assert!(
+                    *at == first.0 && end <= other.computed && end <= first.1.computed,
+                    "block {block} is not full"
+                );
                 assert_eq!(first.1.tokens()[..end], other.tokens()[..end], "block {block} is shared by two prefixes");
             }
         }

@@ -197,14 +197,19 @@ mod tests {
     #[test]
     fn values_are_pythons() {
         let text = r#"{"b": [1, 2.0, true, null], "a": {"x": "é<\"\\\n\u0001\u007f😀"}, "e": [], "f": {}}"#;
-        let expected = r#"{"b": [1, 2.0, true, null], "a": {"x": "é<\"\\\n\u0001"#.to_owned() + "\u{7f}😀\"}, \"e\": [], \"f\": {}}";
+        let expected = r#"{"b": [1, 2.0, true, null], "a": {"x": "é<\"\\\n\u0001"#.to_owned()
+            + "\u{7f}😀\"}, \"e\": [], \"f\": {}}";
         assert_eq!(json(text, &JsonOptions::default()), expected);
         let ascii = JsonOptions { ensure_ascii: true, ..JsonOptions::default() };
         assert_eq!(json("\"é\u{7f}😀\"", &ascii), "\"\\u00e9\u{7f}\\ud83d\\ude00\"");
-        let sorted = JsonOptions { sort_keys: true, separators: Some((",".into(), ":".into())), ..JsonOptions::default() };
+        let sorted =
+            JsonOptions { sort_keys: true, separators: Some((",".into(), ":".into())), ..JsonOptions::default() };
         assert_eq!(json(r#"{"b": 1, "a": [2, 3]}"#, &sorted), r#"{"a":[2,3],"b":1}"#);
         let indented = JsonOptions { indent: Some(2), ..JsonOptions::default() };
-        assert_eq!(json(r#"{"a": [1, {}], "b": []}"#, &indented), "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": []\n}");
+        assert_eq!(
+            json(r#"{"a": [1, {}], "b": []}"#, &indented),
+            "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": []\n}"
+        );
     }
 
     #[test]

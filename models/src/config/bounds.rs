@@ -40,8 +40,11 @@ const MEASURES: &[(&str, f64, f64)] = &[
 ];
 
 /// Pairs of which the first may not exceed the second.
-const ORDERED: &[(&str, &str)] =
-    &[("num_experts_per_tok", "num_experts"), ("topk_group", "n_group"), ("num_key_value_heads", "num_attention_heads")];
+const ORDERED: &[(&str, &str)] = &[
+    ("num_experts_per_tok", "num_experts"),
+    ("topk_group", "n_group"),
+    ("num_key_value_heads", "num_attention_heads"),
+];
 
 /// Refuses a configuration that no model can have.
 pub(super) fn check(config: &ConfigFile) -> Result<()> {

@@ -28,7 +28,8 @@ impl HubSettings {
 
     /// From `variable`, which gives a variable's value. An empty value counts as none.
     fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let variable = |name: &str| variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
+        let variable =
+            |name: &str| variable(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
         let home = match (variable("HF_HOME"), variable("XDG_CACHE_HOME"), variable("HOME")) {
             (Some(home), _, _) => PathBuf::from(home),
             (None, Some(cache), _) => PathBuf::from(cache).join("huggingface"),
@@ -39,8 +40,8 @@ impl HubSettings {
             }
         };
         // hf-hub links snapshots to blobs by relative paths, which it can only make of absolute ones.
-        let home = std::path::absolute(&home)
-            .map_err(|source| Error::Read { file: home.display().to_string(), source })?;
+        let home =
+            std::path::absolute(&home).map_err(|source| Error::Read { file: home.display().to_string(), source })?;
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
         let endpoint = endpoint.trim_end_matches('/').to_owned();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {

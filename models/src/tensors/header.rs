@@ -133,13 +133,7 @@ impl Entry {
     }
 }
 
-fn entry_error(
-    file: &str,
-    tensor: &str,
-    what: &'static str,
-    expected: impl ToString,
-    found: impl ToString,
-) -> Error {
+fn entry_error(file: &str, tensor: &str, what: &'static str, expected: impl ToString, found: impl ToString) -> Error {
     Error::TensorEntry {
         file: file.to_owned(),
         tensor: crate::json::excerpt(tensor),
@@ -166,7 +160,8 @@ impl<'de> Deserialize<'de> for Header {
                         map.next_value::<IgnoredAny>()?;
                         continue;
                     }
-                    let entry = map.next_value().map_err(|error| A::Error::custom(format!("tensor {name}: {error}")))?;
+                    let entry =
+                        map.next_value().map_err(|error| A::Error::custom(format!("tensor {name}: {error}")))?;
                     entries.push((name, entry));
                 }
                 Ok(Header(entries))

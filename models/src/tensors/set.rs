@@ -218,7 +218,8 @@ mod tests {
         let path = directory.path();
         shard(&["a", "b"]).write(&path.join("model-1.safetensors"));
         shard(&["c"]).write(&path.join("model-2.safetensors"));
-        let index = index_json(&[("a", "model-1.safetensors"), ("b", "model-1.safetensors"), ("c", "model-2.safetensors")]);
+        let index =
+            index_json(&[("a", "model-1.safetensors"), ("b", "model-1.safetensors"), ("c", "model-2.safetensors")]);
         std::fs::write(path.join(INDEX_FILE), index).unwrap();
         change(path);
         TensorSet::open(&Files::Directory(path.to_owned()))
@@ -293,7 +294,8 @@ mod tests {
 
     #[test]
     fn refuses_a_bad_index() {
-        let write = |text: &'static str| move |path: &std::path::Path| std::fs::write(path.join(INDEX_FILE), text).unwrap();
+        let write =
+            |text: &'static str| move |path: &std::path::Path| std::fs::write(path.join(INDEX_FILE), text).unwrap();
         refused(write("{"), &[INDEX_FILE, "not valid JSON"]);
         refused(write("{}"), &[INDEX_FILE, "weight_map"]);
         refused(write(r#"{"weight_map": {}}"#), &[INDEX_FILE, "at least one tensor"]);

@@ -188,23 +188,21 @@ unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8
     }
 }
 
-/// Whether `vdpbf16ps` beats widening to f32 on this machine, by a run of some hundred microseconds.
+/// Whether `vdpbf16ps` beats widening to f32 on this machine, by runs of about a millisecond in all.
 pub(crate) fn bf16_dot_is_faster() -> bool {
     const K: usize = 1024;
     let row = vec![0_u16; K];
     let panel = vec![0_u8; PANEL * K * 2];
     let rows = [row.as_ptr().cast::<u8>(); TILE_ROWS];
     let panels = [panel.as_ptr(); 2];
-    let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
-    let mut seconds = |isa| {
-        crate::isa::shortest_seconds(|| {
-            for _ in 0..8 {
-                // SAFETY: rows and panels of K zeros; the caller asks only where AVX-512 BF16 is available.
-                unsafe { tile(isa, Format::Bf16, &rows, &panels, K, &mut sums) };
-            }
-        })
+    let run = |isa| {
+        let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
+        move || {
+            // SAFETY: rows and panels of K zeros; the caller asks only where AVX-512 BF16 is available.
+            unsafe { tile(isa, Format::Bf16, &rows, &panels, K, &mut sums) };
+        }
     };
-    seconds(Isa::Avx512Bf16) < seconds(Isa::Avx512)
+    crate::isa::is_faster(run(Isa::Avx512Bf16), run(Isa::Avx512))
 }
 
 #[cfg(test)]

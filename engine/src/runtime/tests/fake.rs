@@ -27,14 +27,25 @@ pub(super) struct Fake {
     info: ModelInfo,
     /// The token in each place of each block, in place of its key and value.
     storage: Mutex<Vec<u32>>,
+    /// Told when a step has come to the model.
+    reached: Mutex<Sender<()>>,
     /// Each step takes one; when the sender is gone, steps are free.
     permits: Mutex<Receiver<()>>,
 }
 
+/// Holds the model's steps until it is dropped.
+pub(super) struct Gate {
+    /// Gets one for each step that has come to the model.
+    pub(super) reached: Receiver<()>,
+    /// One lets one step go on.
+    pub(super) permits: Sender<()>,
+}
+
 impl Fake {
-    /// The model, and what lets it step.
-    pub(super) fn new(num_blocks: usize) -> (Self, Sender<()>) {
-        let (sender, permits) = channel();
+    /// The model, and what holds it.
+    pub(super) fn new(num_blocks: usize) -> (Self, Gate) {
+        let (permits, taken) = channel();
+        let (reaches, reached) = channel();
         let info = ModelInfo {
             num_layers: 1,
             hidden_size: 2,
@@ -47,7 +58,8 @@ impl Fake {
             weight_bytes: 0,
         };
         let storage = Mutex::new(vec![u32::MAX; num_blocks * BLOCK_SIZE]);
-        (Self { info, storage, permits: Mutex::new(permits) }, sender)
+        let fake = Self { info, storage, reached: Mutex::new(reaches), permits: Mutex::new(taken) };
+        (fake, Gate { reached, permits })
     }
 
     fn states(storage: &mut [u32], step: &StepContext<'_>, sequence: &SequenceRows) -> Vec<f32> {
@@ -67,6 +79,8 @@ impl Model for Fake {
     }
 
     fn embed(&self, step: &mut StepContext<'_>) -> Result<Tensor> {
+        // Either fails once the gate is gone, and means: go on.
+        let _ = self.reached.lock().expect("no step panics while it holds the lock").send(());
         let _ = self.permits.lock().expect("no step panics while it holds the lock").recv();
         assert!(!step.batch.token_ids.contains(&PANICS), "the fake model panics");
         if step.batch.token_ids.contains(&FAILS) {

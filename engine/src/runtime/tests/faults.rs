@@ -8,7 +8,7 @@ use crate::{kv::KvDtype, request::RequestError};
 
 /// A failing step with one request beside the culprit, and one in the queue.
 fn fail_a_step(culprit: u32, expected: &str) {
-    let mut rig = Rig::gated(RuntimeConfig { max_num_seqs: 3, ..config() }, 32);
+    let mut rig = Rig::gated(RuntimeConfig { max_num_seqs: 2, ..config() }, 32);
     let cached = rig.submit(request(&prompt(1, 40), 1)).started();
     rig.permit();
     cached.answer();
@@ -56,10 +56,13 @@ fn logits_that_are_not_finite_fail_their_own_request() {
 #[test]
 fn constraints_that_leave_no_token_fail_their_own_request() {
     let rig = Rig::new(config(), 32);
-    let sampling = SamplingParams { allowed_token_ids: Some(vec![5]), bad_words: vec![vec![5, 5]], ..SamplingParams::default() };
+    let sampling =
+        SamplingParams { allowed_token_ids: Some(vec![5]), bad_words: vec![vec![5, 5]], ..SamplingParams::default() };
     let answer = rig.submit(Request { sampling, ..request(&prompt(1, 4), 9) }).answer();
     assert_eq!(answer.tokens, [[5]]);
-    assert!(matches!(answer.failed, Some(RequestError::Internal(text)) if text.contains("leave none of the 64 tokens")));
+    assert!(
+        matches!(answer.failed, Some(RequestError::Internal(text)) if text.contains("leave none of the 64 tokens"))
+    );
 }
 
 #[test]
@@ -84,8 +87,8 @@ fn a_panicking_sink_cancels_its_request_only() {
 
 #[test]
 fn a_panicking_observer_changes_nothing() {
-    let (model, permits) = Fake::new(32);
-    drop(permits);
+    let (model, gate) = Fake::new(32);
+    drop(gate);
     let kv = KvCache::new(1, 1, 16, 32, KvDtype::F32).expect("memory");
     let observer = |_: &StepReport| panic!("the observer panics");
     let runtime = Runtime::start(Box::new(model), kv, Compute::new(1), config(), observer).expect("a runtime");
@@ -108,13 +111,13 @@ fn shutting_down_drains_what_is_under_way_and_refuses_what_is_new() {
 #[test]
 fn at_the_deadline_the_rest_is_told() {
     let (rig, calls) = three_phases();
-    let Rig { runtime, permits, reports } = rig;
+    let Rig { runtime, gate, reports } = rig;
     // The step under way ends only after the deadline; the model would go on for hundreds of steps.
-    let permits = permits.expect("gated");
+    let gate = gate.expect("gated");
     let late = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(100));
-        drop(permits.send(()));
-        permits
+        gate.permits.send(()).expect("the model lives");
+        gate
     });
     runtime.shutdown(Duration::from_millis(20));
     for call in calls {

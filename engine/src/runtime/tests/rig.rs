@@ -1,11 +1,11 @@
 //! A runtime over the fake model, and the other end of a request's sink.
 
 use std::{
-    sync::mpsc::{Receiver, Sender, channel},
+    sync::mpsc::{Receiver, channel},
     time::Duration,
 };
 
-use super::fake::Fake;
+use super::fake::{Fake, Gate};
 use crate::{
     compute::Compute,
     kv::{KvCache, KvDtype},
@@ -46,8 +46,8 @@ pub(super) fn prompt(seed: u32, len: usize) -> Vec<u32> {
 pub(super) struct Rig {
     pub(super) runtime: Runtime,
     pub(super) reports: Receiver<StepReport>,
-    /// Lets the model step; `None` once steps are free.
-    pub(super) permits: Option<Sender<()>>,
+    /// Holds the model; `None` once steps are free.
+    pub(super) gate: Option<Gate>,
 }
 
 impl Rig {
@@ -60,21 +60,30 @@ impl Rig {
 
     /// A runtime whose model waits for a permit in each step.
     pub(super) fn gated(config: RuntimeConfig, num_blocks: usize) -> Self {
-        let (model, permits) = Fake::new(num_blocks);
+        let (model, gate) = Fake::new(num_blocks);
         let kv = KvCache::new(1, 1, 16, num_blocks, KvDtype::F32).expect("memory");
         let (sender, reports) = channel();
         let observer = move |report: &StepReport| drop(sender.send(report.clone()));
         let runtime = Runtime::start(Box::new(model), kv, Compute::new(1), config, observer).expect("a runtime");
-        Self { runtime, reports, permits: Some(permits) }
+        Self { runtime, reports, gate: Some(gate) }
     }
 
     pub(super) fn open(&mut self) {
-        self.permits = None;
+        self.gate = None;
+    }
+
+    /// Waits until one more step is planned and has come to the model.
+    pub(super) fn reached(&self) {
+        self.gate().reached.recv_timeout(LONG).expect("a step");
+    }
+
+    fn gate(&self) -> &Gate {
+        self.gate.as_ref().expect("gated")
     }
 
     /// Lets the step that waits for it go on, and gives the report that follows.
     pub(super) fn permit(&self) -> StepReport {
-        self.permits.as_ref().expect("gated").send(()).expect("the model lives");
+        self.gate().permits.send(()).expect("the model lives");
         self.reports.recv_timeout(LONG).expect("a report")
     }
 

@@ -22,9 +22,8 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2)).prop_map(
-        |(kind, prompt_len, max_tokens, n, scores)| Act::Add { kind, prompt_len, max_tokens, n, scores },
-    );
+    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2))
+        .prop_map(|(kind, prompt_len, max_tokens, n, scores)| Act::Add { kind, prompt_len, max_tokens, n, scores });
     prop_oneof![
         8 => add,
         2 => any::<prop::sample::Index>().prop_map(Act::Cancel),
