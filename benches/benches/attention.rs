@@ -5,7 +5,7 @@ use cadre_kernels::{
     isa::Isa,
     pool::Pool,
 };
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput};
 use half::bf16;
 
 const LAYOUT: AttentionLayout = AttentionLayout { num_heads: 16, num_kv_heads: 4, head_dim: 128 };
@@ -34,5 +34,8 @@ fn attend(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, attend);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    attend(&mut criterion);
+    criterion.final_summary();
+}

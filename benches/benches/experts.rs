@@ -8,7 +8,7 @@ use cadre_engine::{
     ops::{Routes, grouped_ffn},
 };
 use cadre_kernels::buffer::AllocError;
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput};
 
 const LAYOUT: FfnLayout = FfnLayout { format: Format::Bf16, hidden: 1024, intermediate: 256 };
 const EXPERTS: usize = 64;
@@ -51,5 +51,8 @@ fn grouped(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, grouped);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    grouped(&mut criterion);
+    criterion.final_summary();
+}

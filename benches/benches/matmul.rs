@@ -8,7 +8,7 @@ use cadre_kernels::{
     matmul::matmul,
     pool::Pool,
 };
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput};
 
 fn products(c: &mut Criterion) {
     let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
@@ -38,5 +38,8 @@ fn products(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, products);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    products(&mut criterion);
+    criterion.final_summary();
+}

@@ -2,7 +2,7 @@
 //! (Ling 2.0), for a prefill chunk of 512 tokens.
 
 use cadre_kernels::router::{GroupLimit, RouterOptions, Scores, route};
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput};
 
 const TOKENS: usize = 512;
 
@@ -32,5 +32,8 @@ fn choose(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, choose);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    choose(&mut criterion);
+    criterion.final_summary();
+}

@@ -117,8 +117,6 @@ def ask(rng, *phrasings):
         text = rng.choice(["Please ", "Can you tell me: ", "Hi! ", "OK, "]) + text
     if rng.random() < 0.15 and text[-1] in "?.!":
         text = text[:-1]
-    if rng.random() < 0.03:
-        text = text.rstrip("?.!") + ", please."
     if rng.random() < 0.2:
         text = text[0].lower() + text[1:]
     return text
@@ -151,11 +149,11 @@ def subtract(rng):
 
 def numbers(rng, low, high):
     n, top = rng.randint(low, high), rng.choice([9, 20, 99, 99])
-    return rng.sample(range(top + 1), n) if rng.random() < 0.9 else [rng.randint(0, top) for _ in range(n)]
+    return rng.sample(range(top + 1), n)
 
 
 def sort(rng):
-    xs = numbers(rng, 3, 6)
+    xs = numbers(rng, 3, 5)
     listed = rng.choice([", ", ", ", ", ", " "]).join(map(str, xs))
     key = "sort:" + ",".join(map(str, xs))
     if rng.random() < 0.25:
@@ -169,7 +167,7 @@ def sort(rng):
 
 
 def largest(rng):
-    xs = list(dict.fromkeys(numbers(rng, 2, 6)))
+    xs = numbers(rng, 2, 5)
     listed = f"{xs[0]} or {xs[1]}" if len(xs) == 2 else ", ".join(map(str, xs))
     big = rng.random() < 0.6
     word, more = ("largest", rng.choice(["larger", "bigger", "greater"])) if big else ("smallest", "smaller")
@@ -240,8 +238,8 @@ def spell(rng):
 
 
 def repeat(rng):
-    xs = [any_word(rng) if rng.random() < 0.7 else rng.choice(SMALL + [str(rng.randint(0, 99))]) for _ in range(rng.randint(1, 4))]
-    text = " ".join(xs)
+    more = [any_word(rng) if rng.random() < 0.7 else rng.choice(SMALL + [str(rng.randint(0, 99))]) for _ in range(rng.randint(0, 3))]
+    text = " ".join([any_word(rng), *more])
     q = rng.choice([f"Repeat after me: {text}", f"Say: {text}", f'Repeat "{text}".', f'Say "{text}".', f"Repeat this: {text}"])
     return "repeat:" + text, q, text
 
@@ -342,9 +340,9 @@ def unknown(rng):
 
 
 FAMILIES = {  # family: its weight in training, before and after step --shift: first all kinds, then more of the slow ones
-    add: (3, 5), subtract: (2.5, 3.5), sort: (3, 3.5), largest: (1.2, 1.1), count_items: (1.2, 1.1), count_letters: (1.5, 0.8),
-    count_letter: (2, 1.6), change_case: (1.2, 0.6), reverse: (2.5, 1.2), spell: (0.7, 0.5), repeat: (0.8, 0.9),
-    fact: (2.5, 1.9), chat: (1.3, 0.6), unknown: (2, 1.2),
+    add: (3, 3.5), subtract: (2.5, 3), sort: (3, 4), largest: (1.2, 1.2), count_items: (1.2, 1.4), count_letters: (1.5, 0.9),
+    count_letter: (2, 2.4), change_case: (1.2, 0.8), reverse: (2.5, 1.6), spell: (0.7, 0.7), repeat: (0.8, 1.2),
+    fact: (2.5, 2), chat: (1.3, 0.7), unknown: (2, 1.2),
 }  # fmt: skip
 
 
@@ -380,9 +378,9 @@ def conversation(rng, turns=None, late=0):
     while turns is None or turns > 0:
         turns = turns and turns - 1
         draw = rng.random()
-        if draw < 0.03:
+        if draw < (0.02 if known else 0.04):
             known, q, a = introduce(rng)
-        elif draw < 0.06:
+        elif draw < (0.1 if known else 0.05):
             q, a = ask(rng, *MY_NAME), f"Your name is {known}." if known else NO_NAME
         else:
             q, a = sample(rng, rng.choices(families, weights)[0])
@@ -709,7 +707,7 @@ def main():
     if args.evaluate:
         return report(args.out)
 
-    tokenizer = make_tokenizer(args.vocab, args.seed)
+    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json")) if args.resume else make_tokenizer(args.vocab, args.seed)
     encode = functools.lru_cache(20000)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
     model = bailing.init(bailing.build(config_for(tokenizer)), args.seed)
     optimizer = Optimizer(model)

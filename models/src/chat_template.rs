@@ -26,6 +26,7 @@ pub struct ChatTemplate(Arc<Inner>);
 struct Inner {
     /// Holds the templates by name.
     environment: Environment<'static>,
+    file: String,
     source: String,
     has_tool_use: bool,
     special_tokens: Map<String, Value>,
@@ -87,6 +88,7 @@ impl ChatTemplate {
         let token = |field: &&str| Some(((*field).to_owned(), json!(special_token(tokenizer_config, field)?)));
         Ok(Self(Arc::new(Inner {
             environment,
+            file: file.to_owned(),
             source: source.to_owned(),
             has_tool_use: tool_use.is_some(),
             special_tokens: SPECIAL_TOKENS.iter().filter_map(token).collect(),
@@ -97,6 +99,12 @@ impl ChatTemplate {
     #[must_use]
     pub fn source(&self) -> &str {
         &self.0.source
+    }
+
+    /// The file that holds it.
+    #[must_use]
+    pub fn file(&self) -> &str {
+        &self.0.file
     }
 
     /// The text of a conversation. Each message is an object with a `role` and what else the template reads.

@@ -223,7 +223,8 @@ pub(crate) mod tests {
     }
 
     /// A tokenizer with word marks and byte tokens, as SentencePiece models are converted.
-    pub(crate) fn byte_fallback() -> Tokenizer {
+    pub(crate) fn byte_fallback() -> Tokenizer { read(&byte_fallback_json(), json!({})) }
+    pub(crate) fn byte_fallback_json() -> Value {
         let mut vocab = Map::new();
         for word in ["<unk>", "</s>", "▁", "a", "b", "▁a", "▁b", "ab", "é", "▁é", "\u{fffd}"] {
             vocab.insert(word.to_owned(), json!(vocab.len()));
@@ -235,7 +236,7 @@ pub(crate) mod tests {
             json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
                 "normalized": false, "special": true})
         };
-        let json = json!({
+        json!({
             "version": "1.0", "truncation": null, "padding": null,
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
@@ -247,8 +248,7 @@ pub(crate) mod tests {
             "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
                 "vocab": vocab, "merges": []}
-        });
-        read(&json, json!({}))
+        })
     }
 
     /// A tokenizer without a decoder, over whole words.
@@ -326,5 +326,34 @@ pub(crate) mod tests {
     fn a_file_that_is_no_tokenizer_is_named() {
         let error = Tokenizer::read("x/tokenizer.json".to_owned(), b"{}", Map::new()).err().unwrap().to_string();
         assert!(error.starts_with("x/tokenizer.json: "), "{error}");
+    }
+}
+#[cfg(test)]
+mod fuzz {
+    use super::tests::*;
+    use super::*;
+    fn count(v: &Value) -> usize { 1 + match v { Value::Array(a) => a.iter().take(6).map(count).sum(), Value::Object(o) => o.values().take(12).map(count).sum::<usize>(), _ => 0 } }
+    fn replace(v: &mut Value, at: &mut usize, new: &Value) -> bool {
+        if *at == 0 { *v = new.clone(); return true; }
+        *at -= 1;
+        match v { Value::Array(a) => a.iter_mut().take(6).any(|v| replace(v, at, new)), Value::Object(o) => o.values_mut().take(12).any(|v| replace(v, at, new)), _ => false }
+    }
+    #[test]
+    fn fuzz() {
+        let news: Vec<Value> = vec![Value::Null, true.into(), 0.into(), (-1).into(), 1e9.into(), u64::MAX.into(), 4294967295u64.into(), 5.into(), "".into(), "a".into(), "▁".into(), "ByteLevel".into(), "[".into(), serde_json::json!([]), serde_json::json!({}), serde_json::json!(["a","b"]), serde_json::json!([["a", 1]])];
+        let mut bad = 0;
+        for json in [byte_level_json(), byte_fallback_json()] {
+            for at in 0..count(&json) { for new in &news {
+                let mut j = json.clone(); let mut a = at; replace(&mut j, &mut a, new);
+                let text = j.to_string();
+                let r = std::panic::catch_unwind(|| {
+                    let Ok(t) = Tokenizer::read("t".into(), text.as_bytes(), Map::new()) else { return };
+                    let e = t.encode("ab é 漢字 <|end|> </s>", true);
+                    if let Ok(ids) = e { let _ = t.decode(&ids, true); let _ = t.decode(&[0,1,2,3,255,256,257,258,400], false); for i in 0..300 { t.token_bytes(i); } }
+                });
+                if r.is_err() { bad += 1; eprintln!("PANIC at {at} with {new}"); }
+            } }
+        }
+        eprintln!("bad {bad}");
     }
 }

@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use crate::{
     activation::silu_mul,
-    format::{Format, Layout, PANEL, Packed},
+    format::{Format, Layout, PANEL, Packed, round_to_bf16},
     isa::Isa,
-    matmul::{Activations, TASK_BYTES, round_to_bf16, walk},
+    matmul::{Activations, TASK_BYTES, walk},
     pool::Pool,
     shared::SharedSlice,
 };
@@ -142,8 +142,7 @@ fn store(format: Format, values: [f32; PANEL], words: &mut [u64]) {
             }
         }
         Format::Bf16 => {
-            let mut rounded = [0; PANEL];
-            round_to_bf16(&values, &mut rounded);
+            let rounded = values.map(round_to_bf16);
             for (word, four) in words.iter_mut().zip(rounded.chunks_exact(4)) {
                 *word = (0..4).fold(0, |word, i| word | u64::from(four[i]) << (16 * i));
             }

@@ -157,14 +157,29 @@ pub fn pack_panel(format: Format, k: usize, rows: &[f32], panel: &mut [u8]) {
     assert!(k > 0 && rows.len().is_multiple_of(k) && rows.len() / k <= PANEL, "{} values in rows of {k}", rows.len());
     panel.fill(0);
     for (row, values) in rows.chunks_exact(k).enumerate() {
-        for (column, value) in values.iter().enumerate() {
-            let at = offset(format, row, column);
-            match format {
-                Format::F32 => panel[at..at + 4].copy_from_slice(&value.to_le_bytes()),
-                Format::Bf16 => panel[at..at + 2].copy_from_slice(&bf16::from_f32(*value).to_le_bytes()),
+        match format {
+            Format::F32 => {
+                for (value, place) in values.iter().zip(panel[offset(format, row, 0)..].chunks_mut(4 * PANEL)) {
+                    place[..4].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+            Format::Bf16 => {
+                // A pair at a time; an odd last value stands beside the padding's zero.
+                for (pair, place) in values.chunks(2).zip(panel[offset(format, row, 0)..].chunks_mut(4 * PANEL)) {
+                    let bits = |index: usize| pair.get(index).map_or(0, |value| u32::from(round_to_bf16(*value)));
+                    place[..4].copy_from_slice(&(bits(0) | bits(1) << 16).to_le_bytes());
+                }
             }
         }
     }
+}
+
+/// The nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
+    if value.is_nan() { 0x7fc0 } else { rounded as u16 }
 }
 
 /// Packs a whole matrix `[n, k]` of f32 values.

@@ -67,6 +67,7 @@ fn the_embedded_checkpoint_opens() {
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
     let template = checkpoint.chat_template().unwrap().unwrap();
     let options = crate::RenderOptions { add_generation_prompt: true, ..Default::default() };
+    assert_eq!(template.file(), "embedded chat_template.jinja");
     let prompt = template.render(&[json!({"role": "user", "content": "Hi"})], &options).unwrap();
     assert_eq!(prompt, "<role>HUMAN</role>Hi<|role_end|><role>ASSISTANT</role>");
     assert!(checkpoint.summary().unwrap().active_parameters > 0);

@@ -67,7 +67,7 @@ fn bad_completions() -> Vec<(Value, &'static str)> {
         (json!({"prompt": []}), "prompt"),
         (json!({"prompt": ""}), "prompt"),
         (json!({"prompt": {"text": "x"}}), "prompt"),
-        (json!({"prompt": [1, "a"]}), "prompt[0]"),
+        (json!({"prompt": [1, "a"]}), "prompt[1]"),
         (json!({"prompt": [1, 99_999]}), "prompt[1]"),
         (json!({"prompt": [[1], [-1]]}), "prompt[1][0]"),
         (json!({"max_tokens": 0}), "max_tokens"),

@@ -12,7 +12,7 @@ mod portable;
 use std::ops::Range;
 
 use crate::{
-    format::{Format, Layout, PANEL, Packed},
+    format::{Format, Layout, PANEL, Packed, round_to_bf16},
     isa::Isa,
     pool::Pool,
     shared::SharedSlice,
@@ -75,19 +75,9 @@ fn round_rows(pool: &Pool, x: &[f32], k: usize, values: &mut [u16], stride: usiz
         for (index, row) in rows.enumerate() {
             // SAFETY: each row belongs to one task.
             let rounded = unsafe { target.part((task * rows_per_task + index) * stride, k) };
-            round_to_bf16(row, rounded);
+            row.iter().zip(rounded).for_each(|(value, out)| *out = round_to_bf16(*value));
         }
     });
-}
-
-/// Rounds to the nearest bf16, ties to even; NaN stays NaN.
-#[inline(always)]
-pub(crate) fn round_to_bf16(values: &[f32], out: &mut [u16]) {
-    for (value, out) in values.iter().zip(out) {
-        let bits = value.to_bits();
-        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
-        *out = if value.is_nan() { 0x7fc0 } else { rounded as u16 };
-    }
 }
 
 /// `y[row] = x[row] · Wᵀ` for `x` `[rows, k]` and `W` `[n, k]`; `y` is `[rows, n]`.

@@ -1,0 +1,329 @@
+//! `cadre bench`: throughput of prefill and decode, measured through the runtime that serves.
+//!
+//! Prompts are random token ids, different each time, and answers run through end-of-sequence tokens, so nothing
+//! is cached and nothing ends early. Each figure is the median of the repetitions.
+
+use std::{
+    io::{self, Write},
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow, bail};
+use cadre_engine::request::{Event, Request, SamplingParams, StopParams};
+use clap::Args;
+use serde_json::json;
+
+use super::{EngineArgs, terminal::unless_pipe_closed};
+use crate::{
+    engine::{self, Engine, EngineOptions, Served},
+    generation::Ticket,
+    host,
+};
+
+/// Flags of `cadre bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Prompt lengths to prefill
+    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', default_values_t = [128, 512, 2048])]
+    prefill: Vec<usize>,
+
+    /// Numbers of sequences to decode together
+    #[arg(long, value_name = "BATCH,…", value_delimiter = ',', default_values_t = [1, 8, 32])]
+    decode: Vec<usize>,
+
+    /// Tokens that each sequence decodes
+    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
+    decode_tokens: usize,
+
+    /// Prompt tokens before them
+    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    decode_prompt: usize,
+
+    /// How often each is measured
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repetitions: u32,
+
+    /// One JSON object a line in place of the table
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Measures, and prints each figure when it is there.
+///
+/// # Errors
+/// When the model can't be loaded, or fails.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let max_num_seqs = args.decode.iter().copied().max().unwrap_or(1).max(1);
+    let options = EngineOptions { prefix_caching: false, ..args.engine.options(max_num_seqs) };
+    let engine = engine::start(&options)?;
+    let result = measure(args, &engine);
+    engine.runtime.shutdown(Duration::ZERO);
+    unless_pipe_closed(result)
+}
+
+fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
+    let printer = Printer::new(args.json, engine);
+    printer.head()?;
+    let mut bench = Bench { served: engine.served.clone(), numbers: 0x9E37_79B9_7F4A_7C15 };
+    bench.run(&Run { batch: 1, prompt: 8, tokens: 8 })?;
+    let prefills = args.prefill.iter().map(|&tokens| (Kind::Prefill, Run { batch: 1, prompt: tokens, tokens: 1 }));
+    let decodes = args
+        .decode
+        .iter()
+        .map(|&batch| (Kind::Decode, Run { batch, prompt: args.decode_prompt, tokens: args.decode_tokens }));
+    for (kind, run) in prefills.chain(decodes) {
+        if let Some(why) = run.does_not_fit(engine) {
+            eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
+            continue;
+        }
+        let speeds = (0..args.repetitions).map(|_| bench.run(&run).map(|times| kind.speed(&run, &times)));
+        let speeds = Speeds::of(speeds.collect::<Result<_>>()?);
+        printer.print(kind, &run, &speeds)?;
+    }
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Prefill,
+    Decode,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+
+    /// The tokens that the figure is about: of the prompt, or of each answer.
+    fn tokens(self, run: &Run) -> usize {
+        match self {
+            Self::Prefill => run.prompt,
+            Self::Decode => run.tokens,
+        }
+    }
+
+    /// Tokens per second: for prefill up to the first token; for decode from when all sequences have
+    /// their first token to the last token of all.
+    fn speed(self, run: &Run, times: &Times) -> f64 {
+        match self {
+            Self::Prefill => per_second(run.prompt * run.batch, times.all_begun - times.start),
+            Self::Decode => per_second(times.after_all_begun, times.end - times.all_begun),
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "token counts are small")]
+fn per_second(tokens: usize, time: Duration) -> f64 {
+    tokens as f64 / time.as_secs_f64().max(1e-9)
+}
+
+/// Requests to run together.
+struct Run {
+    batch: usize,
+    prompt: usize,
+    tokens: usize,
+}
+
+impl Run {
+    fn does_not_fit(&self, engine: &Engine) -> Option<String> {
+        let length = self.prompt + self.tokens;
+        if self.batch == 0 || self.prompt == 0 || self.tokens == 0 {
+            return Some("sizes must be at least 1".to_owned());
+        }
+        if length > engine.served.max_model_len {
+            return Some(format!("{length} tokens don't fit the context of {}", engine.served.max_model_len));
+        }
+        let needed = length.div_ceil(engine.kv_block_tokens) * self.batch;
+        let had = engine.kv_blocks;
+        (needed > had).then(|| format!("it needs {needed} KV blocks and there are {had}: give a larger --kv-memory"))
+    }
+}
+
+/// When things happened in a run.
+struct Times {
+    start: Instant,
+    all_begun: Instant,
+    end: Instant,
+    after_all_begun: usize,
+}
+
+struct Bench {
+    served: Arc<Served>,
+    numbers: u64,
+}
+
+impl Bench {
+    fn run(&mut self, run: &Run) -> Result<Times> {
+        let requests: Vec<Request> = (0..run.batch).map(|_| self.request(run)).collect();
+        let (sender, events) = mpsc::channel();
+        let start = Instant::now();
+        let mut tickets: Vec<Ticket> = Vec::with_capacity(run.batch);
+        for (index, request) in requests.into_iter().enumerate() {
+            let sender = sender.clone();
+            let sink = Box::new(move |event| {
+                // Nobody listens any more once a run has failed.
+                let _ = sender.send((index, Instant::now(), event));
+            });
+            tickets.push(self.served.backend.submit(request, sink)?);
+        }
+        drop(sender);
+        let tokens = token_times(&events, run)?;
+        times(start, &tokens).ok_or_else(|| anyhow!("the run gave no tokens"))
+    }
+
+    fn request(&mut self, run: &Run) -> Request {
+        Request {
+            prompt: (0..run.prompt).map(|_| self.token()).collect(),
+            n: 1,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            stop: StopParams {
+                max_tokens: u32::try_from(run.tokens).unwrap_or(u32::MAX),
+                min_tokens: 0,
+                eos_token_ids: self.served.eos_token_ids.clone(),
+                ignore_eos: true,
+                stop_token_ids: Vec::new(),
+            },
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+
+    /// A random token id, by splitmix64.
+    fn token(&mut self) -> u32 {
+        self.numbers = self.numbers.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.numbers;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        u32::try_from((z ^ (z >> 31)) % self.served.vocab_size.max(1) as u64).unwrap_or(0)
+    }
+}
+
+/// When each request's tokens came.
+fn token_times(events: &mpsc::Receiver<(usize, Instant, Event)>, run: &Run) -> Result<Vec<Vec<Instant>>> {
+    let mut tokens = vec![Vec::with_capacity(run.tokens); run.batch];
+    let mut open = run.batch;
+    while open > 0 {
+        let (index, at, event) = events.recv()?;
+        match event {
+            Event::Token { .. } => tokens[index].push(at),
+            Event::Finished { .. } => open -= 1,
+            Event::Failed(error) => bail!(error),
+            Event::Started { .. } | Event::PromptLogprobs(_) => {}
+        }
+    }
+    Ok(tokens)
+}
+
+fn times(start: Instant, tokens: &[Vec<Instant>]) -> Option<Times> {
+    let firsts: Option<Vec<Instant>> = tokens.iter().map(|times| times.first().copied()).collect();
+    let all_begun = firsts?.into_iter().max()?;
+    let end = tokens.iter().filter_map(|times| times.last().copied()).max()?;
+    let after_all_begun = tokens.iter().flatten().filter(|&&at| at > all_begun).count();
+    Some(Times { start, all_begun, end, after_all_begun })
+}
+
+/// The repetitions' figures.
+struct Speeds {
+    median: f64,
+    slowest: f64,
+    fastest: f64,
+}
+
+impl Speeds {
+    fn of(mut all: Vec<f64>) -> Self {
+        all.sort_by(f64::total_cmp);
+        let at = |index: usize| all.get(index).copied().unwrap_or(f64::NAN);
+        let middle = all.len() / 2;
+        let median = if all.len().is_multiple_of(2) { (at(middle - 1) + at(middle)) / 2.0 } else { at(middle) };
+        Self { median, slowest: at(0), fastest: at(all.len() - 1) }
+    }
+}
+
+/// Prints figures as a table or as JSON lines.
+struct Printer {
+    json: bool,
+    model: String,
+    threads: usize,
+    format: String,
+    isa: String,
+}
+
+impl Printer {
+    fn new(json: bool, engine: &Engine) -> Self {
+        Self {
+            json,
+            model: engine.served.name().to_owned(),
+            threads: engine.threads,
+            format: engine.format.to_string(),
+            isa: engine.compute.isa.to_string(),
+        }
+    }
+
+    fn head(&self) -> io::Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        let Self { model, threads, format, isa, .. } = self;
+        let mut out = io::stdout().lock();
+        writeln!(out, "{model}: {format}, {isa}, {threads} threads")?;
+        writeln!(out, "{:<8} {:>7} {:>6} {:>12} {:>22} {:>10}", "kind", "tokens", "batch", "tok/s", "range", "peak MiB")
+    }
+
+    fn print(&self, kind: Kind, run: &Run, speeds: &Speeds) -> io::Result<()> {
+        let (kind, tokens, batch) = (kind.name(), kind.tokens(run), run.batch);
+        let Speeds { median, slowest, fastest } = speeds;
+        let peak = host::peak_rss_bytes();
+        let mut out = io::stdout().lock();
+        if self.json {
+            let Self { model, threads, format, isa, .. } = self;
+            let line = json!({
+                "kind": kind, "tokens": tokens, "batch": batch, "tokens_per_second": median,
+                "tokens_per_second_min": slowest, "tokens_per_second_max": fastest, "peak_rss_bytes": peak,
+                "threads": threads, "format": format, "isa": isa, "model": model,
+            });
+            writeln!(out, "{line}")?;
+        } else {
+            let range = format!("{slowest:.2} to {fastest:.2}");
+            let peak = peak.map_or_else(|| "?".to_owned(), |bytes| (bytes >> 20).to_string());
+            writeln!(out, "{kind:<8} {tokens:>7} {batch:>6} {median:>12.2} {range:>22} {peak:>10}")?;
+        }
+        out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(Speeds::of(vec![3.0, 1.0, 2.0]).median, 2.0);
+        assert_eq!(Speeds::of(vec![4.0, 1.0, 2.0, 3.0]).median, 2.5);
+        let speeds = Speeds::of(vec![5.0]);
+        assert_eq!((speeds.slowest, speeds.median, speeds.fastest), (5.0, 5.0, 5.0));
+    }
+
+    #[test]
+    fn decode_counts_from_when_all_have_begun() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let tokens = [vec![at(1), at(2), at(3), at(4)], vec![at(2), at(3), at(4), at(5)]];
+        let times = times(start, &tokens).unwrap();
+        let run = Run { batch: 2, prompt: 10, tokens: 4 };
+        // After second 2: tokens at 3, 4 and 3, 4, 5, in three seconds.
+        assert!((Kind::Decode.speed(&run, &times) - 5.0 / 3.0).abs() < 1e-9);
+        assert!((Kind::Prefill.speed(&run, &times) - 10.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_sequence_without_tokens_is_no_run() {
+        assert!(times(Instant::now(), &[vec![]]).is_none());
+    }
+}

@@ -1,0 +1,187 @@
+//! The command line: one subcommand, one file. What several share is here: the engine's flags, sizes, logging.
+
+mod bench;
+mod chat;
+mod generate;
+mod inspect;
+mod serve;
+mod terminal;
+
+use anyhow::Result;
+use cadre_models::Dtype;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::engine::EngineOptions;
+
+/// Serves mixture-of-experts language models on small hardware.
+#[derive(Debug, Parser)]
+#[command(name = "cadre", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answer OpenAI-compatible requests over HTTP
+    Serve(serve::ServeArgs),
+    /// Answer one prompt on standard output
+    Generate(generate::GenerateArgs),
+    /// Talk with the model in this terminal
+    Chat(chat::ChatArgs),
+    /// Show what a checkpoint is: architecture, parameters, bytes by part, chat template
+    Inspect(inspect::InspectArgs),
+    /// Measure prefill and decode throughput and peak memory
+    Bench(bench::BenchArgs),
+}
+
+/// Parses the command line and runs its subcommand.
+///
+/// # Errors
+/// When the subcommand fails.
+pub fn run() -> Result<()> {
+    let cli = Cli::parse();
+    log_to_stderr(matches!(cli.command, Command::Serve(_)));
+    match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    }
+}
+
+/// What `RUST_LOG` asks for; without it a server tells what it does, and the rest only what goes wrong.
+fn log_to_stderr(server: bool) {
+    let default = if server { "warn,cadre=info,cadre_engine=info,cadre_models=info" } else { "warn" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
+}
+
+/// The flags of every subcommand that runs a model.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Engine")]
+struct EngineArgs {
+    /// A checkpoint's directory or its id on the Hugging Face hub [default: the embedded model]
+    #[arg(long, value_name = "DIR|ID")]
+    model: Option<String>,
+
+    /// Worker threads [default: one a physical core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+
+    /// The weights' format in memory
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    dtype: DtypeArg,
+
+    /// Memory for the KV cache, such as 512MiB [default: up to 512MiB, no more than the sequences can use
+    /// and no more than a quarter of the free memory]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    kv_memory: Option<u64>,
+
+    /// The longest sequence, prompt and answer, in tokens [default: what the model was made for, if the KV cache
+    /// holds it]
+    #[arg(long, value_name = "TOKENS")]
+    max_model_len: Option<usize>,
+
+    /// Tokens that one step takes at most
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    max_num_batched_tokens: usize,
+}
+
+impl EngineArgs {
+    fn options(&self, max_num_seqs: usize) -> EngineOptions {
+        EngineOptions {
+            model: self.model.clone(),
+            served_names: Vec::new(),
+            threads: self.threads.map(usize::from),
+            kv_memory: self.kv_memory,
+            max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.max_model_len,
+            dtype: self.dtype.into(),
+            prefix_caching: true,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DtypeArg {
+    /// What loses nothing: bf16 stays bf16, f32 and f16 are computed in f32
+    Auto,
+    /// 32 bits
+    F32,
+    /// 16 bits
+    Bf16,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(arg: DtypeArg) -> Self {
+        match arg {
+            DtypeArg::Auto => Self::Auto,
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// A size: a number with a unit (`KiB`, `MiB`, `GiB`, `TiB`, `KB`, `MB`, `GB`, `TB`; `K`, `M`, `G`, `T` are the
+/// binary ones), or bytes.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        _ => return Err(format!("`{unit}` is no unit of size: expected KiB, MiB, GiB, KB, MB or GB")),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("expected a size such as 512MiB, found `{text}`"))?;
+    #[expect(clippy::cast_precision_loss, reason = "the factors are small powers")]
+    let bytes = number * factor as f64;
+    if !(1.0..1e18).contains(&bytes) {
+        return Err(format!("expected a size between 1 byte and 10^18 bytes, found `{text}`"));
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
+    Ok(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in
+            [("512MiB", 512 << 20), ("1g", 1 << 30), ("1.5 GiB", 3 << 29), ("2GB", 2_000_000_000), ("77", 77)]
+        {
+            assert_eq!(parse_bytes(text), Ok(bytes));
+        }
+        for text in ["", "MiB", "1 parsec", "-1", "0", "1e99", "1.2.3M"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn defaults_as_documented() {
+        let cli = Cli::parse_from(["cadre", "serve"]);
+        let Command::Serve(args) = cli.command else { panic!("not serve: {cli:?}") };
+        assert_eq!((args.host.as_str(), args.port), ("127.0.0.1", 8000));
+    }
+}

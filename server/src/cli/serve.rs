@@ -1,0 +1,166 @@
+//! `cadre serve`.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, anyhow};
+use cadre_engine::runtime::Runtime;
+use clap::Args;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+    time::{interval, timeout},
+};
+
+use super::EngineArgs;
+use crate::{
+    engine::{self, EngineOptions},
+    http::{self, App, HttpOptions},
+    metrics,
+};
+
+/// How long requests under way may go on once the server was told to end. With the moments for telling clients
+/// and joining the engine, the process ends within five seconds.
+const DRAIN: Duration = Duration::from_millis(3500);
+/// How long the engine may take to end its step.
+const JOIN: Duration = Duration::from_millis(400);
+/// How often the exporter tidies its samples.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Flags of `cadre serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+
+    /// The port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+
+    /// The model's name in requests and answers; may be given several times [default: as --model, or its last part]
+    #[arg(long = "served-model-name", value_name = "NAME")]
+    served_model_name: Vec<String>,
+
+    /// Sequences that one step takes at most
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Engine")]
+    max_num_seqs: usize,
+
+    /// Compute equal prefixes anew for each request
+    #[arg(long, help_heading = "Engine")]
+    no_prefix_caching: bool,
+
+    /// Refuse requests with fields that nobody knows, in place of ignoring them
+    #[arg(long)]
+    strict_params: bool,
+
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+impl ServeArgs {
+    fn engine_options(&self) -> EngineOptions {
+        EngineOptions {
+            served_names: self.served_model_name.clone(),
+            prefix_caching: !self.no_prefix_caching,
+            ..self.engine.options(self.max_num_seqs)
+        }
+    }
+}
+
+/// Serves until it is interrupted.
+///
+/// # Errors
+/// When the address is taken, or the model can't be loaded.
+pub fn run(args: &ServeArgs) -> Result<()> {
+    let metrics = metrics::install()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(serve(args, metrics));
+    // Whatever still runs is cut off: those who wait for it have been told.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
+    let mut interrupts = Interrupts::new()?;
+    let listener = TcpListener::bind((args.host.as_str(), args.port))
+        .await
+        .with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
+    println!("cadre listens on http://{}", listener.local_addr()?);
+    tokio::spawn(upkeep(metrics.clone()));
+    let options = HttpOptions { strict_params: args.strict_params, ..HttpOptions::default() };
+    let app = Arc::new(App::new(metrics, options));
+    let loaded = load(args.engine_options(), app.clone());
+
+    let mut outcome = Ok(None);
+    let until_told = async {
+        let first = tokio::select! {
+            () = interrupts.next() => return exit_at_the_next(interrupts),
+            loaded = loaded => loaded.unwrap_or_else(|_| Err(anyhow!("the thread that loads the model has failed"))),
+        };
+        outcome = first.map(Some);
+        if outcome.is_ok() {
+            interrupts.next().await;
+            exit_at_the_next(interrupts);
+        }
+    };
+    http::serve(listener, app, until_told, DRAIN).await?;
+    if let Some(runtime) = outcome? {
+        let join = tokio::task::spawn_blocking(move || runtime.shutdown(Duration::ZERO));
+        if timeout(JOIN, join).await.is_err() {
+            tracing::warn!("the engine is still in its last step");
+        }
+    }
+    Ok(())
+}
+
+/// Loads the model on a thread of its own; the runtime comes through the channel, or why there is none.
+fn load(options: EngineOptions, app: Arc<App>) -> oneshot::Receiver<Result<Runtime>> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::spawn(move || {
+        let started = engine::start(&options).map(|engine| {
+            tracing::info!(model = engine.served.name(), "ready");
+            app.ready(engine.served);
+            engine.runtime
+        });
+        // Nobody listens any more if the server ends while it loads.
+        let _ = sender.send(started);
+    });
+    receiver
+}
+
+async fn upkeep(metrics: PrometheusHandle) {
+    let mut ticks = interval(UPKEEP);
+    loop {
+        ticks.tick().await;
+        metrics.run_upkeep();
+    }
+}
+
+/// Ctrl-C, and what init systems send.
+struct Interrupts {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Interrupts {
+    fn new() -> Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// One who interrupts twice is in a hurry.
+fn exit_at_the_next(mut interrupts: Interrupts) {
+    tokio::spawn(async move {
+        interrupts.next().await;
+        std::process::exit(130);
+    });
+}

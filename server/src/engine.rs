@@ -1,0 +1,349 @@
+//! From flags to a running engine: checkpoint, weights, KV cache, runtime. Every subcommand starts here.
+
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use cadre_engine::{
+    compute::Compute,
+    kv::{KvCache, KvDtype, blocks::BLOCK_SIZE},
+    model::ModelInfo,
+    nn::Format,
+    request::SamplingParams,
+    runtime::{Runtime, RuntimeConfig},
+};
+use cadre_models::{ChatTemplate, Checkpoint, Dtype, GenerationConfig, Tokenizer};
+
+use crate::{
+    generation::{Backend, Machine},
+    host,
+    metrics::{self, Meters},
+    progress,
+};
+
+/// The KV cache's size when no flag gives one.
+const DEFAULT_KV_BYTES: u64 = 512 << 20;
+
+/// What to run, and within which limits.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// A directory or hub id; the embedded model if absent.
+    pub model: Option<String>,
+    /// The names that requests may use; the checkpoint's own if empty.
+    pub served_names: Vec<String>,
+    /// Worker threads; one a physical core if absent.
+    pub threads: Option<usize>,
+    /// Bytes for the KV cache.
+    pub kv_memory: Option<u64>,
+    /// Sequences in one step.
+    pub max_num_seqs: usize,
+    /// Tokens in one step.
+    pub max_num_batched_tokens: usize,
+    /// The longest sequence.
+    pub max_model_len: Option<usize>,
+    /// The weights' format.
+    pub dtype: Dtype,
+    /// Reuse the KV blocks of equal prefixes.
+    pub prefix_caching: bool,
+}
+
+/// A running engine.
+pub struct Engine {
+    /// The thread that steps.
+    pub runtime: Runtime,
+    /// What answers need.
+    pub served: Arc<Served>,
+    /// The format that the weights got.
+    pub format: Format,
+    /// The workers and their instruction tier.
+    pub compute: Compute,
+    /// How many workers.
+    pub threads: usize,
+    /// Blocks of the KV cache.
+    pub kv_blocks: usize,
+    /// Tokens in one of them.
+    pub kv_block_tokens: usize,
+}
+
+/// A model that answers: what HTTP routes and the terminal need of it.
+#[derive(Clone)]
+pub struct Served {
+    /// Its names, the first being the one that answers carry.
+    pub names: Vec<String>,
+    /// Where it came from.
+    pub root: String,
+    /// When it was ready, in seconds since 1970.
+    pub created: u64,
+    /// Takes requests.
+    pub backend: Arc<dyn Backend>,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Messages to text.
+    pub template: Option<ChatTemplate>,
+    /// How tokens are chosen when a request doesn't say.
+    pub sampling: SamplingParams,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Width of the logits.
+    pub vocab_size: usize,
+    /// The longest sequence.
+    pub max_model_len: usize,
+    /// Counts and times.
+    pub meters: Arc<Meters>,
+}
+
+impl Served {
+    /// The name that answers carry.
+    pub fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+
+    /// What a generation needs.
+    pub fn machine(&self) -> Machine {
+        Machine { backend: self.backend.clone(), tokenizer: self.tokenizer.clone(), meters: self.meters.clone() }
+    }
+}
+
+/// Opens and loads the model, and starts its runtime. Takes as long as the download and the load do.
+///
+/// # Errors
+/// When the checkpoint can't be read, or doesn't fit the limits.
+pub fn start(options: &EngineOptions) -> Result<Engine> {
+    ensure!(options.max_num_seqs > 0, "--max-num-seqs must be at least 1");
+    ensure!(options.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
+    let threads = options.threads.unwrap_or_else(host::physical_cores).max(1);
+    let compute = Compute::new(threads);
+    let checkpoint = open(options.model.as_deref())?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let template = checkpoint.chat_template()?;
+    let loaded = progress::load(|report| cadre_models::load(&checkpoint, options.dtype, &compute, report))?;
+    let info = loaded.model.info().clone();
+    let plan = KvPlan::new(options, &info, loaded.format)?;
+    tracing::info!(
+        model = checkpoint.name(), architecture = checkpoint.architecture(), format = %loaded.format,
+        isa = %compute.isa, threads, max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
+    );
+    let kv = KvCache::new(info.num_layers, info.num_kv_heads, info.head_dim, plan.blocks, plan.dtype)?;
+    let config = RuntimeConfig {
+        max_num_seqs: options.max_num_seqs,
+        max_num_batched_tokens: options.max_num_batched_tokens,
+        max_model_len: plan.max_model_len,
+        enable_prefix_caching: options.prefix_caching,
+    };
+    let names = served_names(options, &checkpoint);
+    let meters = Arc::new(Meters::new(&names[0]));
+    metrics::describe_model(
+        &names[0],
+        plan.blocks,
+        options.prefix_caching,
+        &[("weights", info.weight_bytes), ("kv", plan.bytes())],
+    );
+    let observer = meters.clone();
+    let runtime = Runtime::start(loaded.model, kv, compute.clone(), config, move |report| observer.step(report))?;
+    let served = Served {
+        names,
+        root: options.model.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
+        backend: Arc::new(runtime.handle()),
+        tokenizer,
+        template,
+        sampling: default_sampling(checkpoint.generation_config()),
+        eos_token_ids: checkpoint.generation_config().eos_token_ids.clone(),
+        vocab_size: info.vocab_size,
+        max_model_len: plan.max_model_len,
+        meters,
+    };
+    Ok(Engine {
+        runtime,
+        served: Arc::new(served),
+        format: loaded.format,
+        compute,
+        threads,
+        kv_blocks: plan.blocks,
+        kv_block_tokens: BLOCK_SIZE,
+    })
+}
+
+/// Opens a checkpoint, downloading it if need be.
+///
+/// # Errors
+/// When there is none, or it can't be read.
+pub fn open(model: Option<&str>) -> Result<Checkpoint> {
+    let shown = model.unwrap_or("the embedded model");
+    progress::download(|report| cadre_models::open(model, report)).with_context(|| format!("cannot open {shown}"))
+}
+
+/// The names asked for; else the checkpoint's own, and what it was opened by.
+fn served_names(options: &EngineOptions, checkpoint: &Checkpoint) -> Vec<String> {
+    if !options.served_names.is_empty() {
+        return options.served_names.clone();
+    }
+    let own = checkpoint.name().to_owned();
+    let asked = options.model.clone().filter(|asked| *asked != own);
+    std::iter::once(own).chain(asked).collect()
+}
+
+/// The checkpoint's own sampling; it is greedy if the checkpoint says that it doesn't sample.
+fn default_sampling(config: &GenerationConfig) -> SamplingParams {
+    let default = SamplingParams::default();
+    let greedy = config.do_sample == Some(false);
+    SamplingParams {
+        temperature: if greedy { 0.0 } else { config.temperature.unwrap_or(default.temperature) },
+        top_p: config.top_p.unwrap_or(default.top_p),
+        top_k: config.top_k.unwrap_or(default.top_k),
+        min_p: config.min_p.unwrap_or(default.min_p),
+        repetition_penalty: config.repetition_penalty.unwrap_or(default.repetition_penalty),
+        ..default
+    }
+}
+
+/// How large the KV cache is, and how long a sequence may become in it.
+#[derive(Debug, Clone, Copy)]
+struct KvPlan {
+    dtype: KvDtype,
+    blocks: usize,
+    block_bytes: usize,
+    max_model_len: usize,
+}
+
+impl KvPlan {
+    fn new(options: &EngineOptions, info: &ModelInfo, format: Format) -> Result<Self> {
+        let dtype = match format {
+            Format::F32 => KvDtype::F32,
+            Format::Bf16 => KvDtype::Bf16,
+        };
+        let block_bytes = KvCache::block_bytes(info.num_layers, info.num_kv_heads, info.head_dim, dtype).max(1);
+        let sizes = KvSizes {
+            block_bytes,
+            max_num_seqs: options.max_num_seqs,
+            asked_bytes: options.kv_memory,
+            asked_len: options.max_model_len,
+            trained_len: info.max_position_embeddings,
+            free_bytes: host::free_memory_bytes(),
+        };
+        let (blocks, max_model_len) = sizes.fit()?;
+        Ok(Self { dtype, blocks, block_bytes, max_model_len })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.blocks as u64 * self.block_bytes as u64
+    }
+}
+
+/// What decides about the KV cache.
+#[derive(Debug, Clone, Copy)]
+struct KvSizes {
+    block_bytes: usize,
+    max_num_seqs: usize,
+    asked_bytes: Option<u64>,
+    asked_len: Option<usize>,
+    trained_len: usize,
+    free_bytes: Option<u64>,
+}
+
+impl KvSizes {
+    /// Blocks, and the longest sequence. What was asked for is kept or refused; what wasn't is chosen to fit.
+    fn fit(self) -> Result<(usize, usize)> {
+        if let Some(len) = self.asked_len {
+            ensure!(len > 0, "--max-model-len must be at least 1");
+            ensure!(
+                len <= self.trained_len,
+                "--max-model-len is {len}, but the model's positions end at {}",
+                self.trained_len
+            );
+        }
+        let wanted_len = self.asked_len.unwrap_or(self.trained_len);
+        let blocks = match self.asked_bytes {
+            Some(bytes) => self.blocks_in(bytes),
+            None => self.default_blocks(wanted_len),
+        };
+        if blocks == 0 {
+            bail!("the KV cache holds no block: one takes {} bytes; give a larger --kv-memory", self.block_bytes);
+        }
+        let room = blocks * BLOCK_SIZE;
+        if self.asked_len.is_some() && wanted_len > room {
+            bail!(
+                "--max-model-len is {wanted_len}, but the KV cache ({} bytes) holds {room} tokens: \
+                 give --kv-memory {} or more, or a smaller --max-model-len",
+                blocks as u64 * self.block_bytes as u64,
+                wanted_len.div_ceil(BLOCK_SIZE) as u64 * self.block_bytes as u64,
+            );
+        }
+        Ok((blocks, wanted_len.min(room)))
+    }
+
+    /// As much as all sequences could use, but no more than the default and a quarter of the free memory;
+    /// one sequence of the length asked for may exceed the default.
+    fn default_blocks(self, wanted_len: usize) -> usize {
+        let one_sequence = wanted_len.div_ceil(BLOCK_SIZE);
+        let useful = one_sequence.saturating_mul(self.max_num_seqs);
+        let quarter = self.free_bytes.map_or(usize::MAX, |bytes| self.blocks_in(bytes / 4));
+        let mut default = self.blocks_in(DEFAULT_KV_BYTES);
+        if self.asked_len.is_some() {
+            default = default.max(one_sequence);
+        }
+        useful.min(default).min(quarter)
+    }
+
+    fn blocks_in(self, bytes: u64) -> usize {
+        usize::try_from(bytes / self.block_bytes as u64).unwrap_or(usize::MAX).min(u32::MAX as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: KvSizes = KvSizes {
+        block_bytes: 1 << 20,
+        max_num_seqs: 4,
+        asked_bytes: None,
+        asked_len: None,
+        trained_len: 1024,
+        free_bytes: Some(16 << 30),
+    };
+
+    #[test]
+    fn a_small_model_gets_what_its_sequences_can_use() {
+        assert_eq!(SIZES.fit().unwrap(), (4 * 64, 1024));
+    }
+
+    #[test]
+    fn a_large_model_gets_the_default_and_a_shorter_context() {
+        let sizes = KvSizes { trained_len: 1 << 20, ..SIZES };
+        assert_eq!(sizes.fit().unwrap(), (512, 512 * BLOCK_SIZE));
+    }
+
+    #[test]
+    fn never_more_than_a_quarter_of_the_free_memory() {
+        let sizes = KvSizes { free_bytes: Some(400 << 20), ..SIZES };
+        assert_eq!(sizes.fit().unwrap(), (100, 1024));
+    }
+
+    #[test]
+    fn a_length_asked_for_is_kept_or_refused() {
+        let long = KvSizes { trained_len: 1 << 20, asked_len: Some(1000 * BLOCK_SIZE), ..SIZES };
+        assert_eq!(long.fit().unwrap(), (1000, 1000 * BLOCK_SIZE));
+        let tight = KvSizes { asked_bytes: Some(10 << 20), ..long };
+        let message = tight.fit().unwrap_err().to_string();
+        assert!(message.contains("16000") && message.contains("160 tokens"), "{message}");
+        let beyond = KvSizes { asked_len: Some(2000), ..SIZES };
+        assert!(beyond.fit().is_err());
+    }
+
+    #[test]
+    fn a_budget_below_one_block_is_refused() {
+        assert!(KvSizes { asked_bytes: Some(1000), ..SIZES }.fit().is_err());
+    }
+
+    #[test]
+    fn checkpoints_that_do_not_sample_are_greedy() {
+        let config = GenerationConfig { do_sample: Some(false), temperature: Some(0.7), ..GenerationConfig::default() };
+        assert_eq!(default_sampling(&config).temperature, 0.0);
+        let config = GenerationConfig { temperature: Some(0.7), top_k: Some(20), ..GenerationConfig::default() };
+        assert_eq!(default_sampling(&config).temperature, 0.7);
+        assert_eq!(default_sampling(&config).top_k, 20);
+    }
+}

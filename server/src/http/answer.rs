@@ -1,0 +1,83 @@
+//! The shapes that chat and text completions share: envelope, usage, finish.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::{
+    http::{HeaderName, HeaderValue},
+    response::Response,
+};
+use serde_json::{Map, Value, json};
+
+use super::params::shared::random_seed;
+use crate::{
+    generation::{Finish, Usage},
+    metrics,
+};
+
+/// What every answer and every chunk of it begins with.
+#[derive(Debug, Clone)]
+pub struct Envelope {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+}
+
+impl Envelope {
+    /// A new answer, whose id begins with `prefix`.
+    pub fn new(prefix: &str, object: &'static str, model: &str) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let id = format!("{prefix}-{:016x}{:016x}", random_seed(), random_seed());
+        Self { id, object, created, model: model.to_owned() }
+    }
+
+    /// The answer, or chunk, with these choices.
+    pub fn with(&self, choices: Vec<Value>) -> Map<String, Value> {
+        let mut answer = Map::new();
+        answer.insert("id".to_owned(), self.id.clone().into());
+        answer.insert("object".to_owned(), self.object.into());
+        answer.insert("created".to_owned(), self.created.into());
+        answer.insert("model".to_owned(), self.model.clone().into());
+        answer.insert("choices".to_owned(), choices.into());
+        answer
+    }
+}
+
+/// OpenAI's usage object.
+pub fn usage(usage: Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    })
+}
+
+/// `finish_reason`: null while a choice goes on.
+pub fn finish_reason(finish: Option<&Finish>) -> Value {
+    finish.map(Finish::reason).into()
+}
+
+/// vLLM's `stop_reason`: the stop string or stop token that was met.
+pub fn stop_reason(finish: Option<&Finish>) -> Value {
+    match finish {
+        Some(Finish::StopString(text)) => text.as_str().into(),
+        Some(Finish::StopToken(token)) => (*token).into(),
+        _ => Value::Null,
+    }
+}
+
+/// Tells the client which of its fields were ignored.
+pub fn name_ignored(response: &mut Response, unknown: &[String]) {
+    const LIMIT: usize = 16;
+    if unknown.is_empty() {
+        return;
+    }
+    metrics::ignored_parameters(unknown.len());
+    let plain =
+        |name: &&String| name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+    let names: Vec<&str> = unknown.iter().filter(plain).take(LIMIT).map(String::as_str).collect();
+    if let Ok(value) = HeaderValue::from_str(&names.join(",")) {
+        response.headers_mut().insert(HeaderName::from_static("x-cadre-ignored"), value);
+    }
+}

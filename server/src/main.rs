@@ -1,0 +1,26 @@
+//! `cadre`: serves mixture-of-experts language models on small hardware.
+//!
+//! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
+//! it through [`generation`]; [`metrics`] counts.
+
+mod cli;
+mod engine;
+mod generation;
+mod host;
+mod http;
+mod metrics;
+mod progress;
+#[cfg(test)]
+mod testing;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Progress bars of long waits. They go to standard error and are hidden where that is no terminal.
+
+use cadre_models::{DownloadProgress, LoadProgress};
+use indicatif::{ProgressBar, ProgressStyle};
+
+const TEMPLATE: &str = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+
+/// Runs a download that reports to the bar.
+pub fn download<T>(work: impl FnOnce(&dyn Fn(DownloadProgress<'_>)) -> T) -> T {
+    let bar = bar();
+    let result = work(&|report: DownloadProgress<'_>| {
+        bar.set_message(report.file.to_owned());
+        bar.set_length(report.total_bytes);
+        bar.set_position(report.done_bytes);
+    });
+    bar.finish_and_clear();
+    result
+}
+
+/// Runs a load that reports to the bar.
+pub fn load<T>(work: impl FnOnce(&(dyn Fn(LoadProgress) + Sync)) -> T) -> T {
+    let bar = bar();
+    bar.set_message("loading weights");
+    let result = work(&|report: LoadProgress| {
+        bar.set_length(report.total_bytes);
+        bar.set_position(report.done_bytes);
+    });
+    bar.finish_and_clear();
+    result
+}
+
+fn bar() -> ProgressBar {
+    let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style)
+}
