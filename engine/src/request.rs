@@ -19,8 +19,8 @@ pub struct Request {
     pub prompt_logprobs: Option<u32>,
 }
 
-/// How the next token is chosen from the logits. The order of application is that of vLLM and transformers:
-/// allowed tokens and bans, logit bias, penalties, then temperature, top-k, top-p, min-p, then the draw.
+/// How the next token is chosen from the logits. The order of application is that of vLLM's v1 sampler:
+/// allowed tokens and bans, logit bias, penalties, then temperature, min-p, top-k, top-p, then the draw.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 takes the most likely token (greedy); otherwise the logits are divided by it.

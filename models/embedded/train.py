@@ -775,7 +775,7 @@ def report(out):
     encode = functools.lru_cache(20000)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
     model = bailing.build(json.loads((out / "config.json").read_text()))
     model.load_state_dict({k: v.float() for k, v in load_file(out / "model.safetensors").items()})
-    cases = test_cases(11, 300)
+    cases = test_cases(11, 200)
     in_f32 = evaluate(model, encode, cases)
     in_bf16 = evaluate(model.bfloat16(), encode, cases)
     print("| family | setting | f32 | bf16 |\n|---|---|---|---|")

@@ -218,8 +218,11 @@ impl Snapshot<'_> {
             return Err(self.hub.failed(&what, format!("it names the content {:?}", metadata.etag())));
         }
         let blob = self.hub.branch.blob_path(metadata.etag());
-        if blob.metadata().is_ok_and(|blob| blob.len() == metadata.size() as u64) {
-            return link(&blob, &path).map_err(|error| self.hub.failed(&what, error.to_string()));
+        let here =
+            complete(&blob, metadata.size() as u64).and_then(|here| if here { link(&blob, &path) } else { Ok(()) });
+        here.map_err(|error| self.hub.failed(&what, error.to_string()))?;
+        if path.exists() {
+            return Ok(());
         }
         let size = Cell::new(0);
         let progress = Reporter { file, done_bytes: 0, size: &size, on_download: self.on_download };
@@ -233,6 +236,18 @@ impl Snapshot<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether all `size` bytes of `blob` are here. What an interrupted download left under its other name counts if it is
+/// whole, and is removed if it is too long: hf-hub could not go on from either.
+fn complete(blob: &Path, size: u64) -> io::Result<bool> {
+    let part = blob.with_extension("part");
+    match part.metadata().map(|part| part.len()) {
+        Ok(found) if found == size && size > 0 => fs::rename(&part, blob)?,
+        Ok(found) if found > size => fs::remove_file(&part)?,
+        _ => {}
+    }
+    Ok(blob.metadata().is_ok_and(|blob| blob.len() == size))
 }
 
 /// Makes `path` a link to `blob`, as a download would have.

@@ -10,7 +10,7 @@
 //! | `weights`, `blocks` | tensors by name and shape, packed as they are read; every tensor accounted for |
 //! | `registry` | the table from `model_type` to the file that builds it |
 //! | `qwen3_moe`, `olmoe`, `bailing_moe`, `bailing_moe_v2` | the architectures |
-//! | [`load`] | from a checkpoint to a model |
+//! | [`load`](mod@load) | from a checkpoint to a model |
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
 //! | [`chat_template`] | a conversation to a prompt |
 //! | [`summary`] | what a checkpoint holds, from its headers |

@@ -56,9 +56,12 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// All tensors, by their full names.
+    /// All tensors, by their full names. Frequencies of the rotary embedding, which old checkpoints store, are computed
+    /// from the configuration instead.
     pub(crate) fn root(&self) -> Weights<'_> {
-        Weights { loader: self, prefix: String::new() }
+        let root = Weights { loader: self, prefix: String::new() };
+        root.ignore_all(|name| name.ends_with("rotary_emb.inv_freq"));
+        root
     }
 
     /// Every tensor was used or ignored on purpose.
@@ -232,8 +235,12 @@ impl<'a> Weights<'a> {
     /// Says that no tensor whose name begins with `prefix` is needed.
     pub(crate) fn ignore_prefix(&self, prefix: &str) {
         let prefix = self.name(prefix);
+        self.ignore_all(|name| name.starts_with(&prefix));
+    }
+
+    fn ignore_all(&self, fits: impl Fn(&str) -> bool) {
         for (index, info) in self.loader.tensors.iter().enumerate() {
-            if info.name.starts_with(&prefix) {
+            if fits(&info.name) {
                 self.skip(index);
             }
         }
@@ -420,6 +427,12 @@ mod tests {
         let error = result.unwrap_err().to_string();
         assert!(error.contains("1 tensors") && error.contains("layers.20.x"), "{error}");
         assert_eq!(told.last().unwrap().done_bytes, 12);
+    }
+
+    #[test]
+    fn stored_frequencies_are_no_weights() {
+        let file = TensorFile::default().f32("layers.0.self_attn.rotary_emb.inv_freq", &[1], &[1.0]);
+        assert!(with(file, |loader, _| loader.finish()).0.is_ok());
     }
 
     #[test]

@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
     compute::Compute,
     kv::{KvCache, KvDtype, blocks::BLOCK_SIZE},
-    model::ModelInfo,
+    model::{Model, ModelInfo},
     nn::Format,
     request::SamplingParams,
-    runtime::{Runtime, RuntimeConfig},
+    runtime::{Runtime, RuntimeConfig, RuntimeHandle},
 };
-use cadre_models::{ChatTemplate, Checkpoint, Dtype, GenerationConfig, Tokenizer};
+use cadre_models::{ChatTemplate, Checkpoint, Dtype, GenerationConfig, LoadedModel, Tokenizer};
 
 use crate::{
     generation::{Backend, Machine},
@@ -104,6 +104,28 @@ impl Served {
     pub fn machine(&self) -> Machine {
         Machine { backend: self.backend.clone(), tokenizer: self.tokenizer.clone(), meters: self.meters.clone() }
     }
+
+    fn new(
+        options: &EngineOptions,
+        checkpoint: &Checkpoint,
+        handle: RuntimeHandle,
+        meters: Arc<Meters>,
+    ) -> Result<Self> {
+        let defaults = checkpoint.generation_config();
+        Ok(Self {
+            names: served_names(options, checkpoint),
+            root: options.model.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
+            tokenizer: checkpoint.tokenizer()?,
+            template: checkpoint.chat_template()?,
+            sampling: default_sampling(defaults),
+            eos_token_ids: defaults.eos_token_ids.clone(),
+            vocab_size: handle.info().vocab_size,
+            max_model_len: handle.config().max_model_len,
+            backend: Arc::new(handle),
+            meters,
+        })
+    }
 }
 
 /// Opens and loads the model, and starts its runtime. Takes as long as the download and the load do.
@@ -116,15 +138,33 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let threads = options.threads.unwrap_or_else(host::physical_cores).max(1);
     let compute = Compute::new(threads);
     let checkpoint = open(options.model.as_deref())?;
-    let tokenizer = checkpoint.tokenizer()?;
-    let template = checkpoint.chat_template()?;
-    let loaded = progress::load(|report| cadre_models::load(&checkpoint, options.dtype, &compute, report))?;
-    let info = loaded.model.info().clone();
-    let plan = KvPlan::new(options, &info, loaded.format)?;
+    // Small and quick to fail: read before the weights.
+    checkpoint.tokenizer()?;
+    checkpoint.chat_template()?;
+    let LoadedModel { model, format } =
+        progress::load(|report| cadre_models::load(&checkpoint, options.dtype, &compute, report))?;
+    let plan = KvPlan::new(options, model.info(), format)?;
     tracing::info!(
-        model = checkpoint.name(), architecture = checkpoint.architecture(), format = %loaded.format,
-        isa = %compute.isa, threads, max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
+        model = checkpoint.name(), architecture = checkpoint.architecture(), %format, isa = %compute.isa, threads,
+        max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
     );
+    let name = served_names(options, &checkpoint).swap_remove(0);
+    let memory = [("weights", model.info().weight_bytes), ("kv", plan.bytes())];
+    metrics::describe_model(&name, plan.blocks, options.prefix_caching, &memory);
+    let meters = Arc::new(Meters::new(&name));
+    let runtime = start_runtime(options, model, &plan, compute.clone(), meters.clone())?;
+    let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
+    Ok(Engine { runtime, served, format, compute, threads, kv_blocks: plan.blocks, kv_block_tokens: BLOCK_SIZE })
+}
+
+fn start_runtime(
+    options: &EngineOptions,
+    model: Box<dyn Model>,
+    plan: &KvPlan,
+    compute: Compute,
+    meters: Arc<Meters>,
+) -> Result<Runtime> {
+    let info = model.info();
     let kv = KvCache::new(info.num_layers, info.num_kv_heads, info.head_dim, plan.blocks, plan.dtype)?;
     let config = RuntimeConfig {
         max_num_seqs: options.max_num_seqs,
@@ -132,38 +172,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         max_model_len: plan.max_model_len,
         enable_prefix_caching: options.prefix_caching,
     };
-    let names = served_names(options, &checkpoint);
-    let meters = Arc::new(Meters::new(&names[0]));
-    metrics::describe_model(
-        &names[0],
-        plan.blocks,
-        options.prefix_caching,
-        &[("weights", info.weight_bytes), ("kv", plan.bytes())],
-    );
-    let observer = meters.clone();
-    let runtime = Runtime::start(loaded.model, kv, compute.clone(), config, move |report| observer.step(report))?;
-    let served = Served {
-        names,
-        root: options.model.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
-        backend: Arc::new(runtime.handle()),
-        tokenizer,
-        template,
-        sampling: default_sampling(checkpoint.generation_config()),
-        eos_token_ids: checkpoint.generation_config().eos_token_ids.clone(),
-        vocab_size: info.vocab_size,
-        max_model_len: plan.max_model_len,
-        meters,
-    };
-    Ok(Engine {
-        runtime,
-        served: Arc::new(served),
-        format: loaded.format,
-        compute,
-        threads,
-        kv_blocks: plan.blocks,
-        kv_block_tokens: BLOCK_SIZE,
-    })
+    Ok(Runtime::start(model, kv, compute, config, move |report| meters.step(report))?)
 }
 
 /// Opens a checkpoint, downloading it if need be.
@@ -294,7 +303,12 @@ impl KvSizes {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use cadre_engine::request::{Request, StopParams};
+
     use super::*;
+    use crate::generation::{Generation, OutputOptions};
 
     const SIZES: KvSizes = KvSizes {
         block_bytes: 1 << 20,
@@ -336,6 +350,44 @@ mod tests {
     #[test]
     fn a_budget_below_one_block_is_refused() {
         assert!(KvSizes { asked_bytes: Some(1000), ..SIZES }.fit().is_err());
+    }
+
+    #[tokio::test]
+    async fn the_embedded_model_starts_and_answers() {
+        let options = EngineOptions {
+            model: None,
+            served_names: vec!["small".to_owned()],
+            threads: Some(1),
+            kv_memory: None,
+            max_num_seqs: 2,
+            max_num_batched_tokens: 64,
+            max_model_len: Some(128),
+            dtype: Dtype::Auto,
+            prefix_caching: true,
+        };
+        let engine = start(&options).unwrap();
+        let served = &engine.served;
+        assert_eq!((served.name(), served.max_model_len, engine.kv_blocks), ("small", 128, 16));
+        assert!(served.template.is_some() && !served.eos_token_ids.is_empty());
+        let request = Request {
+            prompt: served.tokenizer.encode("hello", true).unwrap(),
+            n: 2,
+            sampling: served.sampling.clone(),
+            stop: StopParams {
+                max_tokens: 5,
+                min_tokens: 0,
+                eos_token_ids: served.eos_token_ids.clone(),
+                ignore_eos: true,
+                stop_token_ids: Vec::new(),
+            },
+            logprobs: Some(1),
+            prompt_logprobs: None,
+        };
+        let mut generation = Generation::start(&served.machine(), vec![request], OutputOptions::default()).unwrap();
+        let completed = generation.collect().await.unwrap();
+        assert_eq!(completed.choices.len(), 2);
+        assert!(completed.choices.iter().all(|choice| choice.tokens.len() == 5));
+        engine.runtime.shutdown(Duration::ZERO);
     }
 
     #[test]

@@ -9,9 +9,10 @@ const TEMPLATE: &str = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {
 pub fn download<T>(work: impl FnOnce(&dyn Fn(DownloadProgress<'_>)) -> T) -> T {
     let bar = bar();
     let result = work(&|report: DownloadProgress<'_>| {
-        bar.set_message(report.file.to_owned());
-        bar.set_length(report.total_bytes);
-        bar.set_position(report.done_bytes);
+        if bar.message() != report.file {
+            bar.set_message(report.file.to_owned());
+        }
+        show(&bar, report.done_bytes, report.total_bytes);
     });
     bar.finish_and_clear();
     result
@@ -19,14 +20,18 @@ pub fn download<T>(work: impl FnOnce(&dyn Fn(DownloadProgress<'_>)) -> T) -> T {
 
 /// Runs a load that reports to the bar.
 pub fn load<T>(work: impl FnOnce(&(dyn Fn(LoadProgress) + Sync)) -> T) -> T {
-    let bar = bar();
-    bar.set_message("loading weights");
-    let result = work(&|report: LoadProgress| {
-        bar.set_length(report.total_bytes);
-        bar.set_position(report.done_bytes);
-    });
+    let bar = bar().with_message("loading weights");
+    let result = work(&|report: LoadProgress| show(&bar, report.done_bytes, report.total_bytes));
     bar.finish_and_clear();
     result
+}
+
+/// Positions are drawn a few times a second; a new length or message is drawn at once, so only when it is new.
+fn show(bar: &ProgressBar, done_bytes: u64, total_bytes: u64) {
+    if bar.length() != Some(total_bytes) {
+        bar.set_length(total_bytes);
+    }
+    bar.set_position(done_bytes);
 }
 
 fn bar() -> ProgressBar {

@@ -19,7 +19,7 @@ def check(function):
 
 
 def ask(**more):
-    return client.chat.completions.create(model=MODEL, messages=QUESTION, **{**LONG, **more})
+    return client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, **LONG, **more})
 
 
 @check

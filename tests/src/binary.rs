@@ -25,17 +25,18 @@ fn profile_directory() -> PathBuf {
     test.ancestors().nth(2).expect("the tests lie in target/<profile>/deps").to_owned()
 }
 
+/// By way of the binary's own integration test and for the whole workspace, so that the dependencies have the features
+/// that `cargo test --workspace` gives them: after it there is nothing left to build.
 fn build() -> PathBuf {
     let directory = profile_directory();
-    let profile = match directory.file_name().and_then(|name| name.to_str()) {
-        Some("debug") | None => "dev",
-        Some(other) => other,
-    };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--package", "cadre", "--bin", "cadre", "--profile", profile, "--target-dir"]);
-    command.arg(target_directory()).current_dir(root());
-    let status = command.status().expect("cargo runs");
+    command.args(["test", "--workspace", "--test", "binary", "--no-run", "--quiet"]).current_dir(root());
+    match directory.file_name().and_then(|name| name.to_str()) {
+        Some("debug") | None => &mut command,
+        Some(profile) => command.args(["--profile", profile]),
+    };
+    let status = command.arg("--target-dir").arg(target_directory()).status().expect("cargo runs");
     assert!(status.success(), "cadre could not be built: {status}");
     directory.join("cadre")
 }

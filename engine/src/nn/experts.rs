@@ -3,10 +3,10 @@ use std::ops::Range;
 use cadre_kernels::{
     buffer::{AllocError, Buffer},
     ffn::{FfnLayout, Group, WeightedRow},
-    format::{Format, Packed},
+    format::{Layout, Packed},
 };
 
-use super::matrix::pack_rows;
+use super::matrix::{PackTask, pack};
 use crate::compute::Compute;
 
 /// One of an expert's three matrices.
@@ -46,9 +46,9 @@ impl Experts {
             reason: format!("{count} experts of {expert_bytes} bytes overflow"),
         })?;
         let mut bytes = Buffer::zeroed(total)?;
-        for (expert, bytes) in bytes.chunks_exact_mut(expert_bytes).enumerate() {
-            pack_expert(compute, layout, bytes, |part, rows, values| read_rows(expert, part, rows, values))?;
-        }
+        let experts = bytes.chunks_exact_mut(expert_bytes).enumerate();
+        let tasks = experts.flat_map(|(expert, bytes)| tasks(layout, expert, bytes)).collect();
+        pack(compute, layout.format, tasks, |(expert, part), rows, values| read_rows(expert, part, rows, values))?;
         Ok(Self { layout, count, bytes })
     }
 
@@ -92,13 +92,9 @@ fn expert_bytes(layout: &FfnLayout) -> usize {
     layout.gate_up().bytes() + layout.down().bytes()
 }
 
-fn pack_expert<E: Send>(
-    compute: &Compute,
-    layout: FfnLayout,
-    bytes: &mut [u8],
-    read_rows: impl Fn(ExpertPart, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
-) -> Result<(), E> {
-    let FfnLayout { format, hidden, intermediate }: FfnLayout = layout;
+/// The tasks that fill one expert's panels.
+fn tasks(layout: FfnLayout, expert: usize, bytes: &mut [u8]) -> Vec<PackTask<'_, (usize, ExpertPart)>> {
+    let FfnLayout { format, hidden, intermediate } = layout;
     let (gate_up, down) = bytes.split_at_mut(layout.gate_up().bytes());
     let (mut gate, mut up) = (Vec::new(), Vec::new());
     for pair in gate_up.chunks_exact_mut(2 * layout.gate_up().panel_bytes()) {
@@ -106,11 +102,10 @@ fn pack_expert<E: Send>(
         gate.push(gate_panel);
         up.push(up_panel);
     }
-    let pack = |part, format: Format, k, n, panels| {
-        pack_rows(compute, format, k, n, panels, |rows, values: &mut [f32]| read_rows(part, rows, values))
-    };
-    pack(ExpertPart::Gate, format, hidden, intermediate, gate)?;
-    pack(ExpertPart::Up, format, hidden, intermediate, up)?;
-    let down = down.chunks_exact_mut(layout.down().panel_bytes()).collect();
-    pack(ExpertPart::Down, format, intermediate, hidden, down)
+    let half = Layout { format, n: intermediate, k: hidden };
+    let mut tasks = PackTask::split((expert, ExpertPart::Gate), half, gate.into_iter());
+    tasks.extend(PackTask::split((expert, ExpertPart::Up), half, up.into_iter()));
+    let down = down.chunks_exact_mut(layout.down().panel_bytes());
+    tasks.extend(PackTask::split((expert, ExpertPart::Down), layout.down(), down));
+    tasks
 }

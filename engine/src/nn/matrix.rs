@@ -1,4 +1,7 @@
-use std::{ops::Range, sync::Mutex};
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use cadre_kernels::{
     buffer::{AllocError, Buffer},
@@ -29,8 +32,8 @@ impl Matrix {
         read_rows: impl Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         let mut bytes = Buffer::zeroed(layout.bytes())?;
-        let panels: Vec<_> = bytes.chunks_exact_mut(layout.panel_bytes()).collect();
-        pack_rows(compute, layout.format, layout.k, layout.n, panels, read_rows)?;
+        let tasks = PackTask::split((), layout, bytes.chunks_exact_mut(layout.panel_bytes()));
+        pack(compute, layout.format, tasks, |(), rows, values| read_rows(rows, values))?;
         Ok(Self { layout, bytes })
     }
 
@@ -71,53 +74,71 @@ impl Matrix {
                 self.packed().unpack_row(index, &mut row);
                 sums.iter_mut().zip(&row).for_each(|(sum, x)| *sum += f64::from(*x) * f64::from(*x));
             }
-            *partial[part].lock().unwrap_or_else(std::sync::PoisonError::into_inner) = sums;
+            *partial[part].lock().unwrap_or_else(PoisonError::into_inner) = sums;
         });
         let mut total = vec![0.0; self.layout.k];
         for sums in partial {
-            let sums = sums.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let sums = sums.into_inner().unwrap_or_else(PoisonError::into_inner);
             total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
         }
         total.into_iter().map(|sum| sum.sqrt() as f32).collect()
     }
 }
 
-/// Fills `panels` from the rows of a matrix `[n, k]`, in parallel; the error that came first wins.
-pub(super) fn pack_rows<E: Send>(
+/// Neighbouring panels that one task packs, and the rows of `source` `[n, k]` that fill them.
+pub(super) struct PackTask<'a, S> {
+    source: S,
+    k: usize,
+    rows: Range<usize>,
+    panels: Vec<&'a mut [u8]>,
+}
+
+impl<'a, S: Copy> PackTask<'a, S> {
+    /// The tasks that fill the panels of a matrix.
+    pub(super) fn split(source: S, layout: Layout, panels: impl Iterator<Item = &'a mut [u8]>) -> Vec<Self> {
+        let panels_per_task = (TASK_VALUES / (PANEL * layout.k)).max(1);
+        let mut tasks: Vec<Self> = Vec::new();
+        for (index, panel) in panels.enumerate() {
+            let end = layout.n.min((index + 1) * PANEL);
+            match tasks.last_mut().filter(|task| task.panels.len() < panels_per_task) {
+                Some(task) => {
+                    task.panels.push(panel);
+                    task.rows.end = end;
+                }
+                None => {
+                    let rows = index * PANEL..end;
+                    tasks.push(Self { source, k: layout.k, rows, panels: vec![panel] });
+                }
+            }
+        }
+        tasks
+    }
+}
+
+/// Runs the tasks on all threads; the error that came first wins.
+pub(super) fn pack<S: Copy + Send, E: Send>(
     compute: &Compute,
     format: Format,
-    k: usize,
-    n: usize,
-    panels: Vec<&mut [u8]>,
-    read_rows: impl Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
+    tasks: Vec<PackTask<'_, S>>,
+    read_rows: impl Fn(S, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    let panels_per_task = (TASK_VALUES / (PANEL * k)).max(1);
-    let mut tasks: Vec<Mutex<Vec<&mut [u8]>>> = Vec::new();
-    let mut panels = panels.into_iter();
-    loop {
-        let task: Vec<_> = panels.by_ref().take(panels_per_task).collect();
-        if task.is_empty() {
-            break;
-        }
-        tasks.push(Mutex::new(task));
-    }
+    let tasks: Vec<_> = tasks.into_iter().map(Mutex::new).collect();
     let error = Mutex::new(None);
-    let lock_error = || error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let lock_error = || error.lock().unwrap_or_else(PoisonError::into_inner);
     compute.pool.run(tasks.len(), |index| {
         if lock_error().is_some() {
             return;
         }
-        let mut panels = tasks[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let start = index * panels_per_task * PANEL;
-        let rows = start..n.min(start + panels.len() * PANEL);
-        let mut values = vec![0.0; rows.len() * k];
-        if let Err(found) = read_rows(rows, &mut values) {
+        let mut task = tasks[index].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = vec![0.0; task.rows.len() * task.k];
+        if let Err(found) = read_rows(task.source, task.rows.clone(), &mut values) {
             lock_error().get_or_insert(found);
             return;
         }
-        for (panel, rows) in panels.iter_mut().zip(values.chunks(PANEL * k)) {
+        let k = task.k;
+        for (panel, rows) in task.panels.iter_mut().zip(values.chunks(PANEL * k)) {
             pack_panel(format, k, rows, panel);
         }
     });
-    error.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
+    error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }

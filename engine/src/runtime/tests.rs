@@ -32,9 +32,9 @@ fn mixed() -> Vec<Request> {
             SamplingParams { seed: u64::from(at), top_p: 0.9, presence_penalty: 0.3, ..SamplingParams::default() };
         let mut request = request(&prompt, 10 + at * 3);
         request.n = 1 + at % 3;
-        request.logprobs = (at % 2 == 0).then_some(2);
-        request.prompt_logprobs = (at % 5 == 0).then_some(1);
-        if at % 4 != 0 {
+        request.logprobs = at.is_multiple_of(2).then_some(2);
+        request.prompt_logprobs = at.is_multiple_of(5).then_some(1);
+        if !at.is_multiple_of(4) {
             request.sampling = drawn;
         }
         request

@@ -1,6 +1,6 @@
 //! Log-probabilities from the raw logits.
 
-use super::{SampleError, by_rank};
+use super::{SampleError, by_rank, list_best};
 use crate::request::TokenLogprobs;
 
 /// Log-probability and rank of `token`, and the `top` most likely tokens. `row` is finite.
@@ -25,13 +25,7 @@ fn log_sum_exp(row: &[f32]) -> f64 {
 
 /// The `count` tokens of the highest logits, best first; sorts only those.
 fn most_likely<'a>(row: &[f32], count: usize, order: &'a mut Vec<u32>) -> &'a [u32] {
-    order.clear();
-    let Some(last) = count.min(row.len()).checked_sub(1) else { return order };
-    order.extend(0..row.len() as u32);
-    if last + 1 < order.len() {
-        order.select_nth_unstable_by(last, by_rank(row));
-        order.truncate(last + 1);
-    }
+    list_best(row, 0..row.len() as u32, count, order);
     order.sort_unstable_by(by_rank(row));
     order
 }

@@ -2,12 +2,13 @@
 //!
 //! Every token has a weight, the exponential of its tempered distance from the best one; a filter sets the weights of
 //! what it drops to 0. Sums go over all ids in ascending order and in f64, so they depend on the logits alone.
-//! Nothing sorts the vocabulary: top-k partitions, top-p sorts as many of the best as it takes to reach its mass.
+//! Nothing sorts the vocabulary: top-k takes the best in one pass, top-p sorts as many of the best as it takes
+//! to reach its mass.
 
-use super::by_rank;
+use super::{by_rank, list_best};
 use crate::request::SamplingParams;
 
-/// Tokens that top-p sorts first, and by how much more it goes on if their mass doesn't suffice.
+/// Tokens that top-p sorts first, and how many times more if their mass doesn't suffice.
 const FIRST_SORTED: usize = 64;
 const MORE_SORTED: usize = 8;
 
@@ -16,7 +17,7 @@ const MORE_SORTED: usize = 8;
 pub(super) struct Selection {
     /// `[vocab]`; 0 is dropped.
     weights: Vec<f32>,
-    /// Ids of the tokens that are kept, in any order.
+    /// The best of them, while a filter looks for its bound.
     order: Vec<u32>,
 }
 
@@ -65,26 +66,47 @@ impl Selection {
     }
 
     fn keep_top_k(&mut self, logits: &[f32], k: usize) {
-        self.list_kept();
-        if k < self.order.len() {
-            let (_, &mut last, _) = self.order.select_nth_unstable_by(k - 1, by_rank(logits));
+        let mut order = std::mem::take(&mut self.order);
+        list_best(logits, self.kept(), k, &mut order);
+        if let Some(&last) = order.iter().max_by(|a, b| by_rank(logits)(a, b)) {
             self.drop_after(logits, last);
         }
+        self.order = order;
     }
 
     /// Keeps the best tokens up to the one with which their mass reaches `top_p` of what earlier filters left.
     fn keep_top_p(&mut self, logits: &[f32], top_p: f32) {
-        self.list_kept();
         let goal = f64::from(top_p) * self.total();
-        if let Some(last) = reaching(goal, &mut self.order, &self.weights, logits) {
-            self.drop_after(logits, last);
+        let mut order = std::mem::take(&mut self.order);
+        let mut count = FIRST_SORTED;
+        loop {
+            list_best(logits, self.kept(), count, &mut order);
+            order.sort_unstable_by(by_rank(logits));
+            if let Some(last) = self.reaching(goal, &order) {
+                self.drop_after(logits, last);
+                break;
+            }
+            if order.len() < count {
+                break; // That was all of them.
+            }
+            count *= MORE_SORTED;
         }
+        self.order = order;
     }
 
-    fn list_kept(&mut self) {
-        let kept = self.weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0);
-        self.order.clear();
-        self.order.extend(kept.map(|(token, _)| token as u32));
+    /// The token of `order` with which their weights, summed in this order, reach `goal`.
+    fn reaching(&self, goal: f64, order: &[u32]) -> Option<u32> {
+        let mut mass = 0.0;
+        let reaches = |token: &&u32| {
+            mass += f64::from(self.weights[**token as usize]);
+            mass >= goal
+        };
+        order.iter().find(reaches).copied()
+    }
+
+    /// The tokens that no filter has dropped, ascending.
+    fn kept(&self) -> impl Iterator<Item = u32> {
+        self.weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0).map(|(token, _)| token as u32)
     }
 
     /// Drops everything that ranks after `last`.
@@ -96,28 +118,4 @@ impl Selection {
             }
         }
     }
-}
-
-/// The token with which the weights of `order`, summed best first, reach `goal`; `None` if they all don't.
-fn reaching(goal: f64, order: &mut [u32], weights: &[f32], logits: &[f32]) -> Option<u32> {
-    let mut mass = 0.0;
-    let mut rest = order;
-    let mut count = FIRST_SORTED;
-    while !rest.is_empty() {
-        count = count.min(rest.len());
-        if count < rest.len() {
-            rest.select_nth_unstable_by(count - 1, by_rank(logits));
-        }
-        let (sorted, after) = rest.split_at_mut(count);
-        sorted.sort_unstable_by(by_rank(logits));
-        for &token in sorted.iter() {
-            mass += f64::from(weights[token as usize]);
-            if mass >= goal {
-                return Some(token);
-            }
-        }
-        rest = after;
-        count *= MORE_SORTED;
-    }
-    None
 }

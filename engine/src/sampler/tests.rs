@@ -79,7 +79,7 @@ fn before_min_tokens_nothing_may_end_the_continuation() {
 fn bias_comes_before_the_penalties() {
     let params =
         SamplingParams { logit_bias: [(2, 3.0), (3, -3.0), (50, 1.0)].into(), repetition_penalty: 2.0, ..greedy() };
-    assert_eq!(processed(&[1.0; 5], &sequence(request(params), 0, &[4])), [1.0, 1.0, 2.0, -4.0, 0.5]);
+    assert_eq!(processed(&[1.0, 1.0, 1.0, 1.0, 0.5], &sequence(request(params), 0, &[4])), [1.0, 1.0, 2.0, -4.0, 0.25]);
 }
 
 #[test]

@@ -40,6 +40,9 @@ impl Scheduler {
                 "an unscored position is skipped"
             );
         }
+        let youngest = self.running.last_key_value().map(|(id, _)| id);
+        assert!(plan.preempted.iter().all(|id| Some(id) > youngest), "an older one was preempted");
+        assert!(plan.preempted.is_empty() || plan.admitted.is_empty(), "admitted into blocks that ran out");
         let oldest = self.running.first_key_value().map(|(id, _)| id);
         assert!(oldest.is_none_or(|id| seen.contains(id)), "the oldest is not planned");
         assert_eq!(oldest.is_none(), self.waiting.is_empty() && plan.is_empty(), "something waits but nothing runs");

@@ -81,43 +81,44 @@ fn table(
     whole_template: bool,
 ) -> Result<String> {
     let mut text = String::new();
-    let or_unknown = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
+    head(&mut text, checkpoint, summary)?;
+    writeln!(text)?;
+    parts(&mut text, summary)?;
+    let types: Vec<String> = summary.types.iter().map(|(kind, bytes)| format!("{kind} ({bytes} bytes)")).collect();
+    writeln!(text, "\nstored as      {}", types.join(", "))?;
+    let Some(source) = template.map(ChatTemplate::source) else {
+        writeln!(text, "chat template  none")?;
+        return Ok(text);
+    };
+    writeln!(text, "chat template  {} characters, {} lines", source.chars().count(), source.lines().count())?;
+    if whole_template {
+        writeln!(text, "\n{source}")?;
+    }
+    Ok(text)
+}
+
+fn head(text: &mut String, checkpoint: &Checkpoint, summary: &Summary) -> Result<()> {
+    let told = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
     writeln!(text, "model          {}", checkpoint.name())?;
     writeln!(text, "architecture   {}", summary.architecture)?;
-    writeln!(text, "layers         {}, hidden size {}", or_unknown(summary.layers), or_unknown(summary.hidden_size))?;
-    writeln!(
-        text,
-        "experts        {} a layer, {} a token",
-        or_unknown(summary.experts),
-        or_unknown(summary.experts_per_token)
-    )?;
-    writeln!(
-        text,
-        "parameters     {}, of which a token uses {}",
-        scaled(summary.total_parameters),
-        scaled(summary.active_parameters)
-    )?;
+    writeln!(text, "layers         {}, hidden size {}", told(summary.layers), told(summary.hidden_size))?;
+    let (experts, used) = (told(summary.experts), told(summary.experts_per_token));
+    writeln!(text, "experts        {experts} a layer, {used} a token")?;
+    let (total, active) = (scaled(summary.total_parameters), scaled(summary.active_parameters));
+    writeln!(text, "parameters     {total}, of which a token uses {active}")?;
     writeln!(text, "tokens         {} in the vocabulary", checkpoint.tokenizer()?.vocab_size())?;
-    writeln!(text, "\n{:<30} {:>12} {:>16} {:>7}", "part", "parameters", "bytes", "share")?;
+    Ok(())
+}
+
+fn parts(text: &mut String, summary: &Summary) -> Result<()> {
+    writeln!(text, "{:<30} {:>12} {:>16} {:>7}", "part", "parameters", "bytes", "share")?;
     for part in &summary.parts {
         let share = percent(part.bytes, summary.total_bytes);
         writeln!(text, "{:<30} {:>12} {:>16} {share:>6.1}%", part.part.name(), scaled(part.parameters), part.bytes)?;
     }
     let total = scaled(summary.parts.iter().map(|part| part.parameters).sum());
     writeln!(text, "{:<30} {total:>12} {:>16}", "all", summary.total_bytes)?;
-    let types: Vec<String> = summary.types.iter().map(|(kind, bytes)| format!("{kind} ({bytes} bytes)")).collect();
-    writeln!(text, "\nstored as      {}", types.join(", "))?;
-    match template {
-        None => writeln!(text, "chat template  none")?,
-        Some(template) => {
-            let source = template.source();
-            writeln!(text, "chat template  {} characters, {} lines", source.chars().count(), source.lines().count())?;
-            if whole_template {
-                writeln!(text, "\n{source}")?;
-            }
-        }
-    }
-    Ok(text)
+    Ok(())
 }
 
 /// A number in three digits and a unit.

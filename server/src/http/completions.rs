@@ -78,18 +78,18 @@ impl Prepared {
             }
             requests.push(request);
         }
-        let names = TokenNames::new(served.tokenizer.clone(), shared.tokens_as_ids);
+        let choices = requests.len() * shared.n as usize;
         let answer = TextAnswer {
             n: shared.n as usize,
             prompts: requests.iter().map(|request| request.prompt.clone()).collect(),
             echoed: echo.then_some(echoed),
             prompt_logprobs: vec![None; requests.len()],
             told_prompt_logprobs,
-            logprobs: logprobs.map(|top| (top, vec![0; requests.len() * shared.n as usize])),
+            logprobs: logprobs.map(|top| (top, vec![0; choices])),
             special_tokens: !shared.output.skip_special_tokens,
-            names,
+            names: TokenNames::new(served.tokenizer.clone(), shared.tokens_as_ids),
             token_ids: shared.return_token_ids,
-            begun: vec![false; requests.len() * shared.n as usize],
+            begun: vec![false; choices],
         };
         Ok(Self { served: served.clone(), shared, requests, answer })
     }

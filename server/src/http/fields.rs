@@ -106,9 +106,10 @@ impl<'a> Fields<'a> {
     /// When the field is no number, or out of range.
     pub fn number(&self, name: &str, range: &str, accepts: impl Fn(f64) -> bool) -> Result<Option<f32>, ApiError> {
         let Some(number) = self.map_value(name, "a number", Value::as_f64)? else { return Ok(None) };
-        #[expect(clippy::cast_possible_truncation, reason = "the engine samples in f32; overflow is refused below")]
+        #[expect(clippy::cast_possible_truncation, reason = "the engine samples in f32; what that breaks is refused")]
         let narrow = number as f32;
-        if !narrow.is_finite() || !accepts(number) {
+        let fine = narrow.is_finite() && accepts(number) && accepts(narrow.into());
+        if !fine {
             let found = self.get(name).unwrap_or(&Value::Null);
             return Err(self.out_of_range(name, range, found));
         }
@@ -256,8 +257,11 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_overflow_f32_are_refused() {
-        with(json!({"a": 1e200}), |fields| assert!(fields.number("a", "finite", |_| true).is_err()));
+    fn numbers_that_leave_their_range_in_f32_are_refused() {
+        with(json!({"a": 1e200, "b": 1e-200}), |fields| {
+            assert!(fields.number("a", "finite", |_| true).is_err());
+            assert!(fields.number("b", "greater than 0", |x| x > 0.0).is_err());
+        });
     }
 
     #[test]

@@ -44,10 +44,11 @@ pub(super) fn prompt(seed: u32, len: usize) -> Vec<u32> {
 }
 
 pub(super) struct Rig {
+    /// Holds the model; `None` once steps are free. The first field, because fields are dropped in their order: a
+    /// runtime waits for its step to end, and that one for its permit.
+    pub(super) gate: Option<Gate>,
     pub(super) runtime: Runtime,
     pub(super) reports: Receiver<StepReport>,
-    /// Holds the model; `None` once steps are free.
-    pub(super) gate: Option<Gate>,
 }
 
 impl Rig {

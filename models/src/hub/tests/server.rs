@@ -12,10 +12,13 @@ use std::{
     thread::JoinHandle,
 };
 
+/// The first byte asked for, and the last one if it is not the file's.
+pub(super) type Range = (usize, Option<usize>);
+
 /// A request, as far as the hub looks at it.
 pub(super) struct Request {
     pub path: String,
-    pub range: Option<(usize, Option<usize>)>,
+    pub range: Option<Range>,
     pub authorization: Option<String>,
 }
 
@@ -35,7 +38,7 @@ struct Hub {
     rule: Mutex<Rule>,
     etag: Mutex<Option<String>>,
     requests: Mutex<Vec<String>>,
-    ranges: Mutex<Vec<(usize, Option<usize>)>>,
+    ranges: Mutex<Vec<(String, Range)>>,
     stop: AtomicBool,
 }
 
@@ -93,8 +96,14 @@ impl Server {
         std::mem::take(&mut self.hub.requests.lock().unwrap())
     }
 
-    /// The ranges asked for so far.
-    pub(super) fn ranges(&self) -> Vec<(usize, Option<usize>)> {
+    /// What the hub calls the content of `file`.
+    pub(super) fn etag(&self, file: &str) -> String {
+        let (_, content) = self.hub.files.iter().find(|(name, _)| *name == file).unwrap();
+        self.hub.etag_of(content)
+    }
+
+    /// The paths and ranges asked for so far.
+    pub(super) fn ranges(&self) -> Vec<(String, Range)> {
         self.hub.ranges.lock().unwrap().clone()
     }
 
@@ -118,7 +127,7 @@ impl Hub {
     fn serve(&self, mut stream: TcpStream, address: &str) -> std::io::Result<()> {
         let Some(request) = read_request(&stream)? else { return Ok(()) };
         self.requests.lock().unwrap().push(request.path.clone());
-        self.ranges.lock().unwrap().extend(request.range);
+        self.ranges.lock().unwrap().extend(request.range.map(|range| (request.path.clone(), range)));
         let answer = (self.rule.lock().unwrap())(&request);
         if let Some(Answer::Status(status)) = answer {
             return write!(stream, "HTTP/1.1 {status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
@@ -129,9 +138,7 @@ impl Hub {
         let Some((content, name)) = self.file(&request.path) else {
             return write!(stream, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         };
-        let mut hasher = DefaultHasher::new();
-        content.hash(&mut hasher);
-        let etag = self.etag.lock().unwrap().clone().unwrap_or_else(|| format!("{:016x}", hasher.finish()));
+        let etag = self.etag_of(content);
         // Large files lie elsewhere, as on the real hub.
         if name.ends_with(".safetensors") && !request.path.starts_with("/cdn/") {
             return write!(
@@ -155,6 +162,12 @@ impl Hub {
             Some(Answer::CutAfter(bytes)) => stream.write_all(&part[..bytes.min(part.len())]),
             _ => stream.write_all(part),
         }
+    }
+
+    fn etag_of(&self, content: &[u8]) -> String {
+        let mut hasher = DefaultHasher::new();
+        content.hash(&mut hasher);
+        self.etag.lock().unwrap().clone().unwrap_or_else(|| format!("{:016x}", hasher.finish()))
     }
 
     fn listing(&self) -> String {

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use cadre_engine::request::{Request, SamplingParams, StopParams, SubmitError};
+use cadre_engine::{
+    request::{Request, SamplingParams, StopParams, SubmitError},
+    sampler::GREEDY_BELOW,
+};
 use serde_json::Value;
 
 use crate::{
@@ -88,11 +91,13 @@ impl Shared {
     /// When a parameter is malformed, out of range or contradicts another.
     pub fn parse(fields: Fields<'_>, served: &Served, max_tokens: MaxTokens) -> Result<Self, ApiError> {
         let sampling = sampling(fields, served)?;
+        let stop = stop(fields, served, max_tokens)?;
+        check_something_allowed(&sampling, &stop)?;
         let stream = stream_options(fields)?;
         Ok(Self {
             n: choices(fields, sampling.temperature)?,
             sampling,
-            stop: stop(fields, served, max_tokens)?,
+            stop,
             max_tokens,
             output: OutputOptions {
                 stop: fields.strings("stop", MAX_STRINGS)?,
@@ -216,6 +221,18 @@ fn allowed_token_ids(fields: Fields<'_>, vocab_size: usize) -> Result<Option<Vec
     Ok(ids)
 }
 
+/// A token must be left to choose, whatever is banned.
+fn check_something_allowed(sampling: &SamplingParams, stop: &StopParams) -> Result<(), ApiError> {
+    let Some(allowed) = &sampling.allowed_token_ids else { return Ok(()) };
+    let ends = |id: &u32| stop.eos_token_ids.contains(id) || stop.stop_token_ids.contains(id);
+    let banned = |id: &u32| sampling.bad_words.iter().any(|word| word == &[*id]);
+    if !allowed.iter().all(|id| banned(id) || stop.min_tokens > 0 && ends(id)) {
+        return Ok(());
+    }
+    let message = "allowed_token_ids must hold a token that neither bad_words nor min_tokens bans: no token is left.";
+    Err(ApiError::invalid("allowed_token_ids", message))
+}
+
 /// Each word as it is at the beginning of a text, and as it is after a space.
 fn bad_words(fields: Fields<'_>, served: &Served) -> Result<Vec<Vec<u32>>, ApiError> {
     let mut sequences: Vec<Vec<u32>> = Vec::new();
@@ -248,7 +265,7 @@ fn stop(fields: Fields<'_>, served: &Served, max_tokens: MaxTokens) -> Result<St
 
 fn choices(fields: Fields<'_>, temperature: f32) -> Result<u32, ApiError> {
     let n = fields.count("n", 1, MAX_CHOICES)?.unwrap_or(1);
-    if n > 1 && temperature == 0.0 {
+    if n > 1 && temperature < GREEDY_BELOW {
         return Err(ApiError::invalid("n", format!("n must be 1 when using greedy sampling, got {n}.")));
     }
     Ok(n)

@@ -106,6 +106,10 @@ fn ranges() {
         (json!({"logit_bias": {"x": 1}}), "Keys of logit_bias must be token ids below 257, got \"x\"."),
         (json!({"logit_bias": {"7": 101}}), "logit_bias.7 must be in [-100, 100], got 101."),
         (json!({"allowed_token_ids": []}), "allowed_token_ids must not be empty: no token is left."),
+        (
+            json!({"allowed_token_ids": [256, 97], "bad_words": ["a"], "min_tokens": 1}),
+            "allowed_token_ids must hold a token that neither bad_words nor min_tokens bans: no token is left.",
+        ),
         (json!({"prompt_logprobs": 21}), "prompt_logprobs must be at most 20, got 21."),
         (json!({"prompt_logprobs": 1, "stream": true}), "prompt_logprobs are not available when `stream=True`."),
         (json!({"stream_options": {}}), "Stream options can only be defined when `stream=True`."),
