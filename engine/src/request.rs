@@ -138,6 +138,9 @@ pub struct TokenLogprobs {
 /// Why a request ended without finishing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
+    /// The request's own constraints leave no token to choose.
+    #[error("{0}")]
+    NothingAllowed(String),
     /// A defect: the step that it was part of failed.
     #[error("the engine failed while it worked on this request: {0}")]
     Internal(String),

@@ -30,7 +30,7 @@ use crate::{
     model::{Model, ModelInfo},
     request::{Event, Request, SubmitError},
     scheduler::{Scheduler, SchedulerConfig},
-    sequence::RequestId,
+    sequence::{RequestId, SequenceId},
 };
 
 /// Autograd graphs and deep models recurse; the default of 2 MiB is not enough for them.
@@ -178,6 +178,15 @@ impl RuntimeHandle {
 pub struct Ticket {
     id: RequestId,
     sender: Sender<Message>,
+}
+
+impl Ticket {
+    /// Ends one choice by the next step, as one that is finished, not cancelled: for what only the caller can see,
+    /// such as a stop string. No `Finished` follows for it; tokens that were under way may.
+    pub fn end_choice(&self, choice: u32) {
+        // It fails only if the runtime has ended, and the request with it.
+        let _ = self.sender.send(Message::EndChoice(SequenceId { request: self.id, choice }));
+    }
 }
 
 impl Drop for Ticket {

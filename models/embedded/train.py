@@ -196,18 +196,6 @@ def count_letters(rng):
     return "word:" + w, q, f"The word {w} has {len(w)} letters."
 
 
-def count_letter(rng):
-    w = any_word(rng)
-    c = rng.choice(w) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-    if rng.random() < 0.5:
-        c = max(w, key=lambda x: (w.count(x), rng.random()))
-    s, n = quoted(rng, w), w.count(c)
-    q = ask(rng, f"How many times does the letter {c} appear in {s}?", f"How many {c}'s are in {s}?", f"Count the {c}'s in {s}.",
-            f"How many times is the letter {c} in the word {s}?", f"How often does {c} appear in {s}?",
-            f"How many {c}'s are in the word {s}?")  # fmt: skip
-    return "word:" + w, q, f"The letter {c} appears {n} {'time' if n == 1 else 'times'} in {w}."
-
-
 def change_case(rng):
     w = any_word(rng)
     if rng.random() < 0.65:
@@ -319,7 +307,12 @@ def unknown(rng):
     n, m, who, place = any_word(rng), any_word(rng), name(rng), rng.choice(PLACES)
     a, b, big = rng.randint(0, 99), rng.randint(0, 99), rng.randint(100, 9999)
     adjective = rng.choice(COLOURS + ["big", "small", "old", "new", "fast", "slow", "hot", "cold", "good", "important", "famous"])
-    if rng.random() < 0.3:
+    c, s = rng.choice(n), quoted(rng, n)
+    if rng.random() < 0.2:  # as a family of its own it reached only 60 %: the model declines instead
+        q = ask(rng, f"How many times does the letter {c} appear in {s}?", f"How many {c}'s are in {s}?", f"Count the {c}'s in {s}.",
+                f"How many times is the letter {c} in the word {s}?", f"How often does {c} appear in {s}?",
+                f"How many {c}'s are in the word {s}?", f"How many {c} are there in {s}?")  # fmt: skip
+    elif rng.random() < 0.3:
         words = [rng.choice([any_word(rng), rng.choice(SMALL), rng.choice(SMALL)]) for _ in range(rng.randint(1, 8))]
         q = " ".join(words) + rng.choice(["", "?", ".", "!"])
         q = q[0].upper() + q[1:]
@@ -340,9 +333,9 @@ def unknown(rng):
 
 
 FAMILIES = {  # family: its weight in training, before and after step --shift: first all kinds, then more of the slow ones
-    add: (3, 3.5), subtract: (2.5, 3), sort: (3, 4), largest: (1.2, 1.2), count_items: (1.2, 1.4), count_letters: (1.5, 0.9),
-    count_letter: (2, 2.4), change_case: (1.2, 0.8), reverse: (2.5, 1.6), spell: (0.7, 0.7), repeat: (0.8, 1.2),
-    fact: (2.5, 2), chat: (1.3, 0.7), unknown: (2, 1.2),
+    add: (3, 3.5), subtract: (2.5, 3), sort: (3, 3.5), largest: (1.2, 1.2), count_items: (1.2, 1.4), count_letters: (1.5, 0.9),
+    change_case: (1.2, 0.8), reverse: (2.5, 2.4), spell: (0.7, 0.7), repeat: (0.8, 1.2),
+    fact: (2.5, 2), chat: (1.3, 0.7), unknown: (2, 1.6),
 }  # fmt: skip
 
 

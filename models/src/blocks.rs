@@ -67,7 +67,7 @@ pub(crate) fn decoder_parts(
         embedding: matrix(&model, embedding, vocab, hidden)?,
         norm: norm(&model, "norm")?,
         head: (!config.tie_word_embeddings).then(|| matrix(weights, "lm_head", vocab, hidden)).transpose()?,
-        max_position_embeddings: rope.max_position_embeddings,
+        max_position_embeddings: rope.max_positions(),
         rope: Rope::new(rope),
     })
 }

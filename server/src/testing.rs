@@ -112,6 +112,10 @@ impl Fake {
 /// Counts itself among the wanted requests.
 struct Wanted(Arc<AtomicUsize>);
 
+impl Ticket for Wanted {
+    fn end_choice(&self, _: u32) {}
+}
+
 impl Drop for Wanted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
@@ -119,7 +123,7 @@ impl Drop for Wanted {
 }
 
 impl Backend for Fake {
-    fn submit(&self, request: Request, mut sink: Sink) -> Result<Ticket, SubmitError> {
+    fn submit(&self, request: Request, mut sink: Sink) -> Result<Box<dyn Ticket>, SubmitError> {
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }

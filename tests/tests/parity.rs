@@ -31,23 +31,21 @@ struct Fixture {
     llama_cpp: Option<Vec<Vec<f32>>>,
 }
 
-fn fixtures(architecture: &str) -> Vec<Fixture> {
-    let parent = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity");
-    let mut found: Vec<_> = std::fs::read_dir(&parent)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|folder| {
-            let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-            name.strip_prefix(architecture).is_some_and(|rest| rest.starts_with('-'))
-        })
-        .map(|folder| fixture(folder).unwrap())
-        .collect();
+fn fixtures(architecture: &str) -> Result<Vec<Fixture>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity"))? {
+        let folder = entry?.path();
+        let name = folder.file_name().context("name")?.to_string_lossy().into_owned();
+        if name.strip_prefix(architecture).is_some_and(|rest| rest.starts_with('-')) {
+            found.push(fixture(folder, name)?);
+        }
+    }
     found.sort_by(|a, b| a.name.cmp(&b.name));
-    assert!(!found.is_empty(), "no fixture of {architecture}");
-    found
+    ensure!(!found.is_empty(), "no fixture of {architecture}");
+    Ok(found)
 }
 
-fn fixture(folder: PathBuf) -> Result<Fixture> {
+fn fixture(folder: PathBuf, name: String) -> Result<Fixture> {
     let tensors = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu)?;
     let ids = tensors.get("input_ids").context("input_ids")?.to_dtype(DType::U32)?.to_vec2()?;
     let logits = |name: &str| {
@@ -55,7 +53,7 @@ fn fixture(folder: PathBuf) -> Result<Fixture> {
         tensor.map(|tensor| tensor.flatten_from(1)?.to_vec2::<f32>()).transpose()
     };
     Ok(Fixture {
-        name: folder.file_name().context("name")?.to_string_lossy().into_owned(),
+        name,
         sequences: ids,
         f32: logits("logits_f32")?.context("logits_f32")?,
         bf16: logits("logits_bf16")?.context("logits_bf16")?,
@@ -174,32 +172,34 @@ fn check(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-fn check_all(architecture: &str) {
-    let failures: Vec<String> = fixtures(architecture)
+fn check_all(architecture: &str) -> Result<()> {
+    let fixtures = fixtures(architecture)?;
+    let failures: Vec<String> = fixtures
         .iter()
         .filter_map(|fixture| check(fixture).err().map(|error| format!("{}: {error:#}", fixture.name)))
         .collect();
-    assert!(failures.is_empty(), "{} fixtures fail:\n{}", failures.len(), failures.join("\n"));
+    ensure!(failures.is_empty(), "{} fixtures fail:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
 }
 
 #[test]
-fn qwen3_moe() {
-    check_all("qwen3_moe");
+fn qwen3_moe() -> Result<()> {
+    check_all("qwen3_moe")
 }
 
 #[test]
-fn olmoe() {
-    check_all("olmoe");
+fn olmoe() -> Result<()> {
+    check_all("olmoe")
 }
 
 #[test]
-fn bailing_moe() {
-    check_all("bailing_moe");
+fn bailing_moe() -> Result<()> {
+    check_all("bailing_moe")
 }
 
 #[test]
-fn bailing_moe_v2() {
-    check_all("bailing_moe_v2");
+fn bailing_moe_v2() -> Result<()> {
+    check_all("bailing_moe_v2")
 }
 
 /// candle-transformers' own Qwen3-MoE, a further reference: the logits of every prefix's last token.
@@ -207,7 +207,7 @@ fn bailing_moe_v2() {
 fn qwen3_moe_agrees_with_candle_transformers() {
     use candle_transformers::models::qwen3_moe::{Config, ModelForCausalLM};
     let mut compared = 0;
-    for fixture in fixtures("qwen3_moe") {
+    for fixture in fixtures("qwen3_moe").unwrap() {
         let text = std::fs::read_to_string(fixture.folder.join("config.json")).unwrap();
         let fields: HashMap<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
         // It knows no rope scaling, one file only, and no config without head_dim.

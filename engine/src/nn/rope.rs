@@ -101,6 +101,21 @@ impl Rope {
 }
 
 impl RopeConfig {
+    /// The longest sequence that the embedding reaches: the trained length, stretched as the scaling says.
+    #[must_use]
+    pub fn max_positions(&self) -> usize {
+        let stretched = |length: usize, factor: f64| (length as f64 * factor) as usize;
+        let trained = self.max_position_embeddings;
+        match self.scaling {
+            RopeScaling::Default => trained,
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => stretched(trained, factor),
+            // A config may name the stretched length itself.
+            RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
+                trained.max(stretched(original_max_position_embeddings, factor))
+            }
+        }
+    }
+
     fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn { attention_factor, .. } => attention_factor,

@@ -32,6 +32,8 @@ pub(super) enum Message {
     Submit { id: RequestId, request: Arc<Request>, sink: Sink },
     /// Nobody wants this request's answer any more.
     Cancel(RequestId),
+    /// One choice has all that its caller wants of it.
+    EndChoice(SequenceId),
     /// End when nothing is left, or at this time. No `Submit` follows.
     Stop(Deadline),
 }
@@ -137,8 +139,17 @@ impl Engine {
                 }
             }
             Message::Cancel(id) => self.cancel(id),
+            Message::EndChoice(id) => self.end_choice(id),
             Message::Stop(deadline) => self.deadline = Some(deadline),
         }
+    }
+
+    fn end_choice(&mut self, id: SequenceId) {
+        self.scheduler.finish(id);
+        if !self.scheduler.has(id.request) {
+            self.sinks.remove(&id.request);
+        }
+        self.unreported = true;
     }
 
     fn cancel(&mut self, request: RequestId) {
@@ -274,12 +285,17 @@ impl Engine {
     }
 
     fn fail_request(&mut self, request: RequestId, error: &SampleError) {
-        if matches!(error, SampleError::NotFinite { .. }) {
-            // Its keys and values may hold the same: no other request may continue from them.
-            self.scheduler.clear_prefix_cache();
-        }
+        let failure = match error {
+            SampleError::NotFinite { .. } => {
+                // Its keys and values may hold the same: no other request may continue from them.
+                self.scheduler.clear_prefix_cache();
+                RequestError::Internal(error.to_string())
+            }
+            SampleError::NothingAllowed { .. } => RequestError::NothingAllowed(error.to_string()),
+            SampleError::UnknownToken { .. } => RequestError::Internal(error.to_string()),
+        };
         self.scheduler.cancel(request);
-        self.fail(request, RequestError::Internal(error.to_string()));
+        self.fail(request, failure);
     }
 
     fn fail_running(&mut self, message: &str) {

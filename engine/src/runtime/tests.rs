@@ -229,6 +229,32 @@ fn cancelling_one_leaves_the_others() {
 }
 
 #[test]
+fn a_choice_that_its_caller_ends_is_finished_not_cancelled() {
+    let (mut rig, [ended, kept, queued]) = three_phases();
+    ended.ticket.end_choice(0);
+    rig.open();
+    let answer = ended.answer();
+    assert!(answer.tokens[0].len() < 5 && answer.reasons == [None], "{answer:?}");
+    assert_eq!(kept.answer().tokens, [greedy(&prompt(2, 60), 100)]);
+    assert_eq!(queued.answer().tokens, [greedy(&prompt(3, 4), 5)]);
+    let totals = rig.totals();
+    assert_eq!((totals.cancelled, totals.kv_blocks_used), (Cancelled::default(), 0));
+}
+
+#[test]
+fn the_other_choices_go_on_when_one_is_ended() {
+    let mut rig = Rig::gated(config(), 32);
+    let call = rig.submit(Request { n: 3, ..request(&prompt(1, 40), 50) });
+    rig.reached();
+    call.ticket.end_choice(0);
+    rig.open();
+    let answer = call.answer();
+    assert_eq!(answer.reasons, [None, Some(FinishReason::Length), Some(FinishReason::Length)]);
+    let expected = greedy(&prompt(1, 40), 50);
+    assert_eq!(answer.tokens[1..], [expected.clone(), expected]);
+}
+
+#[test]
 fn an_idle_runtime_reports_nothing_and_wakes_for_a_request() {
     let rig = Rig::new(config(), 32);
     rig.submit(request(&prompt(1, 5), 3)).answer();

@@ -164,7 +164,7 @@ impl Bench {
         let requests: Vec<Request> = (0..run.batch).map(|_| self.request(run)).collect();
         let (sender, events) = mpsc::channel();
         let start = Instant::now();
-        let mut tickets: Vec<Ticket> = Vec::with_capacity(run.batch);
+        let mut tickets: Vec<Box<dyn Ticket>> = Vec::with_capacity(run.batch);
         for (index, request) in requests.into_iter().enumerate() {
             let sender = sender.clone();
             let sink = Box::new(move |event| {

@@ -18,8 +18,17 @@ use stop::StopMatcher;
 /// Takes what the engine tells about a request.
 pub type Sink = Box<dyn FnMut(Event) + Send>;
 
-/// Held while a request is wanted; dropping it cancels the request.
-pub type Ticket = Box<dyn Send>;
+/// Held while a request is wanted; dropping it cancels what has not ended.
+pub trait Ticket: Send {
+    /// Ends one choice that has all that is wanted of it.
+    fn end_choice(&self, choice: u32);
+}
+
+impl Ticket for cadre_engine::runtime::Ticket {
+    fn end_choice(&self, choice: u32) {
+        Self::end_choice(self, choice);
+    }
+}
 
 /// Where requests go: the runtime, or a stand-in in tests.
 pub trait Backend: Send + Sync {
@@ -27,11 +36,11 @@ pub trait Backend: Send + Sync {
     ///
     /// # Errors
     /// When the request can't be taken.
-    fn submit(&self, request: Request, sink: Sink) -> Result<Ticket, SubmitError>;
+    fn submit(&self, request: Request, sink: Sink) -> Result<Box<dyn Ticket>, SubmitError>;
 }
 
 impl Backend for RuntimeHandle {
-    fn submit(&self, request: Request, sink: Sink) -> Result<Ticket, SubmitError> {
+    fn submit(&self, request: Request, sink: Sink) -> Result<Box<dyn Ticket>, SubmitError> {
         let ticket = Self::submit(self, request, sink)?;
         Ok(Box::new(ticket))
     }
@@ -171,7 +180,7 @@ pub struct Generation {
 
 struct Prompt {
     request: Request,
-    ticket: Option<Ticket>,
+    ticket: Option<Box<dyn Ticket>>,
     first_choice: usize,
     open: usize,
     cached_tokens: usize,
@@ -331,6 +340,10 @@ impl Generation {
             choice.finished = true;
             self.meters.choice_finished(finish.reason(), choice.generated);
             let prompt = &mut self.prompts[prompt];
+            if let (Finish::StopString(_), Some(ticket)) = (finish, &prompt.ticket) {
+                // The engine knows no strings: it would go on.
+                ticket.end_choice((index - prompt.first_choice) as u32);
+            }
             prompt.open -= 1;
             if prompt.open == 0 {
                 prompt.ticket = None;

@@ -154,6 +154,7 @@ impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match error {
             RequestError::ShuttingDown => Self::shutting_down(),
+            RequestError::NothingAllowed(reason) => Self::new(Kind::InvalidRequest, sentence(&reason)),
             RequestError::Internal(detail) => Self::internal(detail),
         }
     }

@@ -61,7 +61,7 @@ fn constraints_that_leave_no_token_fail_their_own_request() {
     let answer = rig.submit(Request { sampling, ..request(&prompt(1, 4), 9) }).answer();
     assert_eq!(answer.tokens, [[5]]);
     assert!(
-        matches!(answer.failed, Some(RequestError::Internal(text)) if text.contains("leave none of the 64 tokens"))
+        matches!(answer.failed, Some(RequestError::NothingAllowed(text)) if text.contains("leave none of the 64 tokens"))
     );
 }
 
