@@ -39,6 +39,15 @@ impl Server {
     /// When it doesn't come up.
     #[track_caller]
     pub fn start(args: &[&str]) -> Self {
+        Self::start_unnamed(&[&["--served-model-name", MODEL], args].concat())
+    }
+
+    /// The same, with the model's own name.
+    ///
+    /// # Panics
+    /// When it doesn't come up.
+    #[track_caller]
+    pub fn start_unnamed(args: &[&str]) -> Self {
         let mut server = Self::spawn(args, &[]);
         server.wait_until_ready();
         server
@@ -52,7 +61,7 @@ impl Server {
     pub fn spawn(args: &[&str], environment: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let log = File::create(directory.path().join("log")).expect("a log file");
-        let mut command = binary::command(&["serve", "--port", "0", "--served-model-name", MODEL]);
+        let mut command = binary::command(&["serve", "--port", "0"]);
         command.args(args).envs(environment.iter().copied());
         command.env("HF_HOME", directory.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);

@@ -11,9 +11,11 @@ use cadre_tests::{
 };
 use serde_json::{Value, json};
 
+/// A sum if the model can add, else whatever it can do best.
 fn a_question() -> Question {
     let families = heldout::questions();
-    families["add"][0].clone()
+    let family = families.get("add").or(families.values().next()).unwrap();
+    family[0].clone()
 }
 
 #[test]

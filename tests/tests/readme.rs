@@ -32,7 +32,10 @@ fn the_first_command_answers_a_held_out_question_rightly() {
     let known = heldout::questions().into_values().flatten().find(|known| known.prompt == question);
     let known = known.unwrap_or_else(|| unreachable!("{question:?} is not among the held-out questions"));
     assert_eq!(binary::output(&["generate", "--prompt", &question]).trim(), known.answer);
-    assert!(source::read("README.md").contains(&known.answer), "the README shows the answer");
+    for file in ["README.md", ".ci/run"] {
+        let text = source::read(file);
+        assert!(text.contains(&question) && text.contains(&known.answer), "{file} has the question and its answer");
+    }
 }
 
 #[test]
@@ -44,8 +47,7 @@ fn the_test_command_is_the_one_that_ci_runs() {
 
 #[test]
 fn curl_works() {
-    // Without --served-model-name's alias: the example has to fit the defaults.
-    let server = Server::start(&["--served-model-name", "cadre-embedded"]);
+    let server = Server::start_unnamed(&[]);
     let script = block("sh", "curl").replace("http://localhost:8000", server.address());
     let output = Command::new("bash").args(["-euc", &script]).output().unwrap();
     python::assert_success(&script, &output);
@@ -59,7 +61,7 @@ fn curl_works() {
 #[test]
 fn the_python_example_works() {
     let interpreter = python::interpreter();
-    let server = Server::start(&["--served-model-name", "cadre-embedded"]);
+    let server = Server::start_unnamed(&[]);
     let script = block("python", "openai").replace("http://localhost:8000", server.address());
     let output = Command::new(interpreter).args(["-c", &script]).output().unwrap();
     python::assert_success(&script, &output);

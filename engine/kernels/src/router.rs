@@ -2,7 +2,7 @@
 
 use crate::activation;
 
-/// How scores become a choice. Covers Qwen-MoE, OLMoE and both generations of Ling; DeepSeek-V3's is Ling 2.0's.
+/// How scores become a choice: data, so that a new architecture's router needs no new code.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterOptions {
     /// From logits to scores.

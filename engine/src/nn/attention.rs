@@ -12,7 +12,7 @@ pub struct AttentionConfig {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Bound of the projections' absolute value (OLMoE's `clip_qkv`).
+    /// Bound of the projections' absolute value (`clip_qkv` on the hub).
     pub clip: Option<f32>,
 }
 
