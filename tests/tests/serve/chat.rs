@@ -8,6 +8,12 @@ fn long() -> Value {
     json!({"ignore_eos": true, "max_tokens": 48})
 }
 
+/// Letters at random: a model that is sure of its answer would always give the same one.
+fn letters(server: &Server) -> Value {
+    let tokens = server.tokens("a b c d e f g h i j k l m n o p q r s t u v w x y z");
+    with(long(), json!({"allowed_token_ids": tokens, "temperature": 2}))
+}
+
 fn with(mut body: Value, more: Value) -> Value {
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     body
@@ -106,7 +112,7 @@ fn characters_are_never_split() {
 #[test]
 fn the_same_seed_gives_the_same_text() {
     let server = Server::start(&[]);
-    let ask = |seed: i64| server.chat(QUESTION, with(long(), json!({"temperature": 1.5, "seed": seed}))).ok();
+    let ask = |seed: i64| server.chat(QUESTION, with(letters(&server), json!({"seed": seed}))).ok();
     let (first, again, other) = (ask(7), ask(7), ask(-8));
     assert_eq!(text(&first), text(&again));
     assert_ne!(text(&first), text(&other));
@@ -115,7 +121,7 @@ fn the_same_seed_gives_the_same_text() {
 #[test]
 fn choices_differ_and_the_first_is_what_one_would_be() {
     let server = Server::start(&[]);
-    let more = with(long(), json!({"temperature": 1.5, "seed": 3}));
+    let more = with(letters(&server), json!({"seed": 3}));
     let one = server.chat(QUESTION, more.clone()).ok();
     let three = server.chat(QUESTION, with(more.clone(), json!({"n": 3}))).ok();
     let texts: Vec<&Value> = three["choices"].as_array().unwrap().iter().map(|c| &c["message"]["content"]).collect();
@@ -170,7 +176,7 @@ fn byte(value: &Value) -> u8 {
 #[test]
 fn stop_strings_end_the_text_across_token_borders() {
     let server = Server::start(&[]);
-    let more = json!({"ignore_eos": true, "max_tokens": 24, "temperature": 1.2, "seed": 5});
+    let more = with(letters(&server), json!({"seed": 5, "max_tokens": 24}));
     let whole = server.chat(QUESTION, with(more.clone(), json!({"return_token_ids": true}))).ok();
     let full = text(&whole).to_owned();
     let letters: Vec<char> = full.chars().collect();
@@ -189,12 +195,17 @@ fn stop_strings_end_the_text_across_token_borders() {
         assert_eq!(text(&kept), format!("{expected}{stop}"));
     }
     server.wait_until_idle();
+    let metrics = server.metrics();
+    assert_eq!(metrics.value("vllm:request_success_total", &[("finished_reason", "stop")]), 3.0 * 7.0);
+    assert_eq!(metrics.value("cadre_requests_cancelled_total", &[]), 0.0, "to find a stop string is no cancellation");
+    let computed = metrics.value("vllm:generation_tokens_total", &[]);
+    assert!(computed < 22.0 * 24.0, "a stop string ends the computation: {computed} tokens");
 }
 
 #[test]
 fn stop_tokens_end_the_text() {
     let server = Server::start(&[]);
-    let more = with(long(), json!({"return_token_ids": true, "temperature": 1.5, "seed": 2}));
+    let more = with(letters(&server), json!({"return_token_ids": true, "seed": 2}));
     let whole = server.chat(QUESTION, more.clone()).ok();
     let tokens = ids(&whole["choices"][0]["token_ids"]);
     let stop = tokens[6];
@@ -269,10 +280,8 @@ fn penalties_and_cuts_change_what_is_sampled() {
     let often = greedy(json!({"frequency_penalty": 2}));
     assert!(often.starts_with("xxxx") && often.contains('y'), "{often}");
     // At most 2, once a token: seen in what is sampled from many.
-    let letters = server.tokens("a b c d e f g h i j k l m n o p q r s t u v w x y z");
-    let letters = json!({"allowed_token_ids": letters, "temperature": 2, "seed": 1});
-    let rare = ask(with(letters.clone(), json!({"presence_penalty": 2})));
-    assert_ne!(rare, ask(with(letters, json!({"presence_penalty": -2}))));
+    let rare = ask(with(letters(&server), json!({"presence_penalty": 2, "seed": 1})));
+    assert_ne!(rare, ask(with(letters(&server), json!({"presence_penalty": -2, "seed": 1}))));
     // Cut down to the likeliest token, any temperature is greedy.
     let question = "Sort 3, 1, 2.";
     let greedy = server.chat(question, long()).ok();

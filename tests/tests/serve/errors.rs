@@ -142,6 +142,29 @@ fn errors_have_their_status_type_and_code() {
 }
 
 #[test]
+fn constraints_that_leave_no_token_are_refused() {
+    let server = Server::start(&[]);
+    let only = server.tokens("x");
+    let answer = server.chat("Hello", json!({"allowed_token_ids": only, "bad_words": ["x"], "max_tokens": 4}));
+    assert_eq!(
+        (answer.status, &answer.json()["error"]["param"]),
+        (400, &json!("allowed_token_ids")),
+        "{}",
+        answer.text
+    );
+
+    // Seen only after the first token: it is the request's own mistake all the same.
+    let later = json!({"allowed_token_ids": only, "bad_words": ["xx"], "max_tokens": 4});
+    let answer = server.chat("Hello", later.clone());
+    let error = &answer.json()["error"];
+    assert_eq!((answer.status, &error["type"]), (400, &json!("invalid_request_error")), "{}", answer.text);
+    let streamed = server.chat_stream("Hello", later);
+    assert_eq!((streamed.text().as_str(), streamed.done), ("x", true));
+    assert!(streamed.error().is_some_and(|error| error["type"] == "invalid_request_error"), "{streamed:?}");
+    assert_eq!(server.chat("Hello", json!({"max_tokens": 1})).status, 200, "it serves on");
+}
+
+#[test]
 fn nested_bodies_do_not_end_the_server() {
     let server = Server::start(&[]);
     let deep = format!("{{\"messages\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
