@@ -20,6 +20,7 @@ use crate::{
 /// An open checkpoint; its weights have not been read.
 pub struct Checkpoint {
     name: String,
+    architecture: &'static str,
     files: Files,
     config: ConfigFile,
     generation_config: GenerationConfig,
@@ -67,13 +68,13 @@ impl Checkpoint {
     fn read(name: String, files: Files) -> Result<Self> {
         const FILE: &str = "generation_config.json";
         let config = read_config(&files)?;
-        registry::find(&config)?;
+        let architecture = registry::find(&config)?.model_type;
         let generation_config = match files.read(FILE)? {
             Some(bytes) => GenerationConfig::read(&files.label(FILE), &bytes)?,
             None => GenerationConfig::default(),
         };
         let generation_config = generation_config.or_config(&config)?;
-        let mut checkpoint = Self { name, files, config, generation_config, tokenizer: OnceLock::new() };
+        let mut checkpoint = Self { name, architecture, files, config, generation_config, tokenizer: OnceLock::new() };
         if checkpoint.generation_config.eos_token_ids.is_empty()
             && let Some(id) = checkpoint.tokenizer()?.eos_token_id()
         {
@@ -82,10 +83,10 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The architecture: config.json's `model_type`, one of the registered ones.
+    /// The architecture, one of the registered ones.
     #[must_use]
-    pub fn architecture(&self) -> &str {
-        self.config.model_type().unwrap_or_default()
+    pub fn architecture(&self) -> &'static str {
+        self.architecture
     }
 
     /// What the model is called: the directory's name or the hub's id.

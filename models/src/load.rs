@@ -40,14 +40,14 @@ pub fn load(
     compute: &Compute,
     on_bytes: &(dyn Fn(LoadProgress) + Sync),
 ) -> Result<LoadedModel> {
-    let build = registry::find(checkpoint.config())?;
+    let architecture = registry::find(checkpoint.config())?;
     let tensors = checkpoint.tensors()?;
     let format = match (dtype, tensors.main_type()) {
         (Dtype::Bf16, _) | (Dtype::Auto, StoredType::Bf16) => Format::Bf16,
         (Dtype::F32, _) | (Dtype::Auto, StoredType::F32 | StoredType::F16) => Format::F32,
     };
     let loader = Loader::new(&tensors, compute, format, on_bytes);
-    let model = build(checkpoint.config(), &loader.root())?;
+    let model = (architecture.build)(checkpoint.config(), &loader.root())?;
     loader.finish()?;
     Ok(LoadedModel { model: Box::new(model), format })
 }

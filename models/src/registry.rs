@@ -4,35 +4,55 @@ use cadre_engine::nn::Decoder;
 
 use crate::{Error, Result, bailing_moe, bailing_moe_v2, config::ConfigFile, olmoe, qwen3_moe, weights::Weights};
 
-/// Assembles a model from its configuration and tensors.
-pub(crate) type Build = fn(&ConfigFile, &Weights<'_>) -> Result<Decoder>;
+/// One architecture.
+pub(crate) struct Architecture {
+    /// config.json's `model_type`.
+    pub model_type: &'static str,
+    /// The class that config.json's `architectures` names.
+    class: &'static str,
+    /// Assembles a model from its configuration and tensors.
+    pub build: fn(&ConfigFile, &Weights<'_>) -> Result<Decoder>,
+}
 
-/// config.json's `model_type`, the class that its `architectures` names, and what builds it.
-const ARCHITECTURES: &[(&str, &str, Build)] = &[
-    ("bailing_moe", "BailingMoeForCausalLM", bailing_moe::build),
-    ("bailing_moe_v2", "BailingMoeV2ForCausalLM", bailing_moe_v2::build),
-    ("olmoe", "OlmoeForCausalLM", olmoe::build),
-    ("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe::build),
+const ARCHITECTURES: &[Architecture] = &[
+    Architecture { model_type: "bailing_moe", class: "BailingMoeForCausalLM", build: bailing_moe::build },
+    Architecture { model_type: "bailing_moe_v2", class: "BailingMoeV2ForCausalLM", build: bailing_moe_v2::build },
+    Architecture { model_type: "olmoe", class: "OlmoeForCausalLM", build: olmoe::build },
+    Architecture { model_type: "qwen3_moe", class: "Qwen3MoeForCausalLM", build: qwen3_moe::build },
 ];
 
 /// The names of all supported architectures.
 pub fn architectures() -> impl Iterator<Item = &'static str> {
-    ARCHITECTURES.iter().map(|(name, ..)| *name)
+    ARCHITECTURES.iter().map(|row| row.model_type)
 }
 
-/// What builds the architecture that `config` names. The class decides before `model_type`: some of the hub's Ling 2.0
+/// The architecture that `config` names. The class decides before `model_type`: some of the hub's Ling 2.0
 /// configurations have the first generation's `model_type`.
-pub(crate) fn find(config: &ConfigFile) -> Result<Build> {
+pub(crate) fn find(config: &ConfigFile) -> Result<&'static Architecture> {
     let classes = config.get("architectures").and_then(|classes| classes.as_array());
     let by_class = |class: &str| classes.is_some_and(|classes| classes.iter().any(|found| found == class));
     let found = config.model_type()?;
-    let row = ARCHITECTURES
-        .iter()
-        .find(|(_, class, _)| by_class(class))
-        .or_else(|| ARCHITECTURES.iter().find(|(name, ..)| *name == found));
-    row.map(|(.., build)| *build).ok_or_else(|| Error::UnknownArchitecture {
+    let row = ARCHITECTURES.iter().find(|row| by_class(row.class));
+    row.or_else(|| ARCHITECTURES.iter().find(|row| row.model_type == found)).ok_or_else(|| Error::UnknownArchitecture {
         file: config.label().to_owned(),
         found: found.to_owned(),
         known: architectures().collect::<Vec<_>>().join(", "),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(text: &str) -> Result<&'static str> {
+        find(&ConfigFile::read("config.json".to_owned(), text.as_bytes())?).map(|row| row.model_type)
+    }
+
+    #[test]
+    fn the_class_decides_before_the_model_type() {
+        let class = r#""architectures": ["BailingMoeV2ForCausalLM"]"#;
+        assert_eq!(found(&format!(r#"{{"model_type": "bailing_moe", {class}}}"#)).unwrap(), "bailing_moe_v2");
+        assert_eq!(found(r#"{"model_type": "bailing_moe"}"#).unwrap(), "bailing_moe");
+        assert_eq!(found(r#"{"model_type": "olmoe", "architectures": ["OfAFork"]}"#).unwrap(), "olmoe");
+    }
 }

@@ -11,8 +11,6 @@ use crate::{
 /// What a checkpoint holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
-    /// Its `model_type`.
-    pub architecture: String,
     /// Decoder layers.
     pub layers: Option<u64>,
     /// Width of the hidden states.
@@ -142,7 +140,6 @@ impl Summary {
         let parts: Vec<_> = parts.into_values().collect();
         let used = parts.iter().filter(|part| part.part != Part::ExtraPredictions);
         Ok(Self {
-            architecture: config.model_type()?.to_owned(),
             layers,
             hidden_size: config.count("hidden_size")?,
             experts,

@@ -58,7 +58,7 @@ fn object(checkpoint: &Checkpoint, summary: &Summary, template: Option<&ChatTemp
         summary.types.iter().map(|(kind, bytes)| (kind.to_string(), (*bytes).into())).collect();
     Ok(json!({
         "model": checkpoint.name(),
-        "architecture": summary.architecture,
+        "architecture": checkpoint.architecture(),
         "layers": summary.layers,
         "hidden_size": summary.hidden_size,
         "experts": summary.experts,
@@ -100,7 +100,7 @@ fn table(
 fn head(text: &mut String, checkpoint: &Checkpoint, summary: &Summary) -> Result<()> {
     let told = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), |number| number.to_string());
     writeln!(text, "model          {}", checkpoint.name())?;
-    writeln!(text, "architecture   {}", summary.architecture)?;
+    writeln!(text, "architecture   {}", checkpoint.architecture())?;
     writeln!(text, "layers         {}, hidden size {}", told(summary.layers), told(summary.hidden_size))?;
     let (experts, used) = (told(summary.experts), told(summary.experts_per_token));
     writeln!(text, "experts        {experts} a layer, {used} a token")?;
