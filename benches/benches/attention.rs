@@ -1,7 +1,7 @@
 //! Attention over the paged cache: one decode step over a long context, and a prefill chunk; with bf16 keys and values.
 
 use cadre_kernels::{
-    attention::{AttentionLayout, BLOCK_TOKENS, PagedSequence, paged_attention},
+    attention::{AttentionInput, AttentionLayout, BLOCK_TOKENS, PagedSequence, paged_attention},
     isa::Isa,
     pool::Pool,
 };
@@ -28,7 +28,8 @@ fn attend(c: &mut Criterion) {
         let visible = rows * context_len - rows * (rows - 1) / 2;
         group.throughput(Throughput::Elements((2 * visible * width) as u64));
         group.bench_function(BenchmarkId::new(name, context_len), |b| {
-            b.iter(|| paged_attention(&pool, isa, &LAYOUT, 0.088, &[sequence], &queries, &cache, &mut out));
+            let input = AttentionInput { layout: LAYOUT, scale: 0.088, sequences: &[sequence], queries: &queries };
+            b.iter(|| paged_attention(&pool, isa, &input, &cache, &mut out));
         });
     }
     group.finish();

@@ -141,32 +141,34 @@ pub fn write_kv<T: KvValue>(
     }
 }
 
+/// The queries of a batch, and what they attend to.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionInput<'a> {
+    /// The sizes.
+    pub layout: AttentionLayout,
+    /// What scores are multiplied with.
+    pub scale: f32,
+    /// The sequences that the rows belong to.
+    pub sequences: &'a [PagedSequence<'a>],
+    /// `[rows, num_heads · head_dim]`
+    pub queries: &'a [f32],
+}
+
 /// `out[row, head] = softmax(scale · query · keys) · values` over the row's position and all before it in its
-/// sequence. `queries` and `out` are `[rows, num_heads · head_dim]`.
+/// sequence; `out` is `[rows, num_heads · head_dim]`.
 ///
 /// # Panics
 /// When a slice has not the size that the layout needs, or a block lies outside of the cache.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "the pool and the tier come first in every kernel; five arguments are the op"
-)]
-pub fn paged_attention<T: KvValue>(
-    pool: &Pool,
-    isa: Isa,
-    layout: &AttentionLayout,
-    scale: f32,
-    sequences: &[PagedSequence<'_>],
-    queries: &[f32],
-    cache: &[T],
-    out: &mut [f32],
-) {
-    assert_eq!(queries.len(), out.len(), "queries and outputs");
-    let tasks: Vec<Task<'_>> = sequences
+pub fn paged_attention<T: KvValue>(pool: &Pool, isa: Isa, input: &AttentionInput<'_>, cache: &[T], out: &mut [f32]) {
+    assert_eq!(input.queries.len(), out.len(), "queries and outputs");
+    let kv_heads = input.layout.num_kv_heads;
+    let tasks: Vec<Task<'_>> = input
+        .sequences
         .iter()
         .flat_map(|sequence| {
             (0..sequence.rows).step_by(TASK_ROWS).flat_map(move |start| {
                 let rows = start..sequence.rows.min(start + TASK_ROWS);
-                (0..layout.num_kv_heads).map(move |kv_head| Task { sequence, rows: rows.clone(), kv_head })
+                (0..kv_heads).map(move |kv_head| Task { sequence, rows: rows.clone(), kv_head })
             })
         })
         .collect();
@@ -178,8 +180,8 @@ pub fn paged_attention<T: KvValue>(
         unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Avx512Bf16 => avx512::attend(task, layout, scale, queries, cache, &target),
-                _ => attend::<T, Portable>(task, layout, scale, queries, cache, &target),
+                Isa::Avx512 | Isa::Avx512Bf16 => avx512::attend(task, input, cache, &target),
+                _ => attend::<T, Portable>(task, input, cache, &target),
             }
         }
     });
@@ -239,12 +241,11 @@ impl Products for Portable {
 #[inline(always)]
 unsafe fn attend<T: KvValue, P: Products>(
     task: &Task<'_>,
-    layout: &AttentionLayout,
-    scale: f32,
-    queries: &[f32],
+    input: &AttentionInput<'_>,
     cache: &[T],
     out: &SharedSlice<f32>,
 ) {
+    let (layout, scale, queries) = (&input.layout, input.scale, input.queries);
     let head_dim = layout.head_dim;
     let group = layout.num_heads / layout.num_kv_heads;
     let width = layout.num_heads * head_dim;

@@ -3,7 +3,7 @@
 pub mod blocks;
 
 use cadre_kernels::{
-    attention::{AttentionLayout, PagedSequence, paged_attention, write_kv},
+    attention::{AttentionInput, AttentionLayout, PagedSequence, paged_attention, write_kv},
     buffer::{AllocError, Buffer},
 };
 use half::bf16;
@@ -93,14 +93,15 @@ impl KvCache {
             })
             .collect();
         let AttentionIo { scale, queries, keys, values, out } = io;
+        let input = AttentionInput { layout, scale, sequences: &sequences, queries };
         match &mut self.layers {
             Layers::F32(layers) => {
                 write_kv(&layout, &sequences, keys, values, &mut layers[layer]);
-                paged_attention(&compute.pool, compute.isa, &layout, scale, &sequences, queries, &layers[layer], out);
+                paged_attention(&compute.pool, compute.isa, &input, &layers[layer], out);
             }
             Layers::Bf16(layers) => {
                 write_kv(&layout, &sequences, keys, values, &mut layers[layer]);
-                paged_attention(&compute.pool, compute.isa, &layout, scale, &sequences, queries, &layers[layer], out);
+                paged_attention(&compute.pool, compute.isa, &input, &layers[layer], out);
             }
         }
         Ok(())

@@ -45,16 +45,9 @@ impl Case {
             };
             let rows = start * kv..end * kv;
             write_kv(&self.layout, &[sequence], &self.keys[rows.clone()], &self.values[rows], &mut cache);
-            paged_attention(
-                &Pool::new(threads),
-                isa,
-                &self.layout,
-                0.3,
-                &[sequence],
-                &self.queries[start * q..end * q],
-                &cache,
-                &mut out[start * q..end * q],
-            );
+            let queries = &self.queries[start * q..end * q];
+            let input = AttentionInput { layout: self.layout, scale: 0.3, sequences: &[sequence], queries };
+            paged_attention(&Pool::new(threads), isa, &input, &cache, &mut out[start * q..end * q]);
         }
         out
     }

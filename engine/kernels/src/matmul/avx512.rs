@@ -3,7 +3,7 @@
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps,
     _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
 use super::Sums;
@@ -11,10 +11,41 @@ use super::Sums;
 /// How far ahead of the loads a panel is fetched: about the latency of memory at one panel row per two cycles.
 const PREFETCH_BYTES: usize = 1024;
 
-/// The tile of one kind of weights, for fixed counts of rows and panels.
+/// One kind of weights: how a step of k is loaded and multiplied.
 pub(super) trait Kind {
+    /// Sixteen outputs' weights of one step, or a row's activation of that step in all lanes.
+    type Step: Copy;
+    /// Places of k in a step.
+    const PLACES: usize;
+
+    /// Nothing.
+    ///
     /// # Safety
-    /// As for [`tile`]; `rows` and `panels` have at least `R` and `P` entries.
+    /// This and the functions below: the machine has the kind's instructions.
+    unsafe fn zero() -> Self::Step;
+
+    /// 64 bytes of a panel.
+    ///
+    /// # Safety
+    /// They lie in the panel.
+    unsafe fn weights(panel: *const u8) -> Self::Step;
+
+    /// 4 bytes of a row.
+    ///
+    /// # Safety
+    /// They lie in the row.
+    unsafe fn activation(row: *const u8) -> Self::Step;
+
+    /// `sums + x · weights`
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn multiply_add(sums: __m512, x: Self::Step, weights: Self::Step) -> __m512;
+
+    /// [`accumulate`] for fixed counts of rows and panels, compiled for the kind's instructions.
+    ///
+    /// # Safety
+    /// As for [`tile`]; `rows` and `panels` have `R` and `P` entries.
     unsafe fn fixed<const R: usize, const P: usize>(
         rows: &[*const u8],
         panels: &[*const u8],
@@ -74,27 +105,30 @@ fn prefetch<const R: usize>(panel: *const u8, at: usize) {
     }
 }
 
-impl Kind for F32 {
-    #[target_feature(enable = "avx512f")]
-    unsafe fn fixed<const R: usize, const P: usize>(
-        rows: &[*const u8],
-        panels: &[*const u8],
-        k: usize,
-        sums: &mut Sums,
-    ) {
+/// The sums of a tile, all in registers.
+///
+/// # Safety
+/// As for [`Kind::fixed`].
+#[inline(always)]
+unsafe fn accumulate<K: Kind, const R: usize, const P: usize>(
+    rows: &[*const u8],
+    panels: &[*const u8],
+    k: usize,
+    sums: &mut Sums,
+) {
+    // SAFETY: `step < k / PLACES` steps of 64 bytes lie in each panel and of 4 bytes in each row.
+    unsafe {
         let mut registers = [[_mm512_setzero_ps(); P]; R];
-        for step in 0..k {
-            let mut weights = [_mm512_setzero_ps(); P];
+        for step in 0..k / K::PLACES {
+            let mut weights = [K::zero(); P];
             for (weight, panel) in weights.iter_mut().zip(panels) {
                 prefetch::<R>(*panel, step * 64);
-                // SAFETY: `step < k` rows of 64 bytes lie in the panel.
-                *weight = unsafe { _mm512_loadu_ps(panel.add(step * 64).cast()) };
+                *weight = K::weights(panel.add(step * 64));
             }
             for (registers, row) in registers.iter_mut().zip(rows) {
-                // SAFETY: `step < k` values lie in the row.
-                let x = _mm512_set1_ps(unsafe { row.cast::<f32>().add(step).read_unaligned() });
+                let x = K::activation(row.add(step * 4));
                 for (register, weight) in registers.iter_mut().zip(weights) {
-                    *register = _mm512_fmadd_ps(x, weight, *register);
+                    *register = K::multiply_add(*register, x, weight);
                 }
             }
         }
@@ -102,7 +136,74 @@ impl Kind for F32 {
     }
 }
 
+impl Kind for F32 {
+    type Step = __m512;
+    const PLACES: usize = 1;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Step {
+        // SAFETY: the caller promises the instructions.
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(panel: *const u8) -> Self::Step {
+        // SAFETY: the caller promises the instructions and the bytes.
+        unsafe { _mm512_loadu_ps(panel.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn activation(row: *const u8) -> Self::Step {
+        // SAFETY: the caller promises the instructions and the bytes.
+        unsafe { _mm512_set1_ps(row.cast::<f32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sums: __m512, x: Self::Step, weights: Self::Step) -> __m512 {
+        // SAFETY: the caller promises the instructions.
+        unsafe { _mm512_fmadd_ps(x, weights, sums) }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn fixed<const R: usize, const P: usize>(
+        rows: &[*const u8],
+        panels: &[*const u8],
+        k: usize,
+        sums: &mut Sums,
+    ) {
+        // SAFETY: the caller's promises.
+        unsafe { accumulate::<Self, R, P>(rows, panels, k, sums) }
+    }
+}
+
 impl Kind for Bf16Pairs {
+    type Step = __m512bh;
+    const PLACES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Step {
+        // SAFETY: the caller promises the instructions.
+        unsafe { as_bf16(_mm512_setzero_si512()) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(panel: *const u8) -> Self::Step {
+        // SAFETY: the caller promises the instructions and the bytes.
+        unsafe { as_bf16(_mm512_loadu_si512(panel.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn activation(row: *const u8) -> Self::Step {
+        // SAFETY: the caller promises the instructions and the bytes.
+        unsafe { as_bf16(_mm512_set1_epi32(row.cast::<i32>().read_unaligned())) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sums: __m512, x: Self::Step, weights: Self::Step) -> __m512 {
+        // SAFETY: the caller promises the instructions.
+        unsafe { _mm512_dpbf16_ps(sums, x, weights) }
+    }
+
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn fixed<const R: usize, const P: usize>(
         rows: &[*const u8],
@@ -110,27 +211,39 @@ impl Kind for Bf16Pairs {
         k: usize,
         sums: &mut Sums,
     ) {
-        let mut registers = [[_mm512_setzero_ps(); P]; R];
-        for pair in 0..k / 2 {
-            let mut weights = [as_bf16(_mm512_set1_epi32(0)); P];
-            for (weight, panel) in weights.iter_mut().zip(panels) {
-                prefetch::<R>(*panel, pair * 64);
-                // SAFETY: `pair < k / 2` rows of 64 bytes lie in the panel.
-                *weight = as_bf16(unsafe { _mm512_loadu_si512(panel.add(pair * 64).cast()) });
-            }
-            for (registers, row) in registers.iter_mut().zip(rows) {
-                // SAFETY: `pair < k / 2` pairs lie in the row.
-                let x = as_bf16(_mm512_set1_epi32(unsafe { row.cast::<i32>().add(pair).read_unaligned() }));
-                for (register, weight) in registers.iter_mut().zip(weights) {
-                    *register = _mm512_dpbf16_ps(*register, x, weight);
-                }
-            }
-        }
-        store(&registers, sums);
+        // SAFETY: the caller's promises.
+        unsafe { accumulate::<Self, R, P>(rows, panels, k, sums) }
     }
 }
 
 impl Kind for WidenedBf16 {
+    type Step = (__m512, __m512);
+    const PLACES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Step {
+        // SAFETY: the caller promises the instructions.
+        unsafe { (_mm512_setzero_ps(), _mm512_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(panel: *const u8) -> Self::Step {
+        // SAFETY: the caller promises the instructions and the bytes.
+        unsafe { widen(_mm512_loadu_si512(panel.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn activation(row: *const u8) -> Self::Step {
+        // SAFETY: the caller promises the instructions and the bytes.
+        unsafe { widen(_mm512_set1_epi32(row.cast::<i32>().read_unaligned())) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(sums: __m512, x: Self::Step, weights: Self::Step) -> __m512 {
+        // SAFETY: the caller promises the instructions.
+        unsafe { _mm512_fmadd_ps(x.1, weights.1, _mm512_fmadd_ps(x.0, weights.0, sums)) }
+    }
+
     #[target_feature(enable = "avx512f")]
     unsafe fn fixed<const R: usize, const P: usize>(
         rows: &[*const u8],
@@ -138,24 +251,8 @@ impl Kind for WidenedBf16 {
         k: usize,
         sums: &mut Sums,
     ) {
-        let mut registers = [[_mm512_setzero_ps(); P]; R];
-        for pair in 0..k / 2 {
-            let mut weights = [(_mm512_setzero_ps(), _mm512_setzero_ps()); P];
-            for (weight, panel) in weights.iter_mut().zip(panels) {
-                prefetch::<R>(*panel, pair * 64);
-                // SAFETY: `pair < k / 2` rows of 64 bytes lie in the panel.
-                *weight = widen(unsafe { _mm512_loadu_si512(panel.add(pair * 64).cast()) });
-            }
-            for (registers, row) in registers.iter_mut().zip(rows) {
-                // SAFETY: `pair < k / 2` pairs lie in the row.
-                let x = widen(_mm512_set1_epi32(unsafe { row.cast::<i32>().add(pair).read_unaligned() }));
-                for (register, weight) in registers.iter_mut().zip(weights) {
-                    *register = _mm512_fmadd_ps(x.0, weight.0, *register);
-                    *register = _mm512_fmadd_ps(x.1, weight.1, *register);
-                }
-            }
-        }
-        store(&registers, sums);
+        // SAFETY: the caller's promises.
+        unsafe { accumulate::<Self, R, P>(rows, panels, k, sums) }
     }
 }
 
