@@ -6,6 +6,7 @@ use serde::Deserialize;
 use crate::{
     Result,
     blocks::{DecoderConfig, dense_ffn, linear, matrix, moe_ffn},
+    config::ConfigFile,
     weights::Weights,
 };
 
@@ -35,6 +36,13 @@ impl BailingConfig {
     pub fn normalises(&self) -> bool {
         self.norm_topk_prob && self.num_experts_per_tok > 1
     }
+}
+
+/// Refuses options that no published model of either generation uses.
+pub(crate) fn supported(file: &ConfigFile) -> Result<()> {
+    file.supports("multi_gate", &[false])?;
+    file.supports("norm_softmax", &[false])?;
+    file.supports("use_rmsnorm", &[true])
 }
 
 /// `query_key_value` and `dense`.

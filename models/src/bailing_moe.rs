@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use crate::{
     Result,
-    bailing::{BailingConfig, attention, bailing_ffn},
+    bailing::{BailingConfig, attention, bailing_ffn, supported},
     blocks::{DecoderConfig, decoder_parts},
     config::ConfigFile,
     weights::Weights,
@@ -18,9 +18,7 @@ struct Config {
 }
 
 pub(crate) fn build(file: &ConfigFile, weights: &Weights<'_>) -> Result<Decoder> {
-    file.supports("hidden_act", &["silu"])?;
-    file.supports("multi_gate", &[false])?;
-    file.supports("norm_softmax", &[false])?;
+    supported(file)?;
     let (common, bailing, config): (DecoderConfig, BailingConfig, Config) =
         (file.parse()?, file.parse()?, file.parse()?);
     let router = RouterOptions {

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{
     Result,
-    bailing::{BailingConfig, attention, bailing_ffn, yes},
+    bailing::{BailingConfig, attention, bailing_ffn, supported, yes},
     blocks::{DecoderConfig, decoder_parts, head_norms},
     config::ConfigFile,
     weights::Weights,
@@ -31,8 +31,9 @@ fn one() -> f32 {
 }
 
 pub(crate) fn build(file: &ConfigFile, weights: &Weights<'_>) -> Result<Decoder> {
-    file.supports("hidden_act", &["silu"])?;
+    supported(file)?;
     file.supports("score_function", &["sigmoid"])?;
+    file.supports("norm_head", &[false])?;
     let (common, bailing, config): (DecoderConfig, BailingConfig, Config) =
         (file.parse()?, file.parse()?, file.parse()?);
     // The layers that predict further tokens follow the others; decoding token by token does not use them.

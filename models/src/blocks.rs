@@ -43,6 +43,8 @@ pub(crate) fn decoder_parts(
     embedding: &str,
     layer: impl Fn(usize, &Weights<'_>) -> Result<(Attention, Ffn)>,
 ) -> Result<DecoderParts> {
+    file.supports("hidden_act", &["silu"])?;
+    file.supports("use_sliding_window", &[false])?;
     let (model, vocab, hidden) = (weights.at("model"), config.vocab_size, config.hidden_size);
     let norm = |weights: &Weights<'_>, name| {
         Ok::<_, crate::Error>(RmsNorm::new(weights.at(name).vector("weight", hidden)?, config.rms_norm_eps))

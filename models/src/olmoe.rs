@@ -23,7 +23,6 @@ struct Config {
 }
 
 pub(crate) fn build(file: &ConfigFile, weights: &Weights<'_>) -> Result<Decoder> {
-    file.supports("hidden_act", &["silu"])?;
     let (common, config): (DecoderConfig, Config) = (file.parse()?, file.parse()?);
     let parts = decoder_parts(file, &common, weights, "embed_tokens", |_, layer| {
         let router = RouterOptions {

@@ -31,8 +31,6 @@ fn every_layer() -> usize {
 }
 
 pub(crate) fn build(file: &ConfigFile, weights: &Weights<'_>) -> Result<Decoder> {
-    file.supports("hidden_act", &["silu"])?;
-    file.supports("use_sliding_window", &[false])?;
     let (common, config): (DecoderConfig, Config) = (file.parse()?, file.parse()?);
     let parts = decoder_parts(file, &common, weights, "embed_tokens", |index, layer| {
         Ok((attention(&common, &config, &layer.at("self_attn"))?, ffn(&common, &config, index, &layer.at("mlp"))?))

@@ -179,6 +179,8 @@ impl Meters {
 
     /// A request went to the engine.
     pub fn submitted(&self, request: &Request) {
+        // The engine reports at the end of a step, which may take seconds; its next report sets the gauge anew.
+        self.waiting.increment(request.n);
         self.per_request.n.record(request.n);
         self.per_request.max_tokens.record(request.stop.max_tokens);
         self.per_request.prompt_tokens.record(float(request.prompt.len()));

@@ -37,6 +37,7 @@ const MEASURES: &[(&str, f64, f64)] = &[
     ("rope_theta", 0.0, 1e15),
     ("partial_rotary_factor", 0.0, 1.0),
     ("routed_scaling_factor", 0.0, 1e6),
+    ("clip_qkv", 0.0, 1e30),
 ];
 
 /// Pairs of which the first may not exceed the second.
@@ -45,6 +46,9 @@ const ORDERED: &[(&str, &str)] = &[
     ("topk_group", "n_group"),
     ("num_key_value_heads", "num_attention_heads"),
 ];
+
+/// Pairs of which the first must divide the second.
+const DIVIDING: &[(&str, &str)] = &[("num_key_value_heads", "num_attention_heads"), ("n_group", "num_experts")];
 
 /// Refuses a configuration that no model can have.
 pub(super) fn check(config: &ConfigFile) -> Result<()> {
@@ -66,6 +70,33 @@ pub(super) fn check(config: &ConfigFile) -> Result<()> {
         {
             return Err(config.error(smaller, format!("at most {larger}, which is {large}"), small));
         }
+    }
+    for (divisor, whole) in DIVIDING {
+        if let (Some(divisor_value), Some(whole_value)) = (config.count(divisor)?, config.count(whole)?)
+            && !whole_value.is_multiple_of(divisor_value)
+        {
+            return Err(config.error(divisor, format!("a divisor of {whole}, which is {whole_value}"), divisor_value));
+        }
+    }
+    check_kept_experts(config)?;
+    match config.get("quantization_config") {
+        Some(found) => {
+            Err(config.error("quantization_config", "none: quantised weights cannot be read yet", shown(Some(found))))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The groups that stay must hold as many experts as a token uses.
+fn check_kept_experts(config: &ConfigFile) -> Result<()> {
+    let count = |field| config.count(field);
+    let (experts, used) = (count("num_experts")?, count("num_experts_per_tok")?);
+    if let (Some(experts), Some(used), Some(groups), Some(kept)) =
+        (experts, used, count("n_group")?, count("topk_group")?)
+        && kept * (experts / groups) < used
+    {
+        let expected = format!("groups that hold {used} experts (num_experts_per_tok), {} in each", experts / groups);
+        return Err(config.error("topk_group", expected, kept));
     }
     Ok(())
 }
@@ -102,6 +133,23 @@ mod tests {
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.starts_with(&format!("config.json: {field}: expected at most")), "{error}");
+        }
+        for (text, expected) in [
+            (r#"{"num_attention_heads": 4, "num_key_value_heads": 3}"#, "num_key_value_heads: expected a divisor of"),
+            (
+                r#"{"num_experts": 16, "n_group": 32}"#,
+                "n_group: expected a divisor of num_experts, which is 16, found 32",
+            ),
+            (r#"{"num_experts": 16, "n_group": 3}"#, "n_group: expected a divisor of"),
+            (
+                r#"{"num_experts": 16, "num_experts_per_tok": 2, "n_group": 16, "topk_group": 1}"#,
+                "topk_group: expected groups that hold 2 experts",
+            ),
+            (r#"{"clip_qkv": 0}"#, "clip_qkv: expected a number above 0"),
+            (r#"{"quantization_config": {"quant_method": "gptq"}}"#, "quantization_config: expected none"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("config.json: {expected}")), "{error}");
         }
         assert!(read(r#"{"rms_norm_eps": 1e999}"#).is_err());
     }

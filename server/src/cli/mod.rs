@@ -83,11 +83,11 @@ struct EngineArgs {
 
     /// The longest sequence, prompt and answer, in tokens [default: what the model was made for, if the KV cache
     /// holds it]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     max_model_len: Option<usize>,
 
-    /// Tokens that one step takes at most
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    /// Tokens that one step takes at most; more prefill a little faster, fewer let others wait less
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     max_num_batched_tokens: usize,
 }
 
@@ -125,6 +125,12 @@ impl From<DtypeArg> for Dtype {
             DtypeArg::Bf16 => Self::Bf16,
         }
     }
+}
+
+/// A count that may not be 0.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let count = text.parse().map_err(|_| format!("expected a whole number, found `{text}`"))?;
+    if count == 0 { Err("expected at least 1, found 0".to_owned()) } else { Ok(count) }
 }
 
 /// A size: a number with a unit (`KiB`, `MiB`, `GiB`, `TiB`, `KB`, `MB`, `GB`, `TB`; `K`, `M`, `G`, `T` are the

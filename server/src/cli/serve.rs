@@ -13,7 +13,7 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use super::EngineArgs;
+use super::{EngineArgs, at_least_one};
 use crate::{
     engine::{self, EngineOptions},
     http::{self, App, HttpOptions},
@@ -44,7 +44,7 @@ pub struct ServeArgs {
     served_model_name: Vec<String>,
 
     /// Sequences that one step takes at most
-    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Engine")]
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Engine", value_parser = at_least_one)]
     max_num_seqs: usize,
 
     /// Compute equal prefixes anew for each request
@@ -157,10 +157,10 @@ impl Interrupts {
     }
 }
 
-/// One who interrupts twice is in a hurry.
+/// One who presses Ctrl-C again is in a hurry. A second SIGTERM changes nothing: the drain is bounded anyway.
 fn exit_at_the_next(mut interrupts: Interrupts) {
     tokio::spawn(async move {
-        interrupts.next().await;
+        interrupts.interrupt.recv().await;
         std::process::exit(130);
     });
 }

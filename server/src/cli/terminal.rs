@@ -31,11 +31,11 @@ pub struct SamplingArgs {
     max_tokens: Option<u32>,
 
     /// 0 always takes the likeliest token; more is more varied [default: the checkpoint's]
-    #[arg(long, value_name = "0..2")]
+    #[arg(long, value_name = "0..2", value_parser = finite)]
     temperature: Option<f64>,
 
     /// Choose among the likeliest tokens that together have this probability [default: the checkpoint's]
-    #[arg(long, value_name = "0..1")]
+    #[arg(long, value_name = "0..1", value_parser = finite)]
     top_p: Option<f64>,
 
     /// Choose among this many likeliest tokens; 0 is off [default: the checkpoint's]
@@ -43,7 +43,7 @@ pub struct SamplingArgs {
     top_k: Option<u32>,
 
     /// Drop tokens less likely than this share of the likeliest one's [default: the checkpoint's]
-    #[arg(long, value_name = "0..1")]
+    #[arg(long, value_name = "0..1", value_parser = finite)]
     min_p: Option<f64>,
 
     /// The same seed gives the same answer [default: another one each time]
@@ -53,6 +53,12 @@ pub struct SamplingArgs {
     /// End before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+}
+
+/// A number that JSON has: NaN and infinity would become null there, which is absence.
+fn finite(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| format!("expected a number, found `{text}`"))?;
+    if number.is_finite() { Ok(number) } else { Err(format!("expected a finite number, found `{text}`")) }
 }
 
 impl SamplingArgs {

@@ -14,7 +14,6 @@ use serde_json::{Map, Value, json};
 use super::{
     App,
     answer::{self, Envelope},
-    blocking,
     body::JsonBody,
     error::{ApiError, Kind, sentence},
     fields::Fields,
@@ -40,7 +39,7 @@ const REASONING_EFFORTS: &[&str] = &["none", "minimal", "low", "medium", "high",
 pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let unknown = params::admit(&body, Endpoint::Chat, app.options.strict_params)?;
     let served = app.served_as(Fields::new(&body).string("model")?)?.clone();
-    let prepared = blocking(move || Prepared::new(&served, &body)).await?;
+    let prepared = app.prepare(move || Prepared::new(&served, &body)).await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);
     Ok(response)

@@ -13,7 +13,6 @@ use serde_json::{Map, Value};
 use super::{
     App,
     answer::{self, Envelope},
-    blocking,
     body::JsonBody,
     error::ApiError,
     fields::{Fields, token_ids, wrong},
@@ -42,7 +41,7 @@ const MAX_CHOICES: usize = 4096;
 pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let unknown = params::admit(&body, Endpoint::Completions, app.options.strict_params)?;
     let served = app.served_as(Fields::new(&body).string("model")?)?.clone();
-    let prepared = blocking(move || Prepared::new(&served, &body)).await?;
+    let prepared = app.prepare(move || Prepared::new(&served, &body)).await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);
     Ok(response)

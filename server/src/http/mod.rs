@@ -43,7 +43,7 @@ use axum::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
     net::TcpListener,
-    sync::{oneshot, watch},
+    sync::{Semaphore, oneshot, watch},
     time::timeout,
 };
 
@@ -64,7 +64,7 @@ pub struct HttpOptions {
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self { max_body_bytes: 16 << 20, strict_params: false }
+        Self { max_body_bytes: 4 << 20, strict_params: false }
     }
 }
 
@@ -85,12 +85,30 @@ pub struct App {
     phase: watch::Sender<Phase>,
     metrics: PrometheusHandle,
     options: HttpOptions,
+    preparations: Semaphore,
 }
+
+/// Prompts that are tokenised at a time: a body of the largest size takes some hundred times its bytes meanwhile.
+const MAX_PREPARATIONS: usize = 2;
 
 impl App {
     /// A server without a model: it answers that it is loading.
     pub fn new(metrics: PrometheusHandle, options: HttpOptions) -> Self {
-        Self { served: OnceLock::new(), phase: watch::Sender::new(Phase::Open), metrics, options }
+        let preparations = Semaphore::new(MAX_PREPARATIONS);
+        Self { served: OnceLock::new(), phase: watch::Sender::new(Phase::Open), metrics, options, preparations }
+    }
+
+    /// Runs `work`, which templates and tokenises, beside few others; a client that leaves while it waits gives its
+    /// turn away.
+    ///
+    /// # Errors
+    /// As `work`.
+    pub async fn prepare<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let _turn = self.preparations.acquire().await.map_err(ApiError::internal)?;
+        blocking(work).await
     }
 
     /// The model is ready.

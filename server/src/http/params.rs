@@ -17,6 +17,8 @@ pub enum Endpoint {
     Chat,
     /// `/v1/completions`
     Completions,
+    /// `/tokenize` and `/detokenize`
+    Tokenize,
 }
 
 /// Honoured by chat and text completions alike.
@@ -102,6 +104,7 @@ const fn refuse(name: &'static str, asks_for_nothing: fn(&Value) -> bool, instea
     Refusal { name, asks_for_nothing, instead }
 }
 
+const CHAT_ONLY: &str = "text completions have no conversation; use /v1/chat/completions";
 const UNSUPPORTED: &str = "cadre does not support it; leave it out";
 const TOOLS: &str = "tool calls are not supported yet; leave it out";
 const STRUCTURED: &str = "structured output is not supported yet; leave it out";
@@ -148,6 +151,12 @@ const REFUSED_CHAT: &[Refusal] = &[
 
 /// Refused by text completions only.
 const REFUSED_COMPLETIONS: &[Refusal] = &[
+    refuse("add_generation_prompt", is_false, CHAT_ONLY),
+    refuse("chat_template_kwargs", is_empty, CHAT_ONLY),
+    refuse("continue_final_message", is_false, CHAT_ONLY),
+    refuse("max_completion_tokens", never, "text completions are bounded by `max_tokens`"),
+    refuse("messages", is_empty, CHAT_ONLY),
+    refuse("reasoning_effort", is_none_word, CHAT_ONLY),
     refuse("suffix", is_empty, "no served model fills in the middle; leave it out"),
     refuse("top_logprobs", never, "give the number in `logprobs`"),
 ];
@@ -203,16 +212,18 @@ pub fn is_honoured(name: &str) -> bool {
 /// # Errors
 /// When a refused parameter asks for something, or, if `strict`, when there is a field that nobody knows.
 pub fn admit(body: &Map<String, Value>, endpoint: Endpoint, strict: bool) -> Result<Vec<String>, ApiError> {
-    let (honoured, refused) = match endpoint {
-        Endpoint::Chat => (HONOURED_CHAT, REFUSED_CHAT),
-        Endpoint::Completions => (HONOURED_COMPLETIONS, REFUSED_COMPLETIONS),
+    let (honoured, refused): (&[&[&str]], &[Refusal]) = match endpoint {
+        Endpoint::Chat => (&[HONOURED_CHAT], REFUSED_CHAT),
+        Endpoint::Completions => (&[HONOURED_COMPLETIONS], REFUSED_COMPLETIONS),
+        // What shapes the prompt; what shapes the answer is without effect here.
+        Endpoint::Tokenize => (&[HONOURED_TOKENIZE, HONOURED_CHAT, HONOURED_COMPLETIONS], &[]),
     };
     let mut unknown = Vec::new();
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
         let name = name.as_str();
         if let Some(refusal) = REFUSED.iter().chain(refused).find(|refusal| refusal.name == name) {
             refusal.check(value)?;
-        } else if ![HONOURED, honoured, WITHOUT_EFFECT].iter().any(|list| list.contains(&name)) {
+        } else if !honoured.iter().chain(&[HONOURED, WITHOUT_EFFECT]).any(|list| list.contains(&name)) {
             unknown.push(name.to_owned());
         }
     }

@@ -2,25 +2,52 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
 use serde_json::{Map, Value, json};
 
-use super::{App, blocking, body::JsonBody, chat, error::ApiError, fields::Fields, messages::required};
+use super::{
+    App, answer,
+    body::JsonBody,
+    chat,
+    error::ApiError,
+    fields::Fields,
+    messages::required,
+    params::{self, Endpoint},
+};
 use crate::engine::Served;
 
 /// A text, or a conversation through the chat template, to token ids.
 ///
 /// # Errors
 /// When the request is at fault.
-pub async fn tokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<Value>, ApiError> {
+pub async fn tokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    admitted(&app, body, tokens).await
+}
+
+/// What `make` makes of an admitted body.
+async fn admitted(
+    app: &App,
+    body: Map<String, Value>,
+    make: fn(&Served, &Map<String, Value>) -> Result<Value, ApiError>,
+) -> Result<Response, ApiError> {
+    let unknown = params::admit(&body, Endpoint::Tokenize, app.options.strict_params)?;
     let served = app.served_as(Fields::new(&body).string("model")?)?.clone();
-    blocking(move || tokens(&served, &body)).await.map(Json)
+    let mut response = Json(app.prepare(move || make(&served, &body)).await?).into_response();
+    answer::name_ignored(&mut response, &unknown);
+    Ok(response)
 }
 
 fn tokens(served: &Served, body: &Map<String, Value>) -> Result<Value, ApiError> {
     let fields = Fields::new(body);
     let add_special_tokens = fields.boolean("add_special_tokens")?;
     let ids = if fields.get("messages").is_some() {
+        if fields.get("prompt").is_some() {
+            return Err(ApiError::invalid("prompt", "Give `prompt` or `messages`, not both."));
+        }
         chat::prompt(served, fields, add_special_tokens.unwrap_or(false))?
     } else {
         let text = fields.string("prompt")?.ok_or_else(|| required("prompt"))?;
@@ -35,9 +62,8 @@ fn tokens(served: &Served, body: &Map<String, Value>) -> Result<Value, ApiError>
 ///
 /// # Errors
 /// When the request is at fault.
-pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<Value>, ApiError> {
-    let served = app.served_as(Fields::new(&body).string("model")?)?.clone();
-    blocking(move || text(&served, &body)).await.map(Json)
+pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    admitted(&app, body, text).await
 }
 
 fn text(served: &Served, body: &Map<String, Value>) -> Result<Value, ApiError> {
