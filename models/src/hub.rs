@@ -65,12 +65,12 @@ pub(crate) fn fetch(
     }
     match hub.listing() {
         Ok(listing) => hub.download(&listing, accept, on_download),
-        Err(error @ Error::HubUnreachable { .. }) => match hub.cached() {
+        Err(Error::HubUnreachable { endpoint, detail, cache, model }) => match hub.cached() {
             Some(directory) => {
-                tracing::warn!("{error}; using the copy in {}", directory.display());
+                tracing::warn!("{endpoint} cannot be reached ({detail}): using the copy in {}", directory.display());
                 Ok(directory)
             }
-            None => Err(error),
+            None => Err(Error::HubUnreachable { endpoint, detail, cache, model }),
         },
         Err(error) => Err(error),
     }

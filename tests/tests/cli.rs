@@ -158,6 +158,21 @@ fn fails(args: &[&str], words: &[&str]) {
 }
 
 #[test]
+fn flags_out_of_range_are_usage_errors() {
+    for flags in [
+        &["generate", "--prompt", "x", "--temperature", "nan"][..],
+        &["generate", "--prompt", "x", "--top-p", "inf"],
+        &["serve", "--max-num-seqs", "0"],
+        &["serve", "--max-num-batched-tokens", "0"],
+        &["serve", "--kv-memory", "0"],
+    ] {
+        let run = run(flags);
+        assert_eq!((run.code, run.stdout.as_str()), (Some(2), ""), "{flags:?}: {}", run.stderr);
+        assert!(run.stderr.contains("invalid value"), "{flags:?}: {}", run.stderr);
+    }
+}
+
+#[test]
 fn models_that_cannot_be_used_are_explained() {
     fails(&["generate", "--prompt", "x", "--model", "no/such/dir"], &["no/such/dir"]);
     fails(&["inspect", "--model", "nowhere"], &["nowhere", "directory"]);

@@ -77,6 +77,8 @@ fn bad_completions() -> Vec<(Value, &'static str)> {
         (json!({"suffix": "end"}), "suffix"),
         (json!({"truncate_prompt_tokens": 0}), "truncate_prompt_tokens"),
         (json!({"truncation_side": "middle"}), "truncation_side"),
+        (json!({"max_completion_tokens": 1}), "max_completion_tokens"),
+        (json!({"chat_template_kwargs": {"a": 1}}), "chat_template_kwargs"),
     ]
 }
 
@@ -137,7 +139,10 @@ fn errors_have_their_status_type_and_code() {
         let answer = client.post(path, &json!({}));
         assert_eq!((answer.status, answer.json()["error"]["param"].is_string()), (400, true), "{}", answer.text);
     }
-    expect(client.post("/detokenize", &json!({"tokens": [700_000]})), 400, json!("tokens[0]"), none);
+    expect(client.post("/detokenize", &json!({"tokens": [700_000]})), 400, json!("tokens[0]"), none.clone());
+    let both = json!({"prompt": "a", "messages": [{"role": "user", "content": "a"}]});
+    expect(client.post("/tokenize", &both), 400, json!("prompt"), none.clone());
+    expect(client.post("/tokenize", &json!({"prompt": "a", "tools": [{}]})), 400, json!("tools"), none);
     assert_eq!(client.post(CHAT, &hello).status, 200, "it serves on");
 }
 
