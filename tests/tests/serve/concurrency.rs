@@ -89,12 +89,17 @@ fn thirty_two_clients_get_the_same_text_as_one_by_one() {
 #[test]
 fn when_the_cache_is_full_nothing_is_lost() {
     let requests = requests();
-    let alone = one_by_one(&Server::start(&["--threads", "2"]), &requests);
+    let roomy = Server::start(&["--threads", "2"]);
+    let alone = one_by_one(&roomy, &requests);
     // Room for 384 tokens, where the requests want some 2,500.
     let flags = ["--threads", "2", "--kv-memory", "384KiB", "--max-model-len", "320"];
     let server = Server::start(&flags);
     let together = all_at_once(&server, &requests);
     assert_same(&alone, &together, "with a tiny cache");
+    // How far requests of several clients overlap is chance; the choices of one request run together and want 1,000.
+    let choices = json!({"n": 4, "temperature": 1.0, "seed": 7, "ignore_eos": true, "max_tokens": 250});
+    let texts = |server: &Server| server.chat("Hello", choices.clone()).ok()["choices"].clone();
+    assert_eq!(texts(&server), texts(&roomy), "choices that preempt each other");
     server.wait_until_idle();
     let metrics = server.metrics();
     assert!(metrics.value("vllm:num_preemptions_total", &[]) > 0.0, "{}", metrics.text());
