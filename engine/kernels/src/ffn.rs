@@ -11,7 +11,7 @@ use crate::{
     activation::silu_mul,
     format::{Format, Layout, PANEL, Packed, round_to_bf16},
     isa::Isa,
-    matmul::{Activations, TASK_BYTES, walk},
+    matmul::{Activations, TASK_BYTES, panels_per_task, walk},
     pool::Pool,
     shared::SharedSlice,
 };
@@ -86,7 +86,6 @@ pub fn grouped_ffn(pool: &Pool, isa: Isa, layout: FfnLayout, x: &[f32], groups: 
 
 /// The rows between the two products, in the form that the down product takes.
 struct Inner {
-    format: Format,
     /// Bytes of a row.
     stride: usize,
     bytes: Vec<u64>,
@@ -107,7 +106,7 @@ fn gate_and_up(pool: &Pool, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Gr
     // Whole panels of outputs are written, and the k of `down` is padded: the wider of the two.
     let width = layout.format.padded_k(layout.intermediate).max(layout.intermediate.next_multiple_of(PANEL));
     let stride = width * layout.format.value_bytes();
-    let mut inner = Inner { format: layout.format, stride, bytes: vec![0; rows * stride / 8] };
+    let mut inner = Inner { stride, bytes: vec![0; rows * stride / 8] };
     let target = SharedSlice::new(&mut inner.bytes);
     let panels_per_task = (TASK_BYTES / matrix.panel_bytes()).max(2).next_multiple_of(2);
     let tasks_per_group = matrix.panels().div_ceil(panels_per_task);
@@ -160,12 +159,10 @@ fn down(
     starts: &[usize],
     out: &mut [f32],
 ) {
-    debug_assert_eq!(inner.format, layout.format);
     let matrix = layout.down();
     let hidden = layout.hidden;
     let rows = out.len() / hidden;
-    let fair = matrix.panels().div_ceil(4 * pool.threads());
-    let panels_per_task = (TASK_BYTES / matrix.panel_bytes()).min(fair).max(1).next_multiple_of(2);
+    let panels_per_task = panels_per_task(pool, &matrix);
     let target = SharedSlice::new(out);
     pool.run(matrix.panels().div_ceil(panels_per_task), |task| {
         let panels = task * panels_per_task..matrix.panels().min((task + 1) * panels_per_task);

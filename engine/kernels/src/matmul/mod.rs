@@ -61,7 +61,7 @@ impl<'a> Activations<'a> {
 }
 
 /// Enough panels for [`TASK_BYTES`], but few enough that every thread gets some; even, so that tiles stay whole.
-fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
+pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
     let fair = layout.panels().div_ceil(4 * pool.threads());
     (TASK_BYTES / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
 }
