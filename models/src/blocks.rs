@@ -1,8 +1,8 @@
 //! From a checkpoint's tensors to the blocks that architectures share. The tensors' names are the architectures'.
 
 use cadre_engine::nn::{
-    Attention, AttentionConfig, DecoderLayer, DecoderParts, DenseFfn, Ffn, Format, HeadNorms, Linear, Matrix, MoeFfn,
-    RmsNorm, Rope, RouterOptions,
+    Attention, AttentionConfig, DecoderLayer, DecoderParts, DenseFfn, Ffn, FfnLayout, Format, HeadNorms, Linear,
+    Matrix, MoeFfn, RmsNorm, Rope, RouterOptions,
 };
 use serde::Deserialize;
 
@@ -66,7 +66,7 @@ pub(crate) fn decoder_parts(
     }
     Ok(DecoderParts {
         layers: layers.collect::<Result<_>>()?,
-        embedding: matrix(&model, embedding, vocab, hidden)?,
+        embedding: model.at(embedding).matrix_as(weights.formats().embedding, &[("weight", vocab)], hidden)?,
         norm: norm(&model, "norm")?,
         head: (!config.tie_word_embeddings).then(|| matrix(weights, "lm_head", vocab, hidden)).transpose()?,
         max_position_embeddings: rope.max_positions(),
@@ -118,7 +118,8 @@ pub(crate) fn head_norms(
 
 /// `gate_proj`, `up_proj` and `down_proj` as one feed-forward.
 pub(crate) fn dense_ffn(weights: &Weights<'_>, hidden: usize, intermediate: usize) -> Result<DenseFfn> {
-    Ok(DenseFfn { weights: weights.experts(1, hidden, intermediate, |_| String::new())? })
+    let layout = FfnLayout { format: weights.formats().dense, hidden, intermediate };
+    Ok(DenseFfn { weights: weights.experts(1, layout, |_| String::new())? })
 }
 
 /// The router `gate` and `experts.N` of `count` experts.
@@ -129,10 +130,11 @@ pub(crate) fn moe_ffn(
     options: RouterOptions,
     shared: Option<DenseFfn>,
 ) -> Result<MoeFfn> {
+    let layout = FfnLayout { format: weights.formats().experts, hidden, intermediate };
     Ok(MoeFfn {
         router: weights.at("gate").matrix_as(Format::F32, &[("weight", count)], hidden)?,
         options,
-        experts: weights.experts(count, hidden, intermediate, |expert| format!("experts.{expert}"))?,
+        experts: weights.experts(count, layout, |expert| format!("experts.{expert}"))?,
         shared,
     })
 }

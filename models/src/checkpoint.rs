@@ -1,6 +1,6 @@
 //! A checkpoint: a model's configuration, weights, tokenizer and chat template, wherever they lie.
 
-use std::{path::Path, sync::OnceLock};
+use std::{borrow::Cow, path::Path, sync::OnceLock};
 
 use serde_json::{Map, Value};
 
@@ -39,7 +39,7 @@ pub fn open(model: Option<&str>, on_download: &dyn Fn(DownloadProgress<'_>)) -> 
     };
     let path = Path::new(model);
     if path.is_dir() {
-        return Checkpoint::read(directory_name(path), Files::Directory(path.to_owned()));
+        return open_directory(path);
     }
     if path.exists() {
         return Err(Error::NotADirectory { path: model.to_owned() });
@@ -50,6 +50,11 @@ pub fn open(model: Option<&str>, on_download: &dyn Fn(DownloadProgress<'_>)) -> 
     let accept = |files: &Files| registry::find(&read_config(files)?).map(|_| ());
     let directory = hub::fetch(&HubSettings::from_env()?, model, &accept, on_download)?;
     Checkpoint::read(model.to_owned(), Files::Directory(directory))
+}
+
+/// Opens the checkpoint in `directory`.
+pub(crate) fn open_directory(directory: &Path) -> Result<Checkpoint> {
+    Checkpoint::read(directory_name(directory), Files::Directory(directory.to_owned()))
 }
 
 /// A directory's own name, also of `.` and `..`.
@@ -146,6 +151,17 @@ impl Checkpoint {
     #[must_use]
     pub fn config(&self) -> &ConfigFile {
         &self.config
+    }
+
+    /// The small files: configuration, tokenizer, chat template.
+    pub(crate) fn text_files(&self) -> Result<Vec<(String, Cow<'static, [u8]>)>> {
+        let mut files = Vec::new();
+        for name in self.files.names()?.into_iter().filter(|name| hub::is_text_file(name)) {
+            if let Some(bytes) = self.files.read(&name)? {
+                files.push((name, bytes));
+            }
+        }
+        Ok(files)
     }
 
     /// Its tensors' headers.

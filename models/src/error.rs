@@ -78,7 +78,7 @@ pub enum Error {
         known: String,
     },
     /// A safetensors file as a whole is damaged.
-    #[error("{file}: {what}: expected {expected}, found {found}; download the file again")]
+    #[error("{file}: {what}: expected {expected}, found {found}; download or pack it again")]
     TensorFile {
         /// The file.
         file: String,
@@ -147,6 +147,59 @@ pub enum Error {
         /// The first few names.
         names: String,
     },
+    /// A file of a pack can't be used, or belongs to another pack.
+    #[error("{file}: {what}: expected {expected}, found {found}; pack the checkpoint again")]
+    Pack {
+        /// The file.
+        file: String,
+        /// What of it.
+        what: &'static str,
+        /// What would be right.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// A pack's weights are in the formats that it was made in.
+    #[error(
+        "{checkpoint} is a pack: expected no format to be asked for, found {asked}; it is {found} as it was packed: leave the format out, or pack the original again"
+    )]
+    PackFormat {
+        /// The pack.
+        checkpoint: String,
+        /// What was asked for.
+        asked: String,
+        /// The formats that it has.
+        found: String,
+    },
+    /// What should be packed is packed already.
+    #[error("{checkpoint}: expected a checkpoint to pack, found a pack ({found}): give the one that it was made from")]
+    AlreadyPacked {
+        /// The pack.
+        checkpoint: String,
+        /// The formats that it has.
+        found: String,
+    },
+    /// The directory for a pack holds something else.
+    #[error("{file} is in the way: expected {expected}, found {found}; give another --output, or empty this one")]
+    PackOutput {
+        /// The file in the way.
+        file: String,
+        /// What may lie there.
+        expected: String,
+        /// What lies there.
+        found: String,
+    },
+    /// The system could not write a file.
+    #[error("cannot write {file}: {source}; what is finished stays: run the same command again to go on")]
+    Write {
+        /// The file.
+        file: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The user ended it.
+    #[error("interrupted; what is finished stays: run the same command again to go on")]
+    Interrupted,
     /// The hub cannot be reached, and there is no complete copy in the cache.
     #[error(
         "{endpoint} cannot be reached ({detail}) and {cache} holds no complete copy of {model}: check the network, or give a local directory"

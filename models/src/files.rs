@@ -1,7 +1,13 @@
 //! Where a checkpoint's files lie: a directory, or the binary itself. Small files are read whole; weights are read
 //! by positioned reads, never mapped (a mapped file that shrinks kills the process, and page faults are slow reads).
 
-use std::{borrow::Cow, fs::File, io, os::unix::fs::FileExt, path::PathBuf};
+use std::{
+    borrow::Cow,
+    fs::{DirEntry, File},
+    io,
+    os::unix::fs::FileExt,
+    path::PathBuf,
+};
 
 use crate::{Error, Result};
 
@@ -32,6 +38,21 @@ impl Files {
             Self::Directory(directory) => directory.display().to_string(),
             Self::Embedded(_) => "the embedded checkpoint".to_owned(),
         }
+    }
+
+    /// The names of all files, in order.
+    pub(crate) fn names(&self) -> Result<Vec<String>> {
+        let mut names: Vec<String> = match self {
+            Self::Embedded(files) => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            Self::Directory(directory) => {
+                let failed = |source| Error::Read { file: directory.display().to_string(), source };
+                let entries = std::fs::read_dir(directory).map_err(failed)?;
+                let name = |entry: io::Result<DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+                entries.map(name).collect::<io::Result<_>>().map_err(failed)?
+            }
+        };
+        names.sort_unstable();
+        Ok(names)
     }
 
     /// The whole text file `name`; `None` if there is none.
@@ -88,7 +109,8 @@ enum Bytes {
 }
 
 impl Source {
-    fn open(label: String, path: &std::path::Path) -> Result<Option<Self>> {
+    /// The file at `path`; `None` if there is none.
+    pub(crate) fn open(label: String, path: &std::path::Path) -> Result<Option<Self>> {
         let failed = |source| Error::Read { file: label.clone(), source };
         // Asked before it is opened: opening a named pipe would wait for its writer.
         let metadata = match std::fs::metadata(path) {

@@ -184,7 +184,7 @@ impl<'a> Hub<'a> {
 }
 
 /// Whether a file at the top of a repository is one of the small ones that a checkpoint is read from.
-fn is_text_file(name: &str) -> bool {
+pub(crate) fn is_text_file(name: &str) -> bool {
     const NAMES: [&str; 4] =
         ["config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"];
     NAMES.contains(&name) || is_plain_name(name) && name.starts_with("tokenizer") && name.ends_with(".json")

@@ -8,6 +8,8 @@
 //! | [`config`] | config.json: bounds, rotary embedding; generation_config.json |
 //! | `tensors` | safetensors headers and the index of shards, checked against the files' sizes |
 //! | `weights`, `blocks` | tensors by name and shape, packed as they are read; every tensor accounted for |
+//! | [`formats`] | which format each part of a model gets |
+//! | [`mod@pack`] | writes a checkpoint whose weights lie as the kernels take them |
 //! | `registry` | the table from `model_type` to the file that builds it |
 //! | `qwen3_moe`, `olmoe`, `bailing_moe`, `bailing_moe_v2` | the architectures |
 //! | [`load`](mod@load) | from a checkpoint to a model |
@@ -30,10 +32,12 @@ pub mod config;
 mod embedded;
 mod error;
 mod files;
+pub mod formats;
 mod hub;
 mod json;
 pub mod load;
 mod olmoe;
+pub mod pack;
 mod qwen3_moe;
 mod registry;
 pub mod summary;
@@ -48,11 +52,12 @@ pub use chat_template::{ChatTemplate, RenderOptions};
 pub use checkpoint::{Checkpoint, open};
 pub use config::GenerationConfig;
 pub use error::Error;
+pub use formats::{FormatOptions, Formats};
 pub use hub::DownloadProgress;
-pub use load::{Dtype, LoadedModel, load};
+pub use load::{LoadedModel, load};
 pub use registry::architectures;
 pub use summary::Summary;
-pub use tensors::StoredType;
+pub use tensors::{Stored, StoredType};
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
 pub use weights::LoadProgress;

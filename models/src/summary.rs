@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use cadre_engine::nn::PackingError;
+
 use crate::{
     Result,
     config::ConfigFile,
-    tensors::{StoredType, TensorSet},
+    tensors::{Stored, TensorInfo, TensorSet},
 };
 
 /// What a checkpoint holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Summary {
     /// Decoder layers.
     pub layers: Option<u64>,
@@ -28,11 +30,11 @@ pub struct Summary {
     /// The parts that occur, in the order of a token's way.
     pub parts: Vec<PartSummary>,
     /// Bytes of each stored type that occurs.
-    pub types: Vec<(StoredType, u64)>,
+    pub types: Vec<(Stored, u64)>,
 }
 
 /// One part of a model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PartSummary {
     /// Which one.
     pub part: Part,
@@ -42,6 +44,30 @@ pub struct PartSummary {
     pub parameters: u64,
     /// Its bytes in the files.
     pub bytes: u64,
+    /// Its bytes of each stored type that occurs.
+    pub types: Vec<(Stored, u64)>,
+    /// How far packing took it from the checkpoint that the pack was made from; `None` if nothing of it is packed.
+    pub error: Option<PackingError>,
+}
+
+impl PartSummary {
+    fn add(&mut self, info: &TensorInfo) {
+        self.tensors += 1;
+        self.parameters += info.elements;
+        self.bytes += info.bytes;
+        add_type(&mut self.types, info.stored, info.bytes);
+        if let Stored::Packed(_) = info.stored {
+            *self.error.get_or_insert_default() += info.error;
+        }
+    }
+}
+
+/// Adds to the bytes of a stored type.
+fn add_type(types: &mut Vec<(Stored, u64)>, stored: Stored, bytes: u64) {
+    match types.iter_mut().find(|(found, _)| *found == stored) {
+        Some((_, sum)) => *sum += bytes,
+        None => types.push((stored, bytes)),
+    }
 }
 
 /// The parts of a mixture-of-experts decoder.
@@ -91,7 +117,7 @@ impl Part {
     fn of(name: &str, layers: Option<u64>) -> Self {
         let pieces: Vec<&str> = name.split('.').collect();
         let has = |wanted: &[&str]| pieces.iter().any(|piece| wanted.contains(piece));
-        if let (Some(layer), Some(layers)) = (number_after(&pieces, "layers"), layers)
+        if let (Some(layer), Some(layers)) = (layer_of(name), layers)
             && layer >= layers
         {
             return Self::ExtraPredictions;
@@ -118,10 +144,9 @@ impl Part {
     }
 }
 
-/// The number in the piece that follows `name`.
-fn number_after(pieces: &[&str], name: &str) -> Option<u64> {
-    let at = pieces.iter().position(|piece| *piece == name)?;
-    pieces.get(at + 1)?.parse().ok()
+/// The number of the layer that the tensor `name` belongs to.
+pub(crate) fn layer_of(name: &str) -> Option<u64> {
+    name.split('.').skip_while(|piece| *piece != "layers").nth(1)?.parse().ok()
 }
 
 impl Summary {
@@ -129,12 +154,12 @@ impl Summary {
     pub(crate) fn of(config: &ConfigFile, tensors: &TensorSet) -> Result<Self> {
         let layers = config.count("num_hidden_layers")?;
         let mut parts: BTreeMap<Part, PartSummary> = BTreeMap::new();
+        let mut types = Vec::new();
         for info in tensors.iter() {
             let part = Part::of(&info.name, layers);
-            let entry = parts.entry(part).or_insert(PartSummary { part, tensors: 0, parameters: 0, bytes: 0 });
-            entry.tensors += 1;
-            entry.parameters += info.elements;
-            entry.bytes += info.bytes();
+            let empty = PartSummary { part, tensors: 0, parameters: 0, bytes: 0, types: Vec::new(), error: None };
+            parts.entry(part).or_insert(empty).add(info);
+            add_type(&mut types, info.stored, info.bytes);
         }
         let (experts, experts_per_token) = (config.count("num_experts")?, config.count("num_experts_per_tok")?);
         let parts: Vec<_> = parts.into_values().collect();
@@ -148,7 +173,7 @@ impl Summary {
             active_parameters: used.map(|part| active(part, experts, experts_per_token)).sum(),
             total_bytes: parts.iter().map(|part| part.bytes).sum(),
             parts,
-            types: tensors.bytes_by_type().into_iter().collect(),
+            types,
         })
     }
 }
@@ -164,7 +189,7 @@ fn active(part: &PartSummary, experts: Option<u64>, experts_per_token: Option<u6
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{files::Files, testing::TensorFile};
+    use crate::{files::Files, tensors::StoredType, testing::TensorFile};
 
     #[test]
     fn names_tell_the_parts() {
@@ -203,7 +228,8 @@ mod tests {
         let summary = Summary::of(&ConfigFile::read("config.json".to_owned(), text).unwrap(), &tensors).unwrap();
         assert_eq!((summary.total_parameters, summary.active_parameters), (20 + 24 + 8, 20 + 12 + 8));
         assert_eq!(summary.total_bytes, 40 + 48 + 32 + 10);
-        assert_eq!(summary.types, [(StoredType::F32, 32), (StoredType::Bf16, 98)]);
+        let plain = Stored::Plain;
+        assert_eq!(summary.types, [(plain(StoredType::Bf16), 98), (plain(StoredType::F32), 32)]);
         let parts: Vec<_> = summary.parts.iter().map(|part| (part.part, part.tensors, part.bytes)).collect();
         let expected =
             [(Part::Embedding, 1, 40), (Part::Routers, 1, 32), (Part::Experts, 4, 48), (Part::ExtraPredictions, 1, 10)];

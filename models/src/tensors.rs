@@ -3,9 +3,11 @@
 //! Nothing here reads a weight or allocates by a number from a file that the file's own size does not justify.
 
 mod header;
+mod packed;
 mod set;
 mod stored;
 
 pub(crate) use header::{TensorInfo, read_header};
+pub(crate) use packed::{ALIGNMENT, PackInfo, PackedEntry, PackedLayout};
 pub(crate) use set::{INDEX_FILE, SINGLE_FILE, TensorSet, is_plain_name, shards_of};
-pub use stored::StoredType;
+pub use stored::{Stored, StoredType};

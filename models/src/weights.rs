@@ -1,21 +1,35 @@
 //! A checkpoint's tensors as an architecture asks for them: by name and shape, checked before anything is allocated,
-//! packed row range by row range straight from the file, each accounted for.
+//! packed row range by row range straight from the file (or read as they are from a pack), each accounted for.
+//!
+//! `cadre pack` lets the architecture ask in the same way, but only notes down what it asks for: see [`PlannedTensor`].
 
 use std::{
     fmt::Display,
     ops::Range,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use cadre_engine::{
     compute::Compute,
-    nn::{ExpertPart, Experts, FfnLayout, Format, Layout, Matrix},
+    nn::{ExpertPart, Experts, FfnLayout, Format, Layout, Matrix, PackingError},
 };
 
-use crate::{Error, Result, tensors::TensorSet};
+use crate::{
+    Error, Result,
+    formats::Formats,
+    tensors::{PackedLayout, Stored, TensorSet},
+};
 
 /// Bytes that one positioned read takes at most: large enough for a disk's full rate, small enough for a core's cache.
 const READ_BYTES: usize = 1 << 20;
+
+/// Between the names of a packed tensor's sources.
+const JOIN: &str = "+";
+/// A gated feed-forward's tensors.
+const EXPERT_NAMES: [&str; 3] = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"];
 
 /// How far loading has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,30 +44,72 @@ pub struct LoadProgress {
 pub(crate) struct Loader<'a> {
     tensors: &'a TensorSet,
     compute: &'a Compute,
-    format: Format,
+    formats: Formats,
+    /// What was asked for so far, where that is only noted down.
+    plan: Option<Mutex<Vec<PlannedTensor>>>,
     used: Vec<AtomicBool>,
     done_bytes: AtomicU64,
     total_bytes: u64,
     on_bytes: &'a (dyn Fn(LoadProgress) + Sync),
 }
 
+/// One tensor of a pack, and the checkpoint's tensors that it is made from.
+pub(crate) struct PlannedTensor {
+    /// The name of the first source and what the others' names end in, joined by `+`.
+    pub name: String,
+    /// What is made of them.
+    pub content: PlannedContent,
+}
+
+/// What becomes of a checkpoint's tensors in a pack.
+pub(crate) enum PlannedContent {
+    /// Copied as it is.
+    Vector(usize),
+    /// Packed.
+    Matrix(Layout, Vec<Part>),
+    /// Packed: gate, up, down.
+    Expert(FfnLayout, [usize; 3]),
+}
+
+impl PlannedContent {
+    /// The layout of what is packed.
+    pub(crate) fn layout(&self) -> Option<PackedLayout> {
+        match self {
+            Self::Vector(_) => None,
+            Self::Matrix(layout, _) => Some(PackedLayout::Matrix(*layout)),
+            Self::Expert(layout, _) => Some(PackedLayout::Expert(*layout)),
+        }
+    }
+}
+
 impl<'a> Loader<'a> {
-    /// A loader that packs matrices as `format` and tells `on_bytes`, from several threads, how far it has come.
+    /// A loader that packs matrices as `formats` and tells `on_bytes`, from several threads, how far it has come.
     pub(crate) fn new(
         tensors: &'a TensorSet,
         compute: &'a Compute,
-        format: Format,
+        formats: Formats,
         on_bytes: &'a (dyn Fn(LoadProgress) + Sync),
     ) -> Self {
         Self {
             tensors,
             compute,
-            format,
+            formats,
+            plan: None,
             used: (0..tensors.len()).map(|_| AtomicBool::new(false)).collect(),
             done_bytes: AtomicU64::new(0),
-            total_bytes: tensors.iter().map(crate::tensors::TensorInfo::bytes).sum(),
+            total_bytes: tensors.iter().map(|info| info.bytes).sum(),
             on_bytes,
         }
+    }
+
+    /// The same loader, which gives zeros for matrices and experts and notes down what was asked for.
+    pub(crate) fn planning(self) -> Self {
+        Self { plan: Some(Mutex::default()), ..self }
+    }
+
+    /// What was asked for, in that order.
+    pub(crate) fn take_plan(&mut self) -> Vec<PlannedTensor> {
+        self.plan.take().map_or(Vec::new(), |plan| plan.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// All tensors, by their full names. Frequencies of the rotary embedding, which old checkpoints store, are computed
@@ -80,7 +136,8 @@ impl<'a> Loader<'a> {
         self.used[index].store(true, Ordering::Relaxed);
     }
 
-    fn progress(&self, bytes: u64) {
+    /// Says that so many bytes more are done with.
+    pub(crate) fn progress(&self, bytes: u64) {
         let done_bytes = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         (self.on_bytes)(LoadProgress { done_bytes: done_bytes.min(self.total_bytes), total_bytes: self.total_bytes });
     }
@@ -99,9 +156,12 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// Fills `out` with the numbers of tensor `index` from number `start` on.
-    fn read(&self, index: usize, start: usize, out: &mut [f32]) -> Result<()> {
-        let dtype = self.tensors.info(index).dtype;
+    /// Fills `out` with the numbers of tensor `index` from number `start` on; returns the bytes that this took.
+    fn read(&self, index: usize, start: usize, out: &mut [f32]) -> Result<u64> {
+        let dtype = match self.tensors.info(index).stored {
+            Stored::Plain(dtype) => dtype,
+            found @ Stored::Packed(_) => return Err(self.stored_wrongly(index, "plain numbers", found)),
+        };
         let per_read = READ_BYTES / dtype.bytes();
         let mut bytes = vec![0; out.len().min(per_read) * dtype.bytes()];
         let mut offset = (start * dtype.bytes()) as u64;
@@ -111,7 +171,89 @@ impl<'a> Loader<'a> {
             dtype.widen(bytes, values);
             offset += bytes.len() as u64;
         }
+        Ok((out.len() * dtype.bytes()) as u64)
+    }
+
+    fn stored_wrongly(&self, index: usize, expected: impl ToString, found: Stored) -> Error {
+        Error::TensorEntry {
+            file: self.tensors.label(index).to_owned(),
+            tensor: self.tensors.info(index).name.clone(),
+            what: "format",
+            expected: expected.to_string(),
+            found: found.to_string(),
+        }
+    }
+
+    /// Fills `out` with `rows` of the matrix that `parts` make up; returns the bytes that this took.
+    fn read_rows(&self, parts: &[Part], rows: Range<usize>, k: usize, out: &mut [f32]) -> Result<u64> {
+        let mut bytes = 0;
+        for part in parts {
+            let here = rows.start.max(part.rows.start)..rows.end.min(part.rows.end);
+            if here.is_empty() {
+                continue;
+            }
+            let out = &mut out[(here.start - rows.start) * k..(here.end - rows.start) * k];
+            bytes += self.read(part.tensor, (here.start - part.rows.start) * k, out)?;
+        }
+        Ok(bytes)
+    }
+
+    /// The matrix that `parts` make up, packed.
+    pub(crate) fn pack_matrix(&self, layout: Layout, parts: &[Part]) -> Result<Matrix> {
+        let packed = Matrix::from_rows(self.compute, layout, |rows, out| {
+            self.read_rows(parts, rows, layout.k, out).map(|bytes| self.progress(bytes)).map_err(Failure::Read)
+        });
+        packed.map_err(Error::from)
+    }
+
+    /// How far `matrix` is from the `parts` that it was packed from.
+    pub(crate) fn matrix_error(&self, matrix: &Matrix, parts: &[Part]) -> Result<PackingError> {
+        matrix.packing_error(self.compute, |rows, out| self.read_rows(parts, rows, matrix.layout().k, out).map(drop))
+    }
+
+    /// The experts whose gate, up and down `tensors` are, packed.
+    pub(crate) fn pack_experts(&self, layout: FfnLayout, tensors: &[[usize; 3]]) -> Result<Experts> {
+        let packed = Experts::from_rows(self.compute, layout, tensors.len(), |expert, part, rows, out| {
+            let read = self.read_expert(layout, &tensors[expert], part, rows, out);
+            read.map(|bytes| self.progress(bytes)).map_err(Failure::Read)
+        });
+        packed.map_err(Error::from)
+    }
+
+    /// How far `experts` are from the `tensors` that they were packed from.
+    pub(crate) fn experts_error(&self, experts: &Experts, tensors: &[[usize; 3]]) -> Result<PackingError> {
+        let layout = experts.layout();
+        experts.packing_error(self.compute, |expert, part, rows, out| {
+            self.read_expert(layout, &tensors[expert], part, rows, out).map(drop)
+        })
+    }
+
+    fn read_expert(
+        &self,
+        layout: FfnLayout,
+        [gate, up, down]: &[usize; 3],
+        part: ExpertPart,
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<u64> {
+        let (tensor, k) = match part {
+            ExpertPart::Gate => (*gate, layout.hidden),
+            ExpertPart::Up => (*up, layout.hidden),
+            ExpertPart::Down => (*down, layout.intermediate),
+        };
+        self.read(tensor, rows.start * k, out)
+    }
+
+    /// Fills `out` with the packed bytes of tensor `index` from `offset` on.
+    fn read_packed(&self, index: usize, offset: usize, out: &mut [u8]) -> Result<(), Failure> {
+        self.tensors.read(index, offset as u64, out).map_err(Failure::Read)?;
+        self.progress(out.len() as u64);
         Ok(())
+    }
+
+    /// Counts the padding of a packed tensor whose `layout` was read.
+    fn skip_padding(&self, layout: PackedLayout) {
+        self.progress(layout.bytes() - layout.data_bytes());
     }
 }
 
@@ -140,8 +282,9 @@ impl From<Failure> for Error {
 }
 
 /// One tensor's rows within a matrix that several tensors make up.
-struct Part {
-    tensor: usize,
+pub(crate) struct Part {
+    /// The tensor's number.
+    pub tensor: usize,
     rows: Range<usize>,
 }
 
@@ -165,64 +308,83 @@ impl<'a> Weights<'a> {
     }
 
     /// What matrices are packed as.
-    pub(crate) fn format(&self) -> Format {
-        self.loader.format
+    pub(crate) fn formats(&self) -> Formats {
+        self.loader.formats
     }
 
     /// The tensors named, `[rows, k]` each, one below the other in one packed matrix.
     pub(crate) fn matrix(&self, parts: &[(&str, usize)], k: usize) -> Result<Matrix> {
-        self.matrix_as(self.format(), parts, k)
+        self.matrix_as(self.formats().dense, parts, k)
     }
 
     /// The same in a format of the caller's choice.
     pub(crate) fn matrix_as(&self, format: Format, parts: &[(&str, usize)], k: usize) -> Result<Matrix> {
+        let names: Vec<_> = parts.iter().map(|(name, _)| *name).collect();
+        let name = names.join(JOIN);
+        if self.loader.tensors.pack().is_some() {
+            let n = parts.iter().fold(0_usize, |n, (_, rows)| n.saturating_add(*rows));
+            let index = self.take_packed(&name, &[n, k], format)?;
+            let layout = Layout { format, n, k };
+            let read = |offset, out: &mut [u8]| self.loader.read_packed(index, offset, out);
+            let matrix = Matrix::from_packed(self.compute(), layout, read)?;
+            self.loader.skip_padding(PackedLayout::Matrix(layout));
+            return Ok(matrix);
+        }
         let parts = self.parts(parts, k)?;
-        let n = parts.last().map_or(0, |part| part.rows.end);
-        let packed = Matrix::from_rows(self.compute(), Layout { format, n, k }, |rows, out| {
-            self.read_rows(&parts, rows, k, out).map_err(Failure::Read)
-        });
-        packed.map_err(Error::from)
+        let layout = Layout { format, n: parts.last().map_or(0, |part| part.rows.end), k };
+        if let Some(plan) = &self.loader.plan {
+            self.note(plan, &name, PlannedContent::Matrix(layout, parts));
+            return Ok(Matrix::zeroed(layout).map_err(cadre_engine::Error::from)?);
+        }
+        self.loader.pack_matrix(layout, &parts)
     }
 
     /// The tensor `name`, `[n]`.
     pub(crate) fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
         let index = self.take(name, &[n])?;
         let mut values = vec![0.0; n];
-        self.loader.read(index, 0, &mut values)?;
-        self.loader.progress(self.loader.tensors.info(index).bytes());
+        let bytes = self.loader.read(index, 0, &mut values)?;
+        self.loader.progress(bytes);
+        if let Some(plan) = &self.loader.plan {
+            self.note(plan, name, PlannedContent::Vector(index));
+        }
         Ok(values)
     }
 
     /// `count` gated feed-forwards: `gate_proj`, `up_proj` `[ff, hidden]` and `down_proj` `[hidden, ff]` below the
     /// prefix of each.
-    pub(crate) fn experts(
-        &self,
-        count: usize,
-        hidden: usize,
-        ff: usize,
-        prefix: impl Fn(usize) -> String,
-    ) -> Result<Experts> {
-        // All are looked up before the first byte is allocated; the list grows only as tensors are found.
+    pub(crate) fn experts(&self, count: usize, layout: FfnLayout, prefix: impl Fn(usize) -> String) -> Result<Experts> {
+        let FfnLayout { format, hidden, intermediate } = layout;
+        // All are looked up before the first byte is allocated; the lists grow only as tensors are found.
+        if self.loader.tensors.pack().is_some() {
+            let mut indices = Vec::new();
+            for expert in 0..count {
+                let shape = [3, intermediate, hidden];
+                indices.push(self.at(prefix(expert)).take_packed(&EXPERT_NAMES.join(JOIN), &shape, format)?);
+            }
+            let read = |expert: usize, offset, out: &mut [u8]| self.loader.read_packed(indices[expert], offset, out);
+            let experts = Experts::from_packed(self.compute(), layout, count, read)?;
+            indices.iter().for_each(|_| self.loader.skip_padding(PackedLayout::Expert(layout)));
+            return Ok(experts);
+        }
         let mut tensors = Vec::new();
         for expert in 0..count {
             let below = self.at(prefix(expert));
+            let [gate, up, down] = EXPERT_NAMES;
             tensors.push([
-                below.take("gate_proj.weight", &[ff, hidden])?,
-                below.take("up_proj.weight", &[ff, hidden])?,
-                below.take("down_proj.weight", &[hidden, ff])?,
+                below.take(gate, &[intermediate, hidden])?,
+                below.take(up, &[intermediate, hidden])?,
+                below.take(down, &[hidden, intermediate])?,
             ]);
         }
-        let layout = FfnLayout { format: self.format(), hidden, intermediate: ff };
-        let packed = Experts::from_rows(self.compute(), layout, count, |expert, part, rows, out| {
-            let [gate, up, down] = tensors[expert];
-            let (tensor, k) = match part {
-                ExpertPart::Gate => (gate, hidden),
-                ExpertPart::Up => (up, hidden),
-                ExpertPart::Down => (down, ff),
-            };
-            self.read_rows(&[Part { tensor, rows: 0..usize::MAX }], rows, k, out).map_err(Failure::Read)
-        });
-        packed.map_err(Error::from)
+        if let Some(plan) = &self.loader.plan {
+            for (expert, tensors) in tensors.into_iter().enumerate() {
+                let content = PlannedContent::Expert(layout, tensors);
+                self.at(prefix(expert)).note(plan, &EXPERT_NAMES.join(JOIN), content);
+            }
+            return Ok(Experts::zeroed(layout, count).map_err(cadre_engine::Error::from)?);
+        }
+        self.loader.pack_experts(layout, &tensors)
     }
 
     /// Says that the tensor `name`, if there is one, is not needed.
@@ -248,7 +410,7 @@ impl<'a> Weights<'a> {
 
     fn skip(&self, index: usize) {
         if !self.loader.used[index].swap(true, Ordering::Relaxed) {
-            self.loader.progress(self.loader.tensors.info(index).bytes());
+            self.loader.progress(self.loader.tensors.info(index).bytes);
         }
     }
 
@@ -274,6 +436,20 @@ impl<'a> Weights<'a> {
         Ok(index)
     }
 
+    /// The same of a pack's tensor that is packed as `format`.
+    fn take_packed(&self, name: &str, expected: &[usize], format: Format) -> Result<usize> {
+        let index = self.take(name, expected)?;
+        match self.loader.tensors.info(index).stored {
+            Stored::Packed(found) if found == format => Ok(index),
+            found => Err(self.loader.stored_wrongly(index, Stored::Packed(format), found)),
+        }
+    }
+
+    fn note(&self, plan: &Mutex<Vec<PlannedTensor>>, name: &str, content: PlannedContent) {
+        let planned = PlannedTensor { name: self.name(name), content };
+        plan.lock().unwrap_or_else(PoisonError::into_inner).push(planned);
+    }
+
     fn parts(&self, parts: &[(&str, usize)], k: usize) -> Result<Vec<Part>> {
         let mut end = 0;
         let mut found = Vec::new();
@@ -283,20 +459,6 @@ impl<'a> Weights<'a> {
             end += rows;
         }
         Ok(found)
-    }
-
-    /// Fills `out` with `rows` of the matrix that `parts` make up.
-    fn read_rows(&self, parts: &[Part], rows: Range<usize>, k: usize, out: &mut [f32]) -> Result<()> {
-        for part in parts {
-            let here = rows.start.max(part.rows.start)..rows.end.min(part.rows.end);
-            if here.is_empty() {
-                continue;
-            }
-            let out = &mut out[(here.start - rows.start) * k..(here.end - rows.start) * k];
-            self.loader.read(part.tensor, (here.start - part.rows.start) * k, out)?;
-            self.loader.progress((out.len() * self.loader.tensors.info(part.tensor).dtype.bytes()) as u64);
-        }
-        Ok(())
     }
 }
 
@@ -308,6 +470,12 @@ mod tests {
     use proptest::prelude::*;
 
     use crate::{files::Files, testing::TensorFile};
+
+    const F32: Formats = Formats { experts: Format::F32, dense: Format::F32, embedding: Format::F32 };
+
+    fn layout(hidden: usize, intermediate: usize) -> FfnLayout {
+        FfnLayout { format: Format::F32, hidden, intermediate }
+    }
 
     fn numbers(count: usize) -> Vec<f32> {
         (0..count).map(|index| (index % 251) as f32 - 100.0).collect()
@@ -324,7 +492,7 @@ mod tests {
         let told = Mutex::new(Vec::new());
         let on_bytes = |progress| told.lock().unwrap().push(progress);
         let compute = Compute::new(3);
-        let loader = Loader::new(&tensors, &compute, Format::F32, &on_bytes);
+        let loader = Loader::new(&tensors, &compute, F32, &on_bytes);
         let result = use_weights(&loader, &loader.root());
         (result, told.into_inner().unwrap())
     }
@@ -380,7 +548,7 @@ mod tests {
         }
         let (result, told) = with(file, |loader, weights| {
             assert_eq!(weights.at("norm").vector("weight", 3)?, [1.0, 2.0, 3.0]);
-            let experts = weights.at("mlp").experts(2, 3, 2, |expert| format!("experts.{expert}"))?;
+            let experts = weights.at("mlp").experts(2, layout(3, 2), |expert| format!("experts.{expert}"))?;
             assert_eq!(experts.count(), 2);
             loader.finish()
         });
@@ -395,7 +563,7 @@ mod tests {
         refused(file(), |_, weights| weights.at("a.c").matrix(&[("weight", 7)], 9).map(drop), &words);
         refused(file(), |_, weights| weights.at("a").vector("c.weight", 7).map(drop), &["a.c.weight", "[7]"]);
         let words = ["tensor a.0.gate_proj.weight is missing", "[4, 2]"];
-        refused(file(), |_, weights| weights.experts(usize::MAX, 2, 4, |e| format!("a.{e}")).map(drop), &words);
+        refused(file(), |_, weights| weights.experts(usize::MAX, layout(2, 4), |e| format!("a.{e}")).map(drop), &words);
     }
 
     #[test]
@@ -444,7 +612,7 @@ mod tests {
         let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
         file.set_len(file.metadata().unwrap().len() - 1).unwrap();
         let compute = Compute::new(1);
-        let loader = Loader::new(&tensors, &compute, Format::F32, &|_| {});
+        let loader = Loader::new(&tensors, &compute, F32, &|_| {});
         let error = loader.root().matrix(&[("w", 4)], 4).unwrap_err().to_string();
         assert!(error.contains("model.safetensors") && error.contains("cut off"), "{error}");
     }
@@ -468,7 +636,7 @@ mod tests {
                 let parts: Vec<_> = names.iter().map(String::as_str).zip(sizes.iter().copied()).collect();
                 let parts = weights.parts(&parts, k)?;
                 let mut out = vec![0.0; range.len() * k];
-                weights.read_rows(&parts, range.clone(), k, &mut out)?;
+                weights.loader.read_rows(&parts, range.clone(), k, &mut out)?;
                 Ok(out)
             });
             prop_assert_eq!(&read.unwrap(), &values[range.start * k..range.end * k]);

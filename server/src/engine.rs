@@ -14,7 +14,7 @@ use cadre_engine::{
     request::SamplingParams,
     runtime::{Runtime, RuntimeConfig, RuntimeHandle},
 };
-use cadre_models::{ChatTemplate, Checkpoint, Dtype, GenerationConfig, LoadedModel, Tokenizer};
+use cadre_models::{ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Tokenizer};
 
 use crate::{
     generation::{Backend, Machine},
@@ -43,8 +43,10 @@ pub struct EngineOptions {
     pub max_num_batched_tokens: usize,
     /// The longest sequence.
     pub max_model_len: Option<usize>,
-    /// The weights' format.
-    pub dtype: Dtype,
+    /// The weights' formats.
+    pub formats: FormatOptions,
+    /// The KV cache's format; that of the weights if absent.
+    pub kv_dtype: Option<KvDtype>,
     /// Reuse the KV blocks of equal prefixes.
     pub prefix_caching: bool,
 }
@@ -55,8 +57,8 @@ pub struct Engine {
     pub runtime: Runtime,
     /// What answers need.
     pub served: Arc<Served>,
-    /// The format that the weights got.
-    pub format: Format,
+    /// The formats that the weights have.
+    pub formats: Formats,
     /// The workers and their instruction tier.
     pub compute: Compute,
     /// How many workers.
@@ -141,11 +143,12 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     // Small and quick to fail: read before the weights.
     checkpoint.tokenizer()?;
     checkpoint.chat_template()?;
-    let LoadedModel { model, format } =
-        progress::load(|report| cadre_models::load(&checkpoint, options.dtype, &compute, report))?;
-    let plan = KvPlan::new(options, model.info(), format)?;
+    let LoadedModel { model, formats } = progress::weights("loading weights", |report| {
+        cadre_models::load(&checkpoint, &options.formats, &compute, report)
+    })?;
+    let plan = KvPlan::new(options, model.info(), formats)?;
     tracing::info!(
-        model = checkpoint.name(), architecture = checkpoint.architecture(), %format, isa = %compute.isa, threads,
+        model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
     );
     let name = served_names(options, &checkpoint).swap_remove(0);
@@ -154,7 +157,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let meters = Arc::new(Meters::new(&name));
     let runtime = start_runtime(options, model, &plan, compute.clone(), meters.clone())?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
-    Ok(Engine { runtime, served, format, compute, threads, kv_blocks: plan.blocks, kv_block_tokens: BLOCK_SIZE })
+    Ok(Engine { runtime, served, formats, compute, threads, kv_blocks: plan.blocks, kv_block_tokens: BLOCK_SIZE })
 }
 
 fn start_runtime(
@@ -218,11 +221,9 @@ struct KvPlan {
 }
 
 impl KvPlan {
-    fn new(options: &EngineOptions, info: &ModelInfo, format: Format) -> Result<Self> {
-        let dtype = match format {
-            Format::F32 => KvDtype::F32,
-            Format::Bf16 => KvDtype::Bf16,
-        };
+    fn new(options: &EngineOptions, info: &ModelInfo, formats: Formats) -> Result<Self> {
+        let of_weights = if formats.dense == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
+        let dtype = options.kv_dtype.unwrap_or(of_weights);
         let block_bytes = KvCache::block_bytes(info.num_layers, info.num_kv_heads, info.head_dim, dtype).max(1);
         let sizes = KvSizes {
             block_bytes,
@@ -362,7 +363,8 @@ mod tests {
             max_num_seqs: 2,
             max_num_batched_tokens: 64,
             max_model_len: Some(128),
-            dtype: Dtype::Auto,
+            formats: FormatOptions::default(),
+            kv_dtype: None,
             prefix_caching: true,
         };
         let engine = start(&options).unwrap();

@@ -18,9 +18,9 @@ pub fn download<T>(work: impl FnOnce(&dyn Fn(DownloadProgress<'_>)) -> T) -> T {
     result
 }
 
-/// Runs a load that reports to the bar.
-pub fn load<T>(work: impl FnOnce(&(dyn Fn(LoadProgress) + Sync)) -> T) -> T {
-    let bar = bar().with_message("loading weights");
+/// Runs what goes through all weights and reports to the bar; `name` says what it does.
+pub fn weights<T>(name: &'static str, work: impl FnOnce(&(dyn Fn(LoadProgress) + Sync)) -> T) -> T {
+    let bar = bar().with_message(name);
     let result = work(&|report: LoadProgress| show(&bar, report.done_bytes, report.total_bytes));
     bar.finish_and_clear();
     result

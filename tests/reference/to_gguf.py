@@ -12,6 +12,7 @@ import math
 import pathlib
 
 import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -149,29 +150,26 @@ def interleaved(rows, heads):
 
 
 class Checkpoint:
-    """Tensors by name out of all the shards of a folder."""
+    """Tensors by name out of all the shards of a folder; as an outline, their shapes without values."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, outline=False):
         files = [safe_open(file, framework="pt") for file in sorted(folder.glob("model*.safetensors"))]
         self.where = {name: file for file in files for name in file.keys()}
+        self.outline = outline
 
     def take(self, name):
-        return self.where[name].get_tensor(name)
+        tensor = self.where[name].get_tensor(name)
+        return tensor.to("meta") if self.outline else tensor
 
 
-def write_tensors(writer, checkpoint, config, bf16):
+def named_tensors(checkpoint, config):
+    """The tensors one after the other, by llama.cpp's names."""
     family = family_of(config)
     layers = config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(ARCHITECTURES[family], layers)
 
-    def write(name, suffix, tensor):
-        name = f"{names.get_name(name) or name}.{suffix}"
-        small = tensor.ndim == 1 or "ffn_gate_inp" in name
-        if bf16 and not small:
-            raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(name, tensor.float().contiguous().numpy())
+    def named(name, suffix, tensor):
+        return f"{names.get_name(name) or name}.{suffix}", tensor
 
     for name in checkpoint.where:
         parts = name.split(".")
@@ -181,25 +179,49 @@ def write_tensors(writer, checkpoint, config, bf16):
         if ".mlp.experts." in name:
             if parts[5] == "0":
                 merged = [name.replace(".experts.0.", f".experts.{e}.") for e in range(config["num_experts"])]
-                write(".".join(parts[:5] + parts[6:7]), suffix, torch.stack([checkpoint.take(n) for n in merged]))
+                experts = torch.stack([checkpoint.take(n) for n in merged])
+                yield named(".".join(parts[:5] + parts[6:7]), suffix, experts)
             continue
         tensor = checkpoint.take(name)
         if name.endswith("expert_bias"):
-            write(name, "bias", tensor)
+            yield named(name, "bias", tensor)
         elif family == "bailing_moe" and stem.endswith("query_key_value"):
             heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
             rows = tensor.shape[0] // (heads + 2 * kv_heads)
             q, k, v = tensor.split([heads * rows, kv_heads * rows, kv_heads * rows])
-            write(f"blk.{parts[2]}.attn_q", suffix, interleaved(q, heads))
-            write(f"blk.{parts[2]}.attn_k", suffix, interleaved(k, kv_heads))
-            write(f"blk.{parts[2]}.attn_v", suffix, v)
+            yield named(f"blk.{parts[2]}.attn_q", suffix, interleaved(q, heads))
+            yield named(f"blk.{parts[2]}.attn_k", suffix, interleaved(k, kv_heads))
+            yield named(f"blk.{parts[2]}.attn_v", suffix, v)
         elif name == "lm_head.weight":
-            write(stem, suffix, normalised(tensor) if config.get("norm_head") else tensor)
+            yield named(stem, suffix, normalised(tensor) if config.get("norm_head") else tensor)
         else:
-            write(stem, suffix, tensor)
+            yield named(stem, suffix, tensor)
     if config["tie_word_embeddings"] and family.startswith("bailing"):  # llama.cpp asks for the head
         tensor = checkpoint.take("model.word_embeddings.weight")
-        write("lm_head", "weight", normalised(tensor) if config.get("norm_head") else tensor)
+        yield named("lm_head", "weight", normalised(tensor) if config.get("norm_head") else tensor)
+
+
+def encoded(name, tensor, bf16):
+    """What lies in the file: f32, or bf16 as bytes."""
+    small = tensor.ndim == 1 or "ffn_gate_inp" in name
+    if small or not bf16:
+        return tensor.float().contiguous()
+    return tensor.to(torch.bfloat16).contiguous().view(torch.uint8)
+
+
+def write_file(writer, folder, config, bf16):
+    """Tensor by tensor, so that memory holds one: first what there will be, then the values."""
+    for name, tensor in named_tensors(Checkpoint(folder, outline=True), config):
+        outline = encoded(name, tensor, bf16)
+        as_bf16 = outline.dtype == torch.uint8
+        dtype = np.dtype(np.uint8 if as_bf16 else np.float32)
+        raw_dtype = gguf.GGMLQuantizationType.BF16 if as_bf16 else None
+        writer.add_tensor_info(name, outline.shape, dtype, outline.nbytes, raw_dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in named_tensors(Checkpoint(folder), config):
+        writer.write_tensor_data(encoded(name, tensor, bf16).numpy())
 
 
 def normalised(head):
@@ -214,10 +236,7 @@ def convert(folder, output, bf16=False):
     writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family_of(config)]])
     write_parameters(writer, config)
     write_tokenizer(writer, folder, config)
-    write_tensors(writer, Checkpoint(folder), config, bf16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    write_file(writer, folder, config, bf16)
     writer.close()
 
 

@@ -88,11 +88,16 @@ fn inspect_tells_what_a_checkpoint_is() {
     assert_eq!((about["architecture"].as_str(), about["total_bytes"].as_u64()), (Some("qwen3_moe"), Some(weights)));
 }
 
+/// The JSON lines of `cadre bench` with these flags.
+fn bench(flags: &[&str]) -> Vec<Value> {
+    let lines = output(&[&["bench", "--json", "--repetitions", "2"], flags].concat());
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
 #[test]
 fn bench_measures() {
-    let small = ["--prefill", "16,64", "--decode", "1,3", "--decode-tokens", "4", "--repetitions", "2"];
-    let lines = output(&[&["bench", "--json", "--threads", "1"], &small[..]].concat());
-    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let small = ["--prompt", "16,64", "--generate", "4", "--batch", "1,3"];
+    let lines = bench(&[&["--threads", "1"], &small[..]].concat());
     let sizes: Vec<_> =
         lines.iter().map(|line| (line["kind"].as_str().unwrap(), &line["tokens"], &line["batch"])).collect();
     let [one, three, four, sixteen, sixty_four] = [1, 3, 4, 16, 64].map(|number| json!(number));
@@ -108,17 +113,46 @@ fn bench_measures() {
         assert!(line["peak_rss_bytes"].as_u64().unwrap() > 1 << 20, "{line}");
         assert_eq!((&line["threads"], &line["format"]), (&json!(1), &json!("bf16")), "{line}");
         assert!(!line["isa"].as_str().unwrap().is_empty(), "{line}");
+        assert!(line.get("bound_tokens_per_second").is_none(), "{line}");
     }
     let table = output(&[&["bench"], &small[..]].concat());
-    assert!(table.contains("prefill") && table.contains("tok/s"), "{table}");
-    let too_long = run(&["bench", "--prefill", "5000", "--decode", "1", "--decode-tokens", "2", "--repetitions", "1"]);
+    assert!(table.contains("prefill") && table.contains("tok/s") && !table.contains("bound"), "{table}");
+    let too_long = run(&["bench", "--prompt", "5000", "--batch", "1", "--generate", "2", "--repetitions", "1"]);
     assert!(too_long.code == Some(0) && too_long.stderr.contains("5001 tokens don't fit"), "{}", too_long.stderr);
+}
+
+#[test]
+fn bench_holds_figures_against_the_machine() {
+    let small = ["--roofline", "--prompt", "16", "--generate", "4", "--batch", "1,4"];
+    let lines = bench(&small);
+    assert_eq!(lines.len(), 3);
+    let number = |line: &Value, key: &str| line[key].as_f64().unwrap();
+    for line in &lines {
+        let share = number(line, "tokens_per_second") / number(line, "bound_tokens_per_second");
+        assert!(share > 0.0 && (number(line, "share_of_bound") / share - 1.0).abs() < 1e-9, "{line}");
+        assert!(
+            number(line, "read_bytes_per_second") > 0.0 && number(line, "matrix_operations_per_second") > 0.0,
+            "{line}"
+        );
+    }
+    let table = output(&[&["bench", "--repetitions", "1"], &small[..]].concat());
+    for part in ["GB/s", "G operations/s", "bound", "share", "%"] {
+        assert!(table.contains(part), "{part} is missing in\n{table}");
+    }
+}
+
+#[test]
+fn bench_refuses_sizes_of_nothing() {
+    for flags in [["--prompt", "0"], ["--prompt", "16,x"], ["--generate", "0"], ["--batch", "1,0"], ["--batch", "x"]] {
+        let run = run(&[&["bench"], &flags[..]].concat());
+        assert!(run.code == Some(2) && run.stderr.contains(flags[0]), "{flags:?}: {:?} {}", run.code, run.stderr);
+    }
 }
 
 #[test]
 fn other_formats_answer_as_well() {
     let question = a_question();
-    let said = output(&["generate", "--dtype", "f32", "--prompt", &question.prompt]);
+    let said = output(&["generate", "--format", "f32", "--prompt", &question.prompt]);
     assert_eq!(said.trim(), question.answer);
 }
 
@@ -127,10 +161,11 @@ fn help_names_the_flags() {
     let all = output(&["--help"]);
     for (command, flags) in [
         ("serve", &["--host", "--port", "--served-model-name", "--max-num-seqs", "--kv-memory", "--max-model-len"][..]),
-        ("generate", &["--prompt", "--max-tokens", "--temperature", "--model", "--threads", "--dtype"]),
+        ("generate", &["--prompt", "--max-tokens", "--temperature", "--model", "--threads", "--format", "--kv-dtype"]),
         ("chat", &["--system", "--model"]),
         ("inspect", &["--model", "--json"]),
-        ("bench", &["--json", "--model", "--max-num-batched-tokens"]),
+        ("pack", &["--model", "--output", "--format", "--experts-format", "--dense-format"]),
+        ("bench", &["--json", "--prompt", "--generate", "--batch", "--roofline", "--max-num-batched-tokens"]),
     ] {
         assert!(all.contains(command), "{all}");
         let help = output(&[command, "--help"]);
@@ -229,7 +264,7 @@ fn flags_that_cannot_be_honoured_are_explained() {
     ] {
         fails(&[&generate[..], flags].concat(), words);
     }
-    for flags in [&["--kv-memory", "1 parsec"][..], &["--threads", "0"], &["--dtype", "int3"], &["--no-such-flag"]] {
+    for flags in [&["--kv-memory", "1 parsec"][..], &["--threads", "0"], &["--format", "int3"], &["--no-such-flag"]] {
         let run = run(&[&generate[..], flags].concat());
         assert_eq!(run.code, Some(2), "{flags:?}: {}", run.stderr);
     }

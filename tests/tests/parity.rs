@@ -10,9 +10,10 @@ use cadre_engine::{
     compute::Compute,
     kv::{KvCache, KvDtype, blocks::BLOCK_SIZE},
     model::{Model, SequenceRows, StepBatch, StepContext, forward},
+    nn::Format,
     ops,
 };
-use cadre_models::{Dtype, load, open};
+use cadre_models::{FormatOptions, load, open};
 use candle_core::{DType, Device, Tensor};
 
 /// Largest difference from the reference in f32, as a part of the logits' range. Tighter than the 1e-4 that is asked
@@ -70,12 +71,12 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(fixture: &Fixture, dtype: Dtype, threads: usize) -> Result<Self> {
+    fn new(fixture: &Fixture, format: Format, threads: usize) -> Result<Self> {
         let compute = Compute::new(threads);
         let folder = fixture.folder.to_str().context("path")?;
         let checkpoint = open(Some(folder), &|_| {})?;
-        let model = load(&checkpoint, dtype, &compute, &|_| {})?.model;
-        let kv_dtype = if dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
+        let model = load(&checkpoint, &FormatOptions::all(format), &compute, &|_| {})?.model;
+        let kv_dtype = if format == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
         Ok(Self { compute, model, kv_dtype })
     }
 
@@ -141,13 +142,13 @@ fn bits(logits: &[Vec<f32>]) -> Vec<Vec<u32>> {
 fn check(fixture: &Fixture) -> Result<()> {
     let sequences: Vec<&[u32]> = fixture.sequences.iter().map(Vec::as_slice).collect();
     let tokens = sequences[0].len();
-    for dtype in [Dtype::F32, Dtype::Bf16] {
-        let (one, two) = (Runner::new(fixture, dtype, 1)?, Runner::new(fixture, dtype, 2)?);
+    for format in [Format::F32, Format::Bf16] {
+        let (one, two) = (Runner::new(fixture, format, 1)?, Runner::new(fixture, format, 2)?);
         let together = two.logits(&sequences, tokens)?;
         for (index, logits) in together.iter().enumerate() {
             let expected = &fixture.f32[index];
             let (max, mean) = difference(logits, expected);
-            if dtype == Dtype::F32 {
+            if format == Format::F32 {
                 let bound = F32_TOLERANCE * range(expected);
                 ensure!(max <= bound, "f32, sequence {index}: {max} against a bound of {bound}");
                 if let Some(llama_cpp) = &fixture.llama_cpp {
@@ -162,11 +163,11 @@ fn check(fixture: &Fixture) -> Result<()> {
         }
         for chunk in 1..=tokens {
             let chunked = one.logits(&sequences, chunk)?;
-            ensure!(bits(&chunked) == bits(&together), "{dtype:?}: chunks of {chunk} change the logits");
+            ensure!(bits(&chunked) == bits(&together), "{format}: chunks of {chunk} change the logits");
         }
         for (index, ids) in sequences.iter().enumerate() {
             let alone = one.logits(&[ids], tokens)?;
-            ensure!(bits(&alone) == bits(&together[index..=index]), "{dtype:?}: a neighbour changes sequence {index}");
+            ensure!(bits(&alone) == bits(&together[index..=index]), "{format}: a neighbour changes sequence {index}");
         }
     }
     Ok(())
@@ -219,7 +220,7 @@ fn qwen3_moe_agrees_with_candle_transformers() {
         let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
         let variables = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
         let Ok(mut model) = ModelForCausalLM::new(&config, variables) else { continue };
-        let ours = Runner::new(&fixture, Dtype::F32, 2).unwrap();
+        let ours = Runner::new(&fixture, Format::F32, 2).unwrap();
         let ids = &fixture.sequences[0];
         let logits = ours.logits(&[ids], ids.len()).unwrap().remove(0);
         for (position, id) in ids.iter().enumerate() {

@@ -9,9 +9,13 @@ use std::ops::Range;
 
 use crate::{
     activation::silu_mul,
-    format::{Format, Layout, PANEL, Packed, round_to_bf16},
+    format::{Format, Layout, PANEL, Packed},
     isa::Isa,
-    matmul::{Activations, TASK_BYTES, panels_per_task, walk},
+    matmul::{
+        TASK_BYTES,
+        activations::{Activations, Converted, Writer},
+        panels_per_task, walk,
+    },
     pool::Pool,
     shared::SharedSlice,
 };
@@ -84,68 +88,87 @@ pub fn grouped_ffn(pool: &Pool, isa: Isa, layout: FfnLayout, x: &[f32], groups: 
     down(pool, isa, layout, &inner, groups, &starts, out);
 }
 
-/// The rows between the two products, in the form that the down product takes.
-struct Inner {
-    /// Bytes of a row.
-    stride: usize,
-    bytes: Vec<u64>,
-}
+/// Rows that one task takes at a time: their sums, f32, stay in the nearest caches until they are converted.
+const GATE_UP_ROWS: usize = 48;
 
-impl Inner {
-    fn row(&self, index: usize) -> *const u8 {
-        let words = self.stride / 8;
-        self.bytes[index * words..(index + 1) * words].as_ptr().cast()
-    }
-}
-
-/// silu(gate) · up of every row of every group.
-fn gate_and_up(pool: &Pool, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Group<'_>], starts: &[usize]) -> Inner {
+/// silu(gate) · up of every row of every group, in the form that the down product takes.
+fn gate_and_up(
+    pool: &Pool,
+    isa: Isa,
+    layout: FfnLayout,
+    x: &[f32],
+    groups: &[Group<'_>],
+    starts: &[usize],
+) -> Converted {
     let matrix = layout.gate_up();
-    let activations = Activations::new(pool, layout.format, x, layout.hidden);
-    let rows: usize = groups.iter().map(|group| group.rows.len()).sum();
-    // Whole panels of outputs are written, and the k of `down` is padded: the wider of the two.
-    let width = layout.format.padded_k(layout.intermediate).max(layout.intermediate.next_multiple_of(PANEL));
-    let stride = width * layout.format.value_bytes();
-    let mut inner = Inner { stride, bytes: vec![0; rows * stride / 8] };
-    let target = SharedSlice::new(&mut inner.bytes);
-    let panels_per_task = (TASK_BYTES / matrix.panel_bytes()).max(2).next_multiple_of(2);
-    let tasks_per_group = matrix.panels().div_ceil(panels_per_task);
+    let activations = Activations::new(pool, isa, layout.format, x, layout.hidden);
+    let rows = groups.iter().map(|group| group.rows.len()).sum();
+    let mut inner = Converted::zeroed(layout.format, rows, layout.intermediate);
+    let writer = inner.writer(isa);
+    // Columns of the intermediate; what shares a scale stays together.
+    let columns_per_task = (TASK_BYTES / (2 * matrix.panel_bytes()) * PANEL)
+        .max(1)
+        .next_multiple_of(Writer::unit(layout.format))
+        .min(layout.intermediate);
+    let tasks_per_group = layout.intermediate.div_ceil(columns_per_task);
     pool.run(groups.len() * tasks_per_group, |task| {
         let (group, part) = (task / tasks_per_group, task % tasks_per_group);
-        let pointers: Vec<_> = groups[group].rows.iter().map(|row| activations.row(row.row as usize)).collect();
-        let start = part * panels_per_task;
-        let panels = start..matrix.panels().min(start + panels_per_task);
-        let panel_words = PANEL * layout.format.value_bytes() / 8;
-        // SAFETY: the pointers are rows of activations made for this format and k.
-        unsafe {
-            walk(isa, &pointers, &groups[group].gate_up, panels, |row, panel, sums| {
-                let at = (starts[group] + row) * (stride / 8) + panel / 2 * panel_words;
+        let columns = part * columns_per_task..layout.intermediate.min((part + 1) * columns_per_task);
+        let panels = columns.start / PANEL * 2..columns.end.div_ceil(PANEL) * 2;
+        let width = panels.len() * PANEL;
+        let mut sums = vec![0.0; width * groups[group].rows.len().min(GATE_UP_ROWS)];
+        for (chunk, rows) in groups[group].rows.chunks(GATE_UP_ROWS).enumerate() {
+            let pointers: Vec<_> = rows.iter().map(|row| activations.row(row.row as usize)).collect();
+            // SAFETY: the pointers are rows of activations made for this format and k.
+            unsafe {
+                walk(isa, &pointers, &groups[group].gate_up, panels.clone(), |row, panel, products| {
+                    let at = row * width + (panel - panels.start) * PANEL;
+                    sums[at..at + products.len() * PANEL].copy_from_slice(products.as_flattened());
+                });
+            }
+            for (row, sums) in sums.chunks_exact_mut(width).take(rows.len()).enumerate() {
+                gated(isa, sums);
+                let row = starts[group] + chunk * GATE_UP_ROWS + row;
                 // SAFETY: each task has its own rows and columns.
-                let words = target.part(at, sums.len() / 2 * panel_words);
-                for (sums, words) in sums.chunks_exact(2).zip(words.chunks_exact_mut(panel_words)) {
-                    store(layout.format, silu_mul(sums[0], sums[1]), words);
-                }
-            });
+                unsafe { writer.write(row, columns.start, &sums[..columns.len()]) };
+            }
         }
     });
     inner
 }
 
-/// Sixteen values in the form of activations.
-#[inline(always)]
-fn store(format: Format, values: [f32; PANEL], words: &mut [u64]) {
-    match format {
-        Format::F32 => {
-            for (word, pair) in words.iter_mut().zip(values.chunks_exact(2)) {
-                *word = u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32;
-            }
+/// Pairs of panels `[gate | up]` to silu(gate) · up, which then stands without gaps at the front.
+fn gated(isa: Isa, sums: &mut [f32]) {
+    #[inline(always)]
+    fn plain(sums: &mut [f32]) {
+        let (pairs, _) = sums.as_chunks_mut::<{ 2 * PANEL }>();
+        for index in 0..pairs.len() {
+            let (gate, up) = pairs[index].split_at(PANEL);
+            let (mut gates, mut ups) = ([0.0; PANEL], [0.0; PANEL]);
+            gates.copy_from_slice(gate);
+            ups.copy_from_slice(up);
+            let (half, place) = (index / 2, index % 2 * PANEL);
+            pairs[half][place..place + PANEL].copy_from_slice(&silu_mul(gates, ups));
         }
-        Format::Bf16 => {
-            let rounded = values.map(round_to_bf16);
-            for (word, four) in words.iter_mut().zip(rounded.chunks_exact(4)) {
-                *word = (0..4).fold(0, |word, i| word | u64::from(four[i]) << (16 * i));
-            }
-        }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn avx512(sums: &mut [f32]) {
+        plain(sums);
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2(sums: &mut [f32]) {
+        plain(sums);
+    }
+    match isa {
+        // SAFETY: a tier other than portable exists only where `Isa::available` found it.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512(sums) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2(sums) },
+        _ => plain(sums),
     }
 }
 
@@ -154,7 +177,7 @@ fn down(
     pool: &Pool,
     isa: Isa,
     layout: FfnLayout,
-    inner: &Inner,
+    inner: &Converted,
     groups: &[Group<'_>],
     starts: &[usize],
     out: &mut [f32],

@@ -7,29 +7,56 @@ use std::{fmt, sync::OnceLock, time::Instant};
 pub enum Isa {
     /// Plain Rust.
     Portable,
-    /// AVX-512 F/BW/VL; bf16 weights are widened to f32.
+    /// AArch64 with the int8 dot product.
+    Neon,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F/BW/DQ/VL with VNNI; bf16 weights are widened to f32.
     Avx512,
-    /// AVX-512 with `vdpbf16ps`.
+    /// The same with `vdpbf16ps`.
     Avx512Bf16,
+    /// AMX tiles for bf16 and int8; the rest as `Avx512`.
+    Amx,
+}
+
+/// `CADRE_CPU` names a tier that this machine lacks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("CADRE_CPU is `{name}`, and this machine has {available}: name one of these, or leave it unset")]
+pub struct NoSuchTier {
+    name: String,
+    available: String,
 }
 
 impl Isa {
     /// The fastest tier of this machine, or the one that `CADRE_CPU` names if the machine has it. Chosen once per
-    /// process: tiers round differently.
+    /// process: tiers round floats differently.
     #[must_use]
     pub fn detect() -> Self {
         static CHOICE: OnceLock<Isa> = OnceLock::new();
         *CHOICE.get_or_init(Self::choose)
     }
 
-    fn choose() -> Self {
+    /// The tier that `CADRE_CPU` names; `None` if it is not set.
+    ///
+    /// # Errors
+    /// When this machine has no tier of that name.
+    pub fn requested() -> Result<Option<Self>, NoSuchTier> {
+        let Ok(name) = std::env::var("CADRE_CPU") else { return Ok(None) };
         let available = Self::available();
-        if let Ok(name) = std::env::var("CADRE_CPU")
-            && let Some(isa) = available.iter().find(|isa| isa.to_string() == name)
-        {
-            return *isa;
+        match available.iter().find(|isa| isa.to_string() == name) {
+            Some(isa) => Ok(Some(*isa)),
+            None => {
+                let available = available.iter().map(Self::to_string).collect::<Vec<_>>().join(", ");
+                Err(NoSuchTier { name, available })
+            }
         }
-        let best = available.last().copied().unwrap_or(Self::Portable);
+    }
+
+    fn choose() -> Self {
+        if let Ok(Some(isa)) = Self::requested() {
+            return isa;
+        }
+        let best = Self::available().last().copied().unwrap_or(Self::Portable);
         // The flag alone does not tell: `vdpbf16ps` doubles the f32 rate on Zen 4 and halves it on Sapphire Rapids.
         if best == Self::Avx512Bf16 && !crate::matmul::bf16_dot_is_faster() { Self::Avx512 } else { best }
     }
@@ -40,15 +67,25 @@ impl Isa {
         let mut tiers = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-            {
-                tiers.push(Self::Avx512);
-                if is_x86_feature_detected!("avx512bf16") {
-                    tiers.push(Self::Avx512Bf16);
+            macro_rules! has {
+                ($($feature:tt),*) => { $(is_x86_feature_detected!($feature))&&* };
+            }
+            if has!("avx2", "fma", "f16c") {
+                tiers.push(Self::Avx2);
+                if has!("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni") {
+                    tiers.push(Self::Avx512);
+                    if has!("avx512bf16") {
+                        tiers.push(Self::Avx512Bf16);
+                    }
+                    if crate::matmul::amx::available() {
+                        tiers.push(Self::Amx);
+                    }
                 }
             }
+        }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            tiers.push(Self::Neon);
         }
         tiers
     }
@@ -58,8 +95,11 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Portable => "portable",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         })
     }
 }

@@ -8,7 +8,9 @@
 //! - [`ffn`]: the gated feed-forward of dense layers and experts, grouped by expert.
 //! - [`attention`]: attention over paged keys and values.
 //! - [`qkv`]: from the fused projection to queries, keys and values: bias, clip, norm and position.
+//! - [`roofline`]: the machine's own limits: memory's read rate and the rate of multiply-adds.
 //! - [`norm`], [`rope`], [`router`], [`activation`]: the small ops.
+//! - [`logits`]: passes over the vocabulary, for the sampler.
 //!
 //! What a kernel may assume of its slices: the sizes that its contract names (it asserts them once, at the entry),
 //! f32 activations in rows without gaps, packed weights in a [`buffer::Buffer`] or any slice of the right size.
@@ -21,10 +23,12 @@ pub mod buffer;
 pub mod ffn;
 pub mod format;
 pub mod isa;
+pub mod logits;
 pub mod matmul;
 pub mod norm;
 pub mod pool;
 pub mod qkv;
+pub mod roofline;
 pub mod rope;
 pub mod router;
 mod shared;

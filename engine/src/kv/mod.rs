@@ -2,34 +2,21 @@
 
 pub mod blocks;
 
+pub use cadre_kernels::attention::KvDtype;
 use cadre_kernels::{
     attention::{AttentionInput, AttentionLayout, PagedSequence, paged_attention, write_kv},
     buffer::{AllocError, Buffer},
 };
-use half::bf16;
 
 use crate::{Error, Result, compute::Compute, model::StepBatch};
-
-/// How keys and values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvDtype {
-    /// 32-bit floats.
-    F32,
-    /// bf16: half the memory.
-    Bf16,
-}
 
 /// The keys and values of all layers, in blocks of [`blocks::BLOCK_SIZE`] tokens.
 pub struct KvCache {
     num_kv_heads: usize,
     head_dim: usize,
+    dtype: KvDtype,
     num_blocks: usize,
-    layers: Layers,
-}
-
-enum Layers {
-    F32(Vec<Buffer<f32>>),
-    Bf16(Vec<Buffer<bf16>>),
+    layers: Vec<Buffer>,
 }
 
 impl KvCache {
@@ -44,26 +31,17 @@ impl KvCache {
         num_blocks: usize,
         dtype: KvDtype,
     ) -> Result<Self> {
-        let len = num_kv_heads
-            .checked_mul(head_dim)
-            .and_then(|width| width.checked_mul(2 * blocks::BLOCK_SIZE))
-            .and_then(|block| block.checked_mul(num_blocks))
+        let bytes = Self::block_bytes(1, num_kv_heads, head_dim, dtype)
+            .checked_mul(num_blocks)
             .ok_or_else(|| AllocError { bytes: usize::MAX, reason: format!("{num_blocks} KV blocks overflow") })?;
-        let layers = match dtype {
-            KvDtype::F32 => Layers::F32((0..num_layers).map(|_| Buffer::zeroed(len)).collect::<Result<_, _>>()?),
-            KvDtype::Bf16 => Layers::Bf16((0..num_layers).map(|_| Buffer::zeroed(len)).collect::<Result<_, _>>()?),
-        };
-        Ok(Self { num_kv_heads, head_dim, num_blocks, layers })
+        let layers = (0..num_layers).map(|_| Buffer::zeroed(bytes)).collect::<Result<_, _>>()?;
+        Ok(Self { num_kv_heads, head_dim, dtype, num_blocks, layers })
     }
 
     /// Bytes of one block over all layers.
     #[must_use]
     pub fn block_bytes(num_layers: usize, num_kv_heads: usize, head_dim: usize, dtype: KvDtype) -> usize {
-        let value = match dtype {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
-        };
-        2 * num_layers * num_kv_heads * head_dim * blocks::BLOCK_SIZE * value
+        num_layers * AttentionLayout { num_heads: num_kv_heads, num_kv_heads, head_dim, dtype }.block_bytes()
     }
 
     /// Blocks.
@@ -94,16 +72,9 @@ impl KvCache {
             .collect();
         let AttentionIo { scale, queries, keys, values, out } = io;
         let input = AttentionInput { layout, scale, sequences: &sequences, queries };
-        match &mut self.layers {
-            Layers::F32(layers) => {
-                write_kv(&layout, &sequences, keys, values, &mut layers[layer]);
-                paged_attention(&compute.pool, compute.isa, &input, &layers[layer], out);
-            }
-            Layers::Bf16(layers) => {
-                write_kv(&layout, &sequences, keys, values, &mut layers[layer]);
-                paged_attention(&compute.pool, compute.isa, &input, &layers[layer], out);
-            }
-        }
+        let cache = &mut self.layers[layer];
+        write_kv(&compute.pool, &layout, &sequences, keys, values, cache);
+        paged_attention(&compute.pool, compute.isa, &input, cache, out);
         Ok(())
     }
 
@@ -117,7 +88,8 @@ impl KvCache {
                 found: vec![batch.token_ids.len(), per_token],
             });
         }
-        Ok(AttentionLayout { num_heads, num_kv_heads: self.num_kv_heads, head_dim: self.head_dim })
+        let Self { num_kv_heads, head_dim, dtype, .. } = *self;
+        Ok(AttentionLayout { num_heads, num_kv_heads, head_dim, dtype })
     }
 }
 

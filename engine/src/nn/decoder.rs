@@ -68,19 +68,21 @@ fn info(parts: &DecoderParts) -> Result<ModelInfo> {
             other.attention.config
         )));
     }
-    // Looking up one row of the embedding uses one row.
     let hidden = parts.embedding.layout().k;
-    let head = parts.head.as_ref().unwrap_or(&parts.embedding).parameters();
-    let untied = parts.head.as_ref().map_or(0, Matrix::parameters);
-    let mut total = parts.embedding.parameters() + untied + parts.norm.parameters();
-    let mut active = hidden + head + parts.norm.parameters();
-    let mut bytes = parts.embedding.bytes() + parts.head.as_ref().map_or(0, Matrix::bytes);
+    let head = parts.head.as_ref().unwrap_or(&parts.embedding);
+    let untied = parts.head.as_ref().map_or((0, 0), |head| (head.parameters(), head.bytes()));
+    let mut total = parts.embedding.parameters() + untied.0 + parts.norm.parameters();
+    // Looking up one row of the embedding uses one row.
+    let mut active = hidden + head.parameters() + parts.norm.parameters();
+    let mut bytes = parts.embedding.bytes() + untied.1;
+    let mut dense_bytes = head.bytes();
     for layer in &parts.layers {
         let always = layer.attention.parameters() + layer.attention_norm.parameters() + layer.ffn_norm.parameters();
         let (ffn_total, ffn_active) = layer.ffn.parameters();
         total += always + ffn_total;
         active += always + ffn_active;
         bytes += layer.attention.bytes() + layer.ffn.bytes();
+        dense_bytes += layer.attention.bytes() + layer.ffn.dense_bytes();
     }
     Ok(ModelInfo {
         num_layers: parts.layers.len(),
@@ -91,7 +93,11 @@ fn info(parts: &DecoderParts) -> Result<ModelInfo> {
         max_position_embeddings: parts.max_position_embeddings,
         total_parameters: total as u64,
         active_parameters: active as u64,
+        head_parameters: head.parameters() as u64,
         weight_bytes: bytes as u64,
+        dense_bytes: dense_bytes as u64,
+        head_bytes: head.bytes() as u64,
+        moe_layers: parts.layers.iter().filter_map(|layer| layer.ffn.routed()).collect(),
     })
 }
 

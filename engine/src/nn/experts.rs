@@ -3,10 +3,10 @@ use std::ops::Range;
 use cadre_kernels::{
     buffer::{AllocError, Buffer},
     ffn::{FfnLayout, Group, WeightedRow},
-    format::{Layout, Packed},
+    format::{Layout, PANEL, Packed},
 };
 
-use super::matrix::{PackTask, pack};
+use super::packing::{self, PackTask, PackingError, ReadTask, pack};
 use crate::compute::Compute;
 
 /// One of an expert's three matrices.
@@ -40,16 +40,75 @@ impl Experts {
         count: usize,
         read_rows: impl Fn(usize, ExpertPart, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
+        let mut experts = Self::zeroed(layout, count)?;
+        let each = experts.bytes.chunks_exact_mut(expert_bytes(&layout)).enumerate();
+        let tasks = each.flat_map(|(expert, bytes)| tasks(layout, expert, bytes)).collect();
+        pack(compute, layout.format, tasks, |(expert, part), rows, values| read_rows(expert, part, rows, values))?;
+        Ok(experts)
+    }
+
+    /// Takes the packed form as `read` gives it: called from several threads, it fills a stretch of bytes of one
+    /// expert from an offset on.
+    ///
+    /// # Errors
+    /// The first error of `read`, or when memory cannot be had.
+    pub fn from_packed<E: From<AllocError> + Send>(
+        compute: &Compute,
+        layout: FfnLayout,
+        count: usize,
+        read: impl Fn(usize, usize, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let mut experts = Self::zeroed(layout, count)?;
+        let each = experts.bytes.chunks_exact_mut(expert_bytes(&layout)).enumerate();
+        let tasks = each.flat_map(|(expert, bytes)| ReadTask::split(expert, bytes)).collect();
+        packing::read(compute, tasks, read)?;
+        Ok(experts)
+    }
+
+    /// Zeros, which take no memory before they are touched: for callers that ask for sizes only.
+    ///
+    /// # Errors
+    /// When the address space cannot be had.
+    pub fn zeroed(layout: FfnLayout, count: usize) -> Result<Self, AllocError> {
         let expert_bytes = expert_bytes(&layout);
         let total = expert_bytes.checked_mul(count).ok_or_else(|| AllocError {
             bytes: usize::MAX,
             reason: format!("{count} experts of {expert_bytes} bytes overflow"),
         })?;
-        let mut bytes = Buffer::zeroed(total)?;
-        let experts = bytes.chunks_exact_mut(expert_bytes).enumerate();
-        let tasks = experts.flat_map(|(expert, bytes)| tasks(layout, expert, bytes)).collect();
-        pack(compute, layout.format, tasks, |(expert, part), rows, values| read_rows(expert, part, rows, values))?;
-        Ok(Self { layout, count, bytes })
+        Ok(Self { layout, count, bytes: Buffer::zeroed(total)? })
+    }
+
+    /// How far the packed form is from the rows that it was made of, which `read_rows` gives again.
+    ///
+    /// # Errors
+    /// The first error of `read_rows`.
+    pub fn packing_error<E: Send>(
+        &self,
+        compute: &Compute,
+        read_rows: impl Fn(usize, ExpertPart, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
+    ) -> Result<PackingError, E> {
+        let FfnLayout { hidden, intermediate, .. } = self.layout;
+        // Panels of gate and up take turns.
+        let interleaved = |row: usize, up: usize| (row / PANEL * 2 + up) * PANEL + row % PANEL;
+        let mut total = PackingError::default();
+        for expert in 0..self.count {
+            let Group { gate_up, down, .. } = self.group(expert, &[]);
+            let source = |part| {
+                let read_rows = &read_rows;
+                move |rows: Range<usize>, out: &mut [f32]| read_rows(expert, part, rows, out)
+            };
+            let (gate, up) = (source(ExpertPart::Gate), source(ExpertPart::Up));
+            total += packing::packing_error(compute, gate_up, intermediate, |row| interleaved(row, 0), gate)?;
+            total += packing::packing_error(compute, gate_up, intermediate, |row| interleaved(row, 1), up)?;
+            total += packing::packing_error(compute, down, hidden, |row| row, source(ExpertPart::Down))?;
+        }
+        Ok(total)
+    }
+
+    /// The packed form's bytes, expert after expert.
+    #[must_use]
+    pub fn data(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// Their sizes.
@@ -88,7 +147,9 @@ impl Experts {
     }
 }
 
-fn expert_bytes(layout: &FfnLayout) -> usize {
+/// Bytes of one packed expert: gate|up, then down.
+#[must_use]
+pub fn expert_bytes(layout: &FfnLayout) -> usize {
     layout.gate_up().bytes() + layout.down().bytes()
 }
 

@@ -2,6 +2,7 @@ use super::{Experts, Matrix, RouterOptions};
 use crate::{
     Result, Tensor,
     compute::Compute,
+    model::MoeLayerInfo,
     ops::{self, Routes},
 };
 
@@ -58,13 +59,30 @@ impl Ffn {
     }
 
     pub(crate) fn bytes(&self) -> usize {
+        let routed = match self {
+            Self::Dense(_) => 0,
+            Self::Moe(ffn) => ffn.experts.bytes(),
+        };
+        self.dense_bytes() + routed
+    }
+
+    /// Bytes that all tokens use.
+    pub(crate) fn dense_bytes(&self) -> usize {
         match self {
             Self::Dense(ffn) => ffn.weights.bytes(),
-            Self::Moe(ffn) => {
-                ffn.router.bytes()
-                    + ffn.experts.bytes()
-                    + ffn.shared.as_ref().map_or(0, |shared| shared.weights.bytes())
-            }
+            Self::Moe(ffn) => ffn.router.bytes() + ffn.shared.as_ref().map_or(0, |shared| shared.weights.bytes()),
+        }
+    }
+
+    /// The experts that tokens choose from.
+    pub(crate) fn routed(&self) -> Option<MoeLayerInfo> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Moe(ffn) => Some(MoeLayerInfo {
+                experts: ffn.experts.count(),
+                top_k: ffn.options.top_k,
+                expert_bytes: ffn.experts.bytes().checked_div(ffn.experts.count()).unwrap_or(0) as u64,
+            }),
         }
     }
 }

@@ -5,13 +5,11 @@ use std::{
 
 use cadre_kernels::{
     buffer::{AllocError, Buffer},
-    format::{Format, Layout, PANEL, Packed, pack_panel},
+    format::{Layout, Packed},
 };
 
+use super::packing::{self, PackTask, PackingError, ReadTask, pack};
 use crate::compute::Compute;
-
-/// Source values that one task reads and packs at a time: reads of about a mebibyte, and little scratch memory.
-const TASK_VALUES: usize = 1 << 19;
 
 /// A frozen weight matrix `[n, k]`, packed for the kernels.
 #[derive(Debug)]
@@ -31,10 +29,51 @@ impl Matrix {
         layout: Layout,
         read_rows: impl Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
-        let mut bytes = Buffer::zeroed(layout.bytes())?;
-        let tasks = PackTask::split((), layout, bytes.chunks_exact_mut(layout.panel_bytes()));
+        let mut matrix = Self::zeroed(layout)?;
+        let tasks = PackTask::split((), layout, matrix.bytes.chunks_exact_mut(layout.panel_bytes()));
         pack(compute, layout.format, tasks, |(), rows, values| read_rows(rows, values))?;
-        Ok(Self { layout, bytes })
+        Ok(matrix)
+    }
+
+    /// Takes the packed form as `read` gives it: called from several threads, it fills a stretch of bytes from an
+    /// offset on.
+    ///
+    /// # Errors
+    /// The first error of `read`, or when memory cannot be had.
+    pub fn from_packed<E: From<AllocError> + Send>(
+        compute: &Compute,
+        layout: Layout,
+        read: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let mut matrix = Self::zeroed(layout)?;
+        packing::read(compute, ReadTask::split((), &mut matrix.bytes).collect(), |(), offset, out| read(offset, out))?;
+        Ok(matrix)
+    }
+
+    /// Zeros, which take no memory before they are touched: for callers that ask for sizes only.
+    ///
+    /// # Errors
+    /// When the address space cannot be had.
+    pub fn zeroed(layout: Layout) -> Result<Self, AllocError> {
+        Ok(Self { layout, bytes: Buffer::zeroed(layout.bytes())? })
+    }
+
+    /// How far the packed form is from the rows that it was made of, which `read_rows` gives again.
+    ///
+    /// # Errors
+    /// The first error of `read_rows`.
+    pub fn packing_error<E: Send>(
+        &self,
+        compute: &Compute,
+        read_rows: impl Fn(Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
+    ) -> Result<PackingError, E> {
+        packing::packing_error(compute, self.packed(), self.layout.n, |row| row, read_rows)
+    }
+
+    /// The packed form's bytes.
+    #[must_use]
+    pub fn data(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// Its sizes.
@@ -83,62 +122,4 @@ impl Matrix {
         }
         total.into_iter().map(|sum| sum.sqrt() as f32).collect()
     }
-}
-
-/// Neighbouring panels that one task packs, and the rows of `source` `[n, k]` that fill them.
-pub(super) struct PackTask<'a, S> {
-    source: S,
-    k: usize,
-    rows: Range<usize>,
-    panels: Vec<&'a mut [u8]>,
-}
-
-impl<'a, S: Copy> PackTask<'a, S> {
-    /// The tasks that fill the panels of a matrix.
-    pub(super) fn split(source: S, layout: Layout, panels: impl Iterator<Item = &'a mut [u8]>) -> Vec<Self> {
-        let panels_per_task = (TASK_VALUES / (PANEL * layout.k)).max(1);
-        let mut tasks: Vec<Self> = Vec::new();
-        for (index, panel) in panels.enumerate() {
-            let end = layout.n.min((index + 1) * PANEL);
-            match tasks.last_mut().filter(|task| task.panels.len() < panels_per_task) {
-                Some(task) => {
-                    task.panels.push(panel);
-                    task.rows.end = end;
-                }
-                None => {
-                    let rows = index * PANEL..end;
-                    tasks.push(Self { source, k: layout.k, rows, panels: vec![panel] });
-                }
-            }
-        }
-        tasks
-    }
-}
-
-/// Runs the tasks on all threads; the error that came first wins.
-pub(super) fn pack<S: Copy + Send, E: Send>(
-    compute: &Compute,
-    format: Format,
-    tasks: Vec<PackTask<'_, S>>,
-    read_rows: impl Fn(S, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
-) -> Result<(), E> {
-    let tasks: Vec<_> = tasks.into_iter().map(Mutex::new).collect();
-    let error = Mutex::new(None);
-    let lock_error = || error.lock().unwrap_or_else(PoisonError::into_inner);
-    compute.pool.run(tasks.len(), |index| {
-        if lock_error().is_some() {
-            return;
-        }
-        let mut task = tasks[index].lock().unwrap_or_else(PoisonError::into_inner);
-        let mut values = vec![0.0; task.rows.len() * task.k];
-        if let Err(found) = read_rows(task.source, task.rows.clone(), &mut values) {
-            lock_error().get_or_insert(found);
-            return;
-        }
-        let k = task.k;
-        for (panel, rows) in task.panels.iter_mut().zip(values.chunks(PANEL * k)) {
-            pack_panel(format, k, rows, panel);
-        }
-    });
-    error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }

@@ -8,6 +8,7 @@ mod ffn;
 mod linear;
 mod matrix;
 mod norm;
+mod packing;
 mod rope;
 
 pub use attention::{Attention, AttentionConfig, HeadNorms};
@@ -17,9 +18,10 @@ pub use cadre_kernels::{
     router::{GroupLimit, RouterOptions, Scores},
 };
 pub use decoder::{Decoder, DecoderLayer, DecoderParts};
-pub use experts::{ExpertPart, Experts};
+pub use experts::{ExpertPart, Experts, expert_bytes};
 pub use ffn::{DenseFfn, Ffn, MoeFfn};
 pub use linear::Linear;
 pub use matrix::Matrix;
 pub use norm::RmsNorm;
+pub use packing::PackingError;
 pub use rope::{Rope, RopeConfig, RopeScaling};

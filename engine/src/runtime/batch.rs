@@ -4,7 +4,8 @@ use crate::{
     Error, Result, Tensor,
     model::{SequenceRows, StepBatch},
     ops,
-    scheduler::{Planned, Scheduler, StepPlan},
+    sampler::{SampleRow, ScoreRow},
+    scheduler::{Scheduler, StepPlan},
 };
 
 /// The flat tokens of `plan`. The rows of logits come in the plan's order: a sequence's scored positions, then the
@@ -29,19 +30,45 @@ pub(super) fn of(plan: &StepPlan, scheduler: &Scheduler) -> StepBatch {
     batch
 }
 
-/// How many rows of logits belong to `planned`.
-pub(super) fn num_logit_rows(planned: &Planned) -> usize {
-    planned.scored.len() + usize::from(planned.samples)
+/// What a step's rows of logits are wanted for, in the plan's order.
+#[derive(Default)]
+pub(super) struct LogitRows<'a> {
+    /// Those of each sequence's scored positions.
+    pub(super) score: Vec<ScoreRow<'a>>,
+    /// The last one of each sequence that samples.
+    pub(super) sample: Vec<SampleRow<'a>>,
+}
+
+/// Deals `logits`, of rows of `vocab_size`, out to the sequences of `plan`.
+///
+/// # Errors
+/// When a sequence does not run: its rows would go to the next one.
+pub(super) fn deal<'a>(
+    plan: &StepPlan,
+    scheduler: &'a Scheduler,
+    logits: &'a [f32],
+    vocab_size: usize,
+) -> Result<LogitRows<'a>> {
+    let mut rows = logits.chunks_exact(vocab_size.max(1));
+    let mut dealt = LogitRows::default();
+    for planned in &plan.sequences {
+        let gone = || Error::Config(format!("{:?} is planned but does not run", planned.id));
+        let sequence = scheduler.sequence(planned.id).ok_or_else(gone)?;
+        let top = sequence.request().prompt_logprobs.unwrap_or(0);
+        for (position, logits) in planned.scored.clone().zip(&mut rows) {
+            dealt.score.push(ScoreRow { logits, token: sequence.tokens()[position + 1], top });
+        }
+        let last = if planned.samples { rows.next() } else { None };
+        dealt.sample.extend(last.map(|logits| SampleRow { logits, sequence }));
+    }
+    Ok(dealt)
 }
 
 /// Calls `read` with the logits, which must be `[rows, vocab]`, as one slice.
-pub(super) fn with_logits(logits: &Tensor, shape: [usize; 2], read: impl FnOnce(&[f32])) -> Result<()> {
+pub(super) fn with_logits(logits: &Tensor, shape: [usize; 2], read: impl FnOnce(&[f32]) -> Result<()>) -> Result<()> {
     if logits.dims() != shape {
         let found = logits.dims().to_vec();
         return Err(Error::Shape { what: "logits of a step".into(), expected: shape.to_vec(), found });
     }
-    ops::values(logits, |logits| {
-        read(logits);
-        Ok(())
-    })
+    ops::values(logits, read)
 }

@@ -14,8 +14,8 @@ use crate::{
     compute::Compute,
     kv::{KvCache, blocks::PrefixCounters},
     model::{self, Model, StepContext},
-    request::{Event, Request, RequestError},
-    sampler::{SampleError, Sampler},
+    request::{Event, Request, RequestError, TokenLogprobs},
+    sampler::{BatchSampler, SampleError, Sampled},
     scheduler::{Phase, Planned, Scheduler, StepPlan},
     sequence::{RequestId, SequenceId},
 };
@@ -44,7 +44,7 @@ pub(super) struct Engine {
     kv: KvCache,
     compute: Compute,
     scheduler: Scheduler,
-    sampler: Sampler,
+    sampler: BatchSampler,
     /// The sink of every request that has not ended.
     sinks: HashMap<RequestId, Sink>,
     /// Requests whose sink panicked. They are cancelled between steps: a plan's sequences stay until it is concluded.
@@ -86,9 +86,9 @@ impl Engine {
         Self {
             model,
             kv,
+            sampler: BatchSampler::new(compute.clone()),
             compute,
             scheduler,
-            sampler: Sampler::default(),
             sinks: HashMap::new(),
             deaf: Vec::new(),
             inbox,
@@ -205,10 +205,7 @@ impl Engine {
                 let shape = [batch.logit_rows.len(), vocab_size];
                 batch::with_logits(&logits, shape, |logits| self.conclude(&plan, logits))
             }
-            None => {
-                self.conclude(&plan, &[]);
-                Ok(())
-            }
+            None => self.conclude(&plan, &[]),
         }
     }
 
@@ -221,53 +218,57 @@ impl Engine {
         }
     }
 
-    /// Notes what the step computed: scores, tokens, ends.
-    fn conclude(&mut self, plan: &StepPlan, logits: &[f32]) {
-        let vocab_size = self.model.info().vocab_size;
-        let mut rest = logits;
+    /// Notes what the step computed: scores, tokens, ends. All rows are worked on at once, then the results are noted
+    /// in the plan's order.
+    fn conclude(&mut self, plan: &StepPlan, logits: &[f32]) -> Result<()> {
+        let rows = batch::deal(plan, &self.scheduler, logits, self.model.info().vocab_size)?;
+        let mut scores = self.sampler.score(&rows.score).into_iter();
+        let mut choices = self.sampler.sample(&rows.sample).into_iter();
         for planned in &plan.sequences {
-            let (own, after) = rest.split_at(batch::num_logit_rows(planned) * vocab_size);
-            rest = after;
-            if let Err(error) = self.conclude_one(planned, own) {
+            let scores = scores.by_ref().take(planned.scored.len()).collect();
+            let choice = if planned.samples { choices.next() } else { None };
+            if let Err(error) = self.conclude_one(planned, scores, choice) {
                 self.fail_request(planned.id.request, &error);
             }
         }
+        Ok(())
     }
 
-    fn conclude_one(&mut self, planned: &Planned, logits: &[f32]) -> Result<(), SampleError> {
+    fn conclude_one(
+        &mut self,
+        planned: &Planned,
+        scores: Vec<Result<TokenLogprobs, SampleError>>,
+        choice: Option<Result<Sampled, SampleError>>,
+    ) -> Result<(), SampleError> {
         let id = planned.id;
-        let mut rows = logits.chunks_exact(self.model.info().vocab_size.max(1));
-        self.score_prompt(planned, &mut rows)?;
+        self.score_prompt(id, scores)?;
         self.scheduler.advance(planned);
         if let Some(scores) = self.scheduler.sequence_mut(id).and_then(|sequence| sequence.take_prompt_logprobs()) {
             self.send(id.request, Event::PromptLogprobs(scores));
         }
-        if planned.samples
-            && let Some(row) = rows.next()
-        {
-            self.choose_token(id, row)?;
+        if let Some(choice) = choice {
+            self.choose_token(id, choice)?;
         }
         self.end_if_finished(id);
         Ok(())
     }
 
-    fn score_prompt<'a>(
+    fn score_prompt(
         &mut self,
-        planned: &Planned,
-        rows: &mut impl Iterator<Item = &'a [f32]>,
+        id: SequenceId,
+        scores: Vec<Result<TokenLogprobs, SampleError>>,
     ) -> Result<(), SampleError> {
-        let Some(sequence) = self.scheduler.sequence_mut(planned.id) else { return Ok(()) };
-        let top = sequence.request().prompt_logprobs.unwrap_or(0);
-        for (position, row) in planned.scored.clone().zip(rows) {
-            let next = sequence.tokens()[position + 1];
-            sequence.push_prompt_logprobs(self.sampler.score(row, next, top)?);
+        let Some(sequence) = self.scheduler.sequence_mut(id) else { return Ok(()) };
+        for score in scores {
+            sequence.push_prompt_logprobs(score?);
         }
         Ok(())
     }
 
-    fn choose_token(&mut self, id: SequenceId, row: &[f32]) -> Result<(), SampleError> {
+    /// A choice for a sequence that is gone, with another one of its request, is nobody's.
+    fn choose_token(&mut self, id: SequenceId, choice: Result<Sampled, SampleError>) -> Result<(), SampleError> {
         let Some(sequence) = self.scheduler.sequence_mut(id) else { return Ok(()) };
-        let sampled = self.sampler.sample(row, sequence)?;
+        let sampled = choice?;
         sequence.push_token(sampled.token);
         self.report.generated_tokens += 1;
         let event = Event::Token { choice: id.choice, token: sampled.token, logprobs: sampled.logprobs };
@@ -292,7 +293,7 @@ impl Engine {
                 RequestError::Internal(error.to_string())
             }
             SampleError::NothingAllowed { .. } => RequestError::NothingAllowed(error.to_string()),
-            SampleError::UnknownToken { .. } => RequestError::Internal(error.to_string()),
+            SampleError::UnknownToken { .. } | SampleError::Panicked => RequestError::Internal(error.to_string()),
         };
         self.scheduler.cancel(request);
         self.fail(request, failure);

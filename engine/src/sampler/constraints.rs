@@ -4,6 +4,17 @@ use crate::sequence::Sequence;
 
 const EXCLUDED: f32 = f32::NEG_INFINITY;
 
+/// Whether [`apply`] may change anything.
+pub(super) fn any(sequence: &Sequence) -> bool {
+    let (params, stop) = (&sequence.request().sampling, &sequence.request().stop);
+    params.allowed_token_ids.is_some()
+        || !params.bad_words.is_empty()
+        || !params.logit_bias.is_empty()
+        || sequence.generated().len() < stop.min_tokens as usize
+        || params.repetition_penalty != 1.0
+        || sequence.counts().generated().next().is_some()
+}
+
 /// Applies everything in the order that [`super`] gives. Ids outside of the row are ignored.
 pub(super) fn apply(logits: &mut [f32], sequence: &Sequence) {
     let params = &sequence.request().sampling;

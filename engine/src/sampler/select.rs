@@ -1,121 +1,201 @@
 //! From logits to a drawn token: temperature, min-p, top-k, top-p, the draw.
 //!
-//! Every token has a weight, the exponential of its tempered distance from the best one; a filter sets the weights of
-//! what it drops to 0. Sums go over all ids in ascending order and in f64, so they depend on the logits alone.
-//! Nothing sorts the vocabulary: top-k takes the best in one pass, top-p sorts as many of the best as it takes
-//! to reach its mass.
+//! Every token has a weight, the exponential of its tempered distance from the best one. Weights are not stored: a pass
+//! computes them block by block and keeps each block's sum; what is dropped weighs 0. Sums go over ascending ids and in
+//! f64, so they depend on the logits alone.
+//!
+//! top-k and top-p keep all tokens up to one, in the order of rank. top-k finds that one with a list of the best. top-p
+//! adds up the weights in 2048 buckets of distance from the best, and looks for it in the bucket where its mass is
+//! reached, halving the bucket's list. Nothing sorts the vocabulary.
 
-use super::{by_rank, list_best};
+use cadre_kernels::logits::{self, BLOCK, BUCKETS, Distance, PLACES, Weighing};
+
+use super::row::{Rank, Row};
 use crate::request::SamplingParams;
 
-/// Tokens that top-p sorts first, and how many times more if their mass doesn't suffice.
-const FIRST_SORTED: usize = 64;
-const MORE_SORTED: usize = 8;
+/// Lists up to this length are sorted.
+const SHORT: usize = 64;
 
-/// The weights of one row; memory is kept from row to row.
+/// The lightest weight that is not 0 is just above e^-88.
+const LONGEST_DISTANCE: f64 = 88.0;
+
+/// Working memory of a draw, kept from row to row.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
-    /// `[vocab]`; 0 is dropped.
-    weights: Vec<f32>,
-    /// The best of them, while a filter looks for its bound.
-    order: Vec<u32>,
+    /// The sum of each block's weights.
+    sums: Vec<f64>,
+    /// The sum of each bucket's weights.
+    buckets: Vec<f64>,
+    /// The best tokens, or those of one bucket.
+    list: Vec<Rank>,
+}
+
+/// The tokens that the filters have left.
+#[derive(Clone, Copy)]
+struct Kept<'a> {
+    row: Row<'a>,
+    weighing: Weighing,
+    /// The last one in the order of rank, or anything after it.
+    last: Rank,
 }
 
 impl Selection {
-    /// Weighs `logits`, whose highest is that of `best`, and drops what `params` drop.
-    pub(super) fn weigh(&mut self, logits: &[f32], best: u32, params: &SamplingParams) {
-        let highest = logits[best as usize];
-        let weight = |&logit: &f32| ((logit - highest) / params.temperature).exp();
-        self.weights.clear();
-        self.weights.extend(logits.iter().map(weight));
-        if params.min_p > 0.0 {
-            self.drop_below(params.min_p);
+    /// The token at `uniform`, a number in `[0, 1)`, of the summed weights of what `params` keep. `highest` is the row's
+    /// highest logit. `None` if nothing is kept.
+    pub(super) fn draw(&mut self, row: Row<'_>, highest: f32, params: &SamplingParams, uniform: f64) -> Option<u32> {
+        let &SamplingParams { temperature, min_p, top_k, top_p, .. } = params;
+        let weighing = Weighing { highest, temperature, least_weight: min_p.max(0.0) };
+        let mut kept = Kept { row, weighing, last: Rank::of(f32::NEG_INFINITY, u32::MAX) };
+        if top_k > 0 && (top_k as usize) < row.logits.len() {
+            row.list_best(top_k as usize, &mut self.list);
+            kept.last = self.list.iter().copied().max()?;
         }
-        if params.top_k > 0 {
-            self.keep_top_k(logits, params.top_k as usize);
+        self.sum_up(kept);
+        if top_p < 1.0
+            && let Some(last) = self.reaching(kept, top_p)
+        {
+            kept.last = last;
+            self.sum_up(kept);
         }
-        if params.top_p < 1.0 {
-            self.keep_top_p(logits, params.top_p);
-        }
+        self.pick(kept, uniform)
     }
 
-    /// The token at `uniform`, a number in `[0, 1)`, of the summed weights by ascending id.
-    pub(super) fn draw(&self, uniform: f64) -> Option<u32> {
+    fn sum_up(&mut self, kept: Kept<'_>) {
+        let mut weights = [0.0; BLOCK];
+        let bar = kept.last.logit();
+        let sum = |(start, peak, logits)| if peak < bar { 0.0 } else { kept.weigh(start, logits, &mut weights) };
+        self.sums.clear();
+        self.sums.extend(kept.row.blocks().map(sum));
+    }
+
+    fn total(&self) -> f64 {
+        self.sums.iter().sum()
+    }
+
+    fn pick(&self, kept: Kept<'_>, uniform: f64) -> Option<u32> {
         let target = uniform * self.total();
-        let mut sum = 0.0;
+        let (mut found, mut mass) = (None, 0.0);
+        for (block, &sum) in kept.row.blocks().zip(&self.sums).filter(|(_, sum)| **sum > 0.0) {
+            found = Some((block, mass));
+            mass += sum;
+            if mass > target {
+                break;
+            }
+        }
+        let ((start, _, logits), mut mass) = found?;
+        let mut weights = [0.0; BLOCK];
+        kept.weigh(start, logits, &mut weights);
         let mut last = None;
-        for (token, &weight) in self.weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
-            sum += f64::from(weight);
-            last = Some(token as u32);
-            if sum > target {
+        for (token, &weight) in (start as u32..).zip(&weights).filter(|(_, weight)| **weight > 0.0) {
+            mass += f64::from(weight);
+            last = Some(token);
+            if mass > target {
                 break;
             }
         }
         last
     }
 
-    fn total(&self) -> f64 {
-        self.weights.iter().map(|&weight| f64::from(weight)).sum()
-    }
-
-    /// min-p: the best token's weight is 1, so the bound is `min_p` itself.
-    fn drop_below(&mut self, min_p: f32) {
-        for weight in self.weights.iter_mut().filter(|weight| **weight < min_p) {
-            *weight = 0.0;
-        }
-    }
-
-    fn keep_top_k(&mut self, logits: &[f32], k: usize) {
-        let mut order = std::mem::take(&mut self.order);
-        list_best(logits, self.kept(), k, &mut order);
-        if let Some(&last) = order.iter().max_by(|a, b| by_rank(logits)(a, b)) {
-            self.drop_after(logits, last);
-        }
-        self.order = order;
-    }
-
-    /// Keeps the best tokens up to the one with which their mass reaches `top_p` of what earlier filters left.
-    fn keep_top_p(&mut self, logits: &[f32], top_p: f32) {
-        let goal = f64::from(top_p) * self.total();
-        let mut order = std::mem::take(&mut self.order);
-        let mut count = FIRST_SORTED;
-        loop {
-            list_best(logits, self.kept(), count, &mut order);
-            order.sort_unstable_by(by_rank(logits));
-            if let Some(last) = self.reaching(goal, &order) {
-                self.drop_after(logits, last);
-                break;
-            }
-            if order.len() < count {
-                break; // That was all of them.
-            }
-            count *= MORE_SORTED;
-        }
-        self.order = order;
-    }
-
-    /// The token of `order` with which their weights, summed in this order, reach `goal`.
-    fn reaching(&self, goal: f64, order: &[u32]) -> Option<u32> {
-        let mut mass = 0.0;
-        let reaches = |token: &&u32| {
-            mass += f64::from(self.weights[**token as usize]);
-            mass >= goal
+    /// The token with which the weights, summed from the best one on, reach `top_p` of all that is kept.
+    fn reaching(&mut self, kept: Kept<'_>, top_p: f32) -> Option<Rank> {
+        let top_p = f64::from(top_p.max(0.0));
+        let total = self.total();
+        // All that is lighter than this has together less than the mass that may be lost, half of it: so the token is
+        // not among it. In a peaked row that is nearly everything.
+        let light = (1.0 - top_p) * total / (2 * kept.row.logits.len()) as f64;
+        let distance = (-light.ln()).min(LONGEST_DISTANCE);
+        let Weighing { highest, temperature, .. } = kept.weighing;
+        let lowest = (f64::from(highest) - f64::from(temperature) * distance) as f32;
+        let kept = Kept { last: kept.last.min(Rank::of(lowest, u32::MAX)), ..kept };
+        let scale = BUCKETS as f32 / (temperature * distance as f32);
+        let distance = Distance { highest, scale };
+        self.fill_buckets(kept, distance);
+        let mut missing = top_p * total;
+        let reaches = |mass: &f64| {
+            let reaches = *mass >= missing;
+            missing -= if reaches { 0.0 } else { *mass };
+            reaches
         };
-        order.iter().find(reaches).copied()
+        let bucket = self.buckets[..BUCKETS].iter().position(reaches)?;
+        self.list_bucket(kept, distance, bucket as u32);
+        kept.reaching(&mut self.list, missing)
     }
 
-    /// The tokens that no filter has dropped, ascending.
-    fn kept(&self) -> impl Iterator<Item = u32> {
-        self.weights.iter().enumerate().filter(|(_, weight)| **weight > 0.0).map(|(token, _)| token as u32)
-    }
-
-    /// Drops everything that ranks after `last`.
-    fn drop_after(&mut self, logits: &[f32], last: u32) {
-        let rank = by_rank(logits);
-        for (token, weight) in self.weights.iter_mut().enumerate() {
-            if rank(&(token as u32), &last).is_gt() {
-                *weight = 0.0;
+    fn fill_buckets(&mut self, kept: Kept<'_>, distance: Distance) {
+        self.buckets.clear();
+        self.buckets.resize(PLACES, 0.0);
+        let (mut weights, mut buckets) = ([0.0; BLOCK], [0; BLOCK]);
+        for (start, logits) in kept.blocks() {
+            kept.weigh(start, logits, &mut weights);
+            kept.buckets(distance, logits, &mut buckets);
+            for (&bucket, &weight) in buckets.iter().zip(&weights).take(logits.len()) {
+                self.buckets[bucket as usize] += f64::from(weight);
             }
         }
+    }
+
+    fn list_bucket(&mut self, kept: Kept<'_>, distance: Distance, bucket: u32) {
+        self.list.clear();
+        let mut buckets = [0; BLOCK];
+        for (start, logits) in kept.blocks() {
+            kept.buckets(distance, logits, &mut buckets);
+            let inside = (start as u32..).zip(logits).zip(&buckets).filter(|(_, other)| **other == bucket);
+            self.list
+                .extend(inside.map(|((token, &logit), _)| Rank::of(logit, token)).filter(|rank| *rank <= kept.last));
+        }
+    }
+}
+
+impl<'a> Kept<'a> {
+    /// The first id and the logits of each block of which anything is kept.
+    fn blocks(self) -> impl Iterator<Item = (usize, &'a [f32])> {
+        let blocks = self.row.blocks().filter(move |(_, peak, _)| *peak >= self.last.logit());
+        blocks.map(|(start, _, logits)| (start, logits))
+    }
+
+    fn buckets(&self, distance: Distance, logits: &[f32], buckets: &mut [u32; BLOCK]) {
+        logits::buckets(self.row.isa, distance, self.last.logit(), logits, &mut buckets[..logits.len()]);
+    }
+
+    /// The weights of the block that starts with token `start`, and their sum.
+    fn weigh(&self, start: usize, logits: &[f32], weights: &mut [f32; BLOCK]) -> f64 {
+        let bar = self.last.logit();
+        // Up to the last token's id a logit equal to its own ranks before it, from there on after it.
+        let split = (self.last.token() as usize + 1).clamp(start, start + logits.len()) - start;
+        let (before, after) = weights[..logits.len()].split_at_mut(split);
+        let sum = logits::weigh(self.row.isa, self.weighing, bar, &logits[..split], before);
+        sum + logits::weigh(self.row.isa, self.weighing, bar.next_up(), &logits[split..], after)
+    }
+
+    /// The token of `list` with which the weights, summed from the best one on, reach `missing`; the last one if none
+    /// does. Reorders the list.
+    fn reaching(&self, mut list: &mut [Rank], mut missing: f64) -> Option<Rank> {
+        let (mut logits, mut weights) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let mut weigh = |ranks: &[Rank], weights: &mut [f32; BLOCK]| {
+            logits.iter_mut().zip(ranks).for_each(|(logit, rank)| *logit = rank.logit());
+            let (logits, weights) = (&logits[..ranks.len()], &mut weights[..ranks.len()]);
+            logits::weigh(self.row.isa, self.weighing, f32::NEG_INFINITY, logits, weights)
+        };
+        while list.len() > SHORT {
+            let middle = list.len() / 2;
+            list.select_nth_unstable(middle);
+            let (better, rest) = list.split_at_mut(middle);
+            let mass: f64 = better.chunks(BLOCK).map(|ranks| weigh(ranks, &mut weights)).sum();
+            if mass >= missing {
+                list = better;
+            } else {
+                missing -= mass;
+                list = rest;
+            }
+        }
+        list.sort_unstable();
+        weigh(list, &mut weights);
+        let mut mass = 0.0;
+        let reaches = |(_, weight): &(&Rank, &f32)| {
+            mass += f64::from(**weight);
+            mass >= missing
+        };
+        let found = list.iter().zip(&weights).find(reaches).map(|(rank, _)| *rank);
+        found.or(list.last().copied())
     }
 }

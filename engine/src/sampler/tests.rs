@@ -3,7 +3,7 @@ mod twin;
 
 use std::sync::Arc;
 
-use super::*;
+use super::{row::Rank, *};
 use crate::{
     request::{Request, StopParams},
     sequence::SequenceId,
@@ -34,11 +34,16 @@ fn greedy() -> SamplingParams {
 fn processed(row: &[f32], sequence: &Sequence) -> Vec<f32> {
     let mut logits = row.to_vec();
     constraints::apply(&mut logits, sequence);
+    assert!(logits == row || constraints::any(sequence), "what would be left out");
     logits
 }
 
+fn sampler() -> Sampler {
+    Sampler::new(Isa::detect())
+}
+
 fn chosen(row: &[f32], sequence: &Sequence) -> u32 {
-    Sampler::default().sample(row, sequence).expect("a token").token
+    sampler().sample(row, sequence).expect("a token").token
 }
 
 const BANNED: f32 = f32::NEG_INFINITY;
@@ -50,6 +55,17 @@ fn greedy_takes_the_highest_and_of_equal_ones_the_lowest_id() {
     assert_eq!(chosen(&[-0.0, 0.0], &sequence), 0);
     let nearly = SamplingParams { temperature: 1e-6, ..SamplingParams::default() };
     assert_eq!(chosen(&[1.0, 1.0], &self::sequence(request(nearly), 0, &[])), 0);
+}
+
+#[test]
+fn ranks_order_logits_then_ids_and_give_both_back() {
+    let best_first = [f32::MAX, 2.0, 1.0, 1e-40, 0.0, -0.0, -1e-40, -1.0, -2.0, f32::MIN, f32::NEG_INFINITY];
+    let ranks = best_first.map(|logit| [Rank::of(logit, 3), Rank::of(logit, u32::MAX)]);
+    assert!(ranks[4] == ranks[5], "the zeros are equal");
+    assert!(ranks[..5].concat().is_sorted_by(|a, b| a < b) && ranks[5..].concat().is_sorted_by(|a, b| a < b));
+    for (ranks, logit) in ranks.into_iter().zip(best_first) {
+        assert_eq!(ranks.map(|rank| (rank.logit(), rank.token())), [(logit, 3), (logit, u32::MAX)]);
+    }
 }
 
 #[test]
@@ -118,7 +134,7 @@ fn a_draw_depends_on_seed_choice_and_place_alone() {
         }
         sequence.generated().to_vec()
     };
-    let mut sampler = Sampler::default();
+    let mut sampler = sampler();
     let alone = generate(&mut sampler, 42, 0);
     let _other = generate(&mut sampler, 7, 3);
     assert_eq!(generate(&mut sampler, 42, 0), alone);
@@ -145,7 +161,7 @@ const PINNED: [f64; 4] = [0.7090754154265618, 0.46592172228961015, 0.75553101668
 fn logprobs_are_those_of_the_raw_logits() {
     let row = [0.0, 2.0_f32.ln(), 5.0_f32.ln(), 2.0_f32.ln()];
     let params = SamplingParams { logit_bias: [(0, 50.0)].into(), ..greedy() };
-    let sampled = Sampler::default().sample(&row, &sequence(Request { logprobs: Some(3), ..request(params) }, 0, &[]));
+    let sampled = sampler().sample(&row, &sequence(Request { logprobs: Some(3), ..request(params) }, 0, &[]));
     let sampled = sampled.expect("a token");
     let logprobs = sampled.logprobs.expect("they were asked for");
     assert_eq!((sampled.token, logprobs.rank), (0, 4));
@@ -157,7 +173,7 @@ fn logprobs_are_those_of_the_raw_logits() {
 
 #[test]
 fn a_score_has_as_many_tokens_as_asked_for_and_as_there_are() {
-    let mut sampler = Sampler::default();
+    let mut sampler = sampler();
     for (top, given) in [(0, 0), (2, 2), (4, 4), (u32::MAX, 4)] {
         assert_eq!(sampler.score(&[1.0, 2.0, 3.0, 4.0], 2, top).expect("a score").top.len(), given);
     }
@@ -167,7 +183,7 @@ fn a_score_has_as_many_tokens_as_asked_for_and_as_there_are() {
 
 #[test]
 fn extreme_logits_have_finite_logprobs() {
-    let score = Sampler::default().score(&[f32::MAX, f32::MIN, 0.0], 1, 3).expect("a score");
+    let score = sampler().score(&[f32::MAX, f32::MIN, 0.0], 1, 3).expect("a score");
     assert!(score.top.iter().all(|(_, logprob)| logprob.is_finite()), "{score:?}");
     assert_eq!(score.top[0], (0, 0.0));
 }
@@ -176,19 +192,19 @@ fn extreme_logits_have_finite_logprobs() {
 fn what_is_not_finite_is_an_error() {
     let plain = sequence(request(greedy()), 0, &[]);
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let error = Sampler::default().sample(&[0.0, value, value], &plain).expect_err("an error");
+        let error = sampler().sample(&[0.0, value, value], &plain).expect_err("an error");
         assert!(matches!(error, SampleError::NotFinite { token: 1, .. }), "{error}");
     }
     let biased = SamplingParams { logit_bias: [(2, f32::NAN)].into(), ..greedy() };
-    let error = Sampler::default().sample(&[0.0; 3], &sequence(request(biased), 0, &[])).expect_err("an error");
+    let error = sampler().sample(&[0.0; 3], &sequence(request(biased), 0, &[])).expect_err("an error");
     assert!(matches!(error, SampleError::NotFinite { token: 2, .. }), "{error}");
 }
 
 #[test]
 fn constraints_that_leave_nothing_are_an_error() {
     let params = SamplingParams { allowed_token_ids: Some(vec![0]), bad_words: vec![vec![0]], ..greedy() };
-    let error = Sampler::default().sample(&[0.0; 3], &sequence(request(params), 0, &[]));
+    let error = sampler().sample(&[0.0; 3], &sequence(request(params), 0, &[]));
     assert_eq!(error, Err(SampleError::NothingAllowed { vocab_size: 3 }));
-    let nothing = Sampler::default().sample(&[], &sequence(request(greedy()), 0, &[]));
+    let nothing = sampler().sample(&[], &sequence(request(greedy()), 0, &[]));
     assert_eq!(nothing, Err(SampleError::NothingAllowed { vocab_size: 0 }));
 }

@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Mutex};
 
+use cadre_engine::nn::Format;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -11,11 +12,13 @@ use crate::{
     testing::{TensorFile, index_json, tiny, write_checkpoint},
 };
 
+const AUTO: FormatOptions = FormatOptions { format: None, experts: None, dense: None };
+
 type Tensors = Vec<(String, Vec<usize>)>;
 
-fn load_from(directory: &Path, dtype: Dtype) -> Result<LoadedModel> {
+fn load_from(directory: &Path, options: FormatOptions) -> Result<LoadedModel> {
     let checkpoint = open(Some(directory.to_str().unwrap()), &|_| {})?;
-    load(&checkpoint, dtype, &Compute::new(2), &|_| {})
+    load(&checkpoint, &options, &Compute::new(2), &|_| {})
 }
 
 /// Loads a tiny model whose configuration and tensors were changed before they were written.
@@ -24,7 +27,7 @@ fn load_changed(architecture: &str, change: impl FnOnce(&mut Value, &mut Tensors
     let (mut config, mut tensors) = tiny(architecture);
     change(&mut config, &mut tensors);
     write_checkpoint(directory.path(), &config, &tensors);
-    load_from(directory.path(), Dtype::Auto)
+    load_from(directory.path(), AUTO)
 }
 
 fn error_of(result: Result<LoadedModel>) -> String {
@@ -42,7 +45,7 @@ fn every_architecture_loads_and_counts_its_parameters() {
         write_checkpoint(directory.path(), &config, &tensors);
         let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
         let told = Mutex::new(Vec::new());
-        let loaded = load(&checkpoint, Dtype::Auto, &Compute::new(2), &|progress| told.lock().unwrap().push(progress));
+        let loaded = load(&checkpoint, &AUTO, &Compute::new(2), &|progress| told.lock().unwrap().push(progress));
         let model = loaded.unwrap().model;
         let (info, summary) = (model.info(), checkpoint.summary().unwrap());
         assert_eq!((info.num_layers, info.hidden_size, info.vocab_size), (2, 8, 11), "{architecture}");
@@ -56,7 +59,7 @@ fn every_architecture_loads_and_counts_its_parameters() {
 
 #[test]
 fn the_embedded_model_loads() {
-    let loaded = load(&open(None, &|_| {}).unwrap(), Dtype::Auto, &Compute::new(2), &|_| {}).unwrap();
+    let loaded = load(&open(None, &|_| {}).unwrap(), &AUTO, &Compute::new(2), &|_| {}).unwrap();
     assert_eq!(loaded.model.info().vocab_size, 640);
 }
 
@@ -152,15 +155,17 @@ fn the_type_follows_the_checkpoint_or_the_caller() {
         file.write(&directory.path().join("model.safetensors"));
         directory
     };
-    let format = |directory: &TempDir, dtype| load_from(directory.path(), dtype).unwrap().format;
+    let formats = |directory: &TempDir, options| load_from(directory.path(), options).unwrap().formats.to_string();
     for (directory, auto) in [
         (with(TensorFile::bf16), Format::Bf16),
         (with(TensorFile::f16), Format::F32),
         (with(TensorFile::f32), Format::F32),
     ] {
-        assert_eq!(format(&directory, Dtype::Auto), auto);
-        assert_eq!(format(&directory, Dtype::F32), Format::F32);
-        assert_eq!(format(&directory, Dtype::Bf16), Format::Bf16);
+        assert_eq!(formats(&directory, AUTO), auto.to_string());
+        assert_eq!(formats(&directory, FormatOptions::all(Format::F32)), "f32");
+        assert_eq!(formats(&directory, FormatOptions::all(Format::Bf16)), "bf16");
+        let two = FormatOptions { experts: Some(Format::Bf16), ..FormatOptions::all(Format::F32) };
+        assert_eq!(formats(&directory, two), "bf16 experts, f32 dense");
     }
 }
 
@@ -180,8 +185,8 @@ fn shards_make_one_model() {
     }
     let entries: Vec<_> = index.iter().map(|(name, shard)| (name.as_str(), shard.as_str())).collect();
     std::fs::write(directory.path().join("model.safetensors.index.json"), index_json(&entries)).unwrap();
-    assert!(load_from(directory.path(), Dtype::Auto).is_ok());
+    assert!(load_from(directory.path(), AUTO).is_ok());
     std::fs::write(directory.path().join("model-00001.safetensors"), "").unwrap();
-    let error = load_from(directory.path(), Dtype::Auto).err().unwrap();
+    let error = load_from(directory.path(), AUTO).err().unwrap();
     assert!(matches!(&error, Error::TensorFile { file, .. } if file.ends_with("model-00001.safetensors")), "{error}");
 }

@@ -5,12 +5,14 @@
 
 use std::{collections::HashSet, fmt};
 
+use cadre_engine::nn::PackingError;
 use serde::{
     Deserialize, Deserializer,
-    de::{Error as _, IgnoredAny, MapAccess, Visitor},
+    de::{Error as _, MapAccess, Visitor},
 };
+use serde_json::Value;
 
-use super::StoredType;
+use super::{PackInfo, PackedEntry, Stored, StoredType};
 use crate::{Error, Result, files::Source};
 
 /// The longest header that is read, as in the reference implementation.
@@ -19,29 +21,35 @@ const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 const LENGTH_BYTES: u64 = 8;
 
 /// Where one tensor lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct TensorInfo {
     /// Its name.
     pub name: String,
-    /// Its numbers' type.
-    pub dtype: StoredType,
-    /// Its shape, outermost axis first.
+    /// How its numbers are stored.
+    pub stored: Stored,
+    /// Its shape, outermost axis first; a packed expert's is `[3, intermediate, hidden]`.
     pub shape: Vec<usize>,
     /// Where its bytes begin in the file.
     pub offset: u64,
     /// How many numbers it has.
     pub elements: u64,
-}
-
-impl TensorInfo {
     /// Its size in the file.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.elements * self.dtype.bytes() as u64
-    }
+    pub bytes: u64,
+    /// How far packing took it from its source.
+    pub error: PackingError,
 }
 
-/// The tensors of `source`, in the order in which they lie.
-pub(crate) fn read_header(source: &Source) -> Result<Vec<TensorInfo>> {
+/// What one file holds.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Header {
+    /// What the pack says of itself, if the file is one's.
+    pub pack: Option<PackInfo>,
+    /// The tensors in the order in which they lie.
+    pub tensors: Vec<TensorInfo>,
+}
+
+/// The header of `source`.
+pub(crate) fn read_header(source: &Source) -> Result<Header> {
     let damaged = |what, expected: String, found: String| Error::TensorFile {
         file: source.label().to_owned(),
         what,
@@ -63,16 +71,17 @@ pub(crate) fn read_header(source: &Source) -> Result<Vec<TensorInfo>> {
     parse_header(source.label(), &json, source.len() - LENGTH_BYTES - length)
 }
 
-/// The tensors that the header `json` lists, for a file with `data_bytes` bytes after its header.
-fn parse_header(file: &str, json: &[u8], data_bytes: u64) -> Result<Vec<TensorInfo>> {
-    let header: Header = serde_json::from_slice(json).map_err(|error| Error::TensorFile {
+/// What the header `json` says, for a file with `data_bytes` bytes after its header.
+fn parse_header(file: &str, json: &[u8], data_bytes: u64) -> Result<Header> {
+    let header: Entries = serde_json::from_slice(json).map_err(|error| Error::TensorFile {
         file: file.to_owned(),
         what: "header",
         expected: "a JSON object of tensors".to_owned(),
         found: error.to_string(),
     })?;
     let data_start = LENGTH_BYTES + json.len() as u64;
-    let mut entries = header.0;
+    let (metadata, mut entries) = (header.metadata, header.entries);
+    let pack = PackInfo::read(file, &metadata)?;
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let mut names = HashSet::new();
     let mut end = 0;
@@ -81,7 +90,8 @@ fn parse_header(file: &str, json: &[u8], data_bytes: u64) -> Result<Vec<TensorIn
         if !names.insert(name.as_str()) {
             return Err(entry_error(file, name, "entries in the header", 1, "more"));
         }
-        tensors.push(entry.check(file, name, end, data_start)?);
+        let packed = pack.as_ref().and_then(|_| metadata.get(name)).and_then(Value::as_str);
+        tensors.push(entry.check(file, name, packed, end, data_start)?);
         end = entry.data_offsets.1;
     }
     if end != data_bytes {
@@ -92,11 +102,14 @@ fn parse_header(file: &str, json: &[u8], data_bytes: u64) -> Result<Vec<TensorIn
             found: format!("{data_bytes} bytes{}", if data_bytes < end { ": the file is cut off" } else { "" }),
         });
     }
-    Ok(tensors)
+    Ok(Header { pack, tensors })
 }
 
 /// The header's entries in their order, doubles and all.
-struct Header(Vec<(String, Entry)>);
+struct Entries {
+    metadata: Value,
+    entries: Vec<(String, Entry)>,
+}
 
 #[derive(Deserialize)]
 struct Entry {
@@ -106,34 +119,47 @@ struct Entry {
 }
 
 impl Entry {
-    /// The entry as a tensor, if it begins where the one before ended and has the bytes that its shape needs.
-    fn check(&self, file: &str, name: &str, begin: u64, data_start: u64) -> Result<TensorInfo> {
+    /// The entry as a tensor, if it begins where the one before ended and has the bytes that its shape needs; `packed`
+    /// is what a pack says of it.
+    fn check(&self, file: &str, name: &str, packed: Option<&str>, begin: u64, data_start: u64) -> Result<TensorInfo> {
         let (from, to) = self.data_offsets;
-        let dtype = StoredType::from_name(&self.dtype)
-            .ok_or_else(|| entry_error(file, name, "dtype", "F32, F16 or BF16", &self.dtype))?;
         if from != begin || to < from {
             let found = format!("[{from}, {to}]");
             return Err(entry_error(file, name, "data_offsets", format!("[{begin}, …] without gap or overlap"), found));
         }
+        let offset = data_start.checked_add(from);
+        let offset = offset.ok_or_else(|| entry_error(file, name, "data_offsets", "a place in the file", from))?;
+        let bytes = to - from;
+        if let Some(packed) = packed {
+            let PackedEntry { layout, error } = PackedEntry::read(file, name, packed, bytes)?;
+            let (stored, shape, elements) = (Stored::Packed(layout.format()), layout.shape(), layout.parameters());
+            return Ok(TensorInfo { name: name.to_owned(), stored, shape, offset, elements, bytes, error });
+        }
+        let dtype = StoredType::from_name(&self.dtype)
+            .ok_or_else(|| entry_error(file, name, "dtype", "F32, F16 or BF16", &self.dtype))?;
         let elements = self.shape.iter().try_fold(1_u64, |product, axis| product.checked_mul(*axis));
-        let bytes = elements.and_then(|elements| elements.checked_mul(dtype.bytes() as u64));
-        let (Some(elements), Some(bytes)) = (elements, bytes) else {
+        let needed = elements.and_then(|elements| elements.checked_mul(dtype.bytes() as u64));
+        let (Some(elements), Some(needed)) = (elements, needed) else {
             return Err(entry_error(file, name, "shape", "a size below 2^64 bytes", format!("{:?}", self.shape)));
         };
-        if to - from != bytes {
-            let what = "bytes in data_offsets";
-            let expected = format!("{bytes} for {} {:?}", self.dtype, self.shape);
-            return Err(entry_error(file, name, what, expected, to - from));
+        if bytes != needed {
+            let expected = format!("{needed} for {} {:?}", self.dtype, self.shape);
+            return Err(entry_error(file, name, "bytes in data_offsets", expected, bytes));
         }
         let shape = self.shape.iter().map(|axis| usize::try_from(*axis)).collect::<Result<_, _>>();
         let shape = shape.map_err(|_| entry_error(file, name, "shape", "axes of this machine's word size", "more"))?;
-        let offset = data_start.checked_add(from);
-        let offset = offset.ok_or_else(|| entry_error(file, name, "data_offsets", "a place in the file", from))?;
-        Ok(TensorInfo { name: name.to_owned(), dtype, shape, offset, elements })
+        let (stored, error) = (Stored::Plain(dtype), PackingError::default());
+        Ok(TensorInfo { name: name.to_owned(), stored, shape, offset, elements, bytes, error })
     }
 }
 
-fn entry_error(file: &str, tensor: &str, what: &'static str, expected: impl ToString, found: impl ToString) -> Error {
+pub(super) fn entry_error(
+    file: &str,
+    tensor: &str,
+    what: &'static str,
+    expected: impl ToString,
+    found: impl ToString,
+) -> Error {
     Error::TensorEntry {
         file: file.to_owned(),
         tensor: crate::json::excerpt(tensor),
@@ -143,31 +169,31 @@ fn entry_error(file: &str, tensor: &str, what: &'static str, expected: impl ToSt
     }
 }
 
-impl<'de> Deserialize<'de> for Header {
+impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Header;
+        struct EntriesVisitor;
+        impl<'de> Visitor<'de> for EntriesVisitor {
+            type Value = Entries;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of tensors")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut entries = Vec::new();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let (mut metadata, mut entries) = (Value::Null, Vec::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        map.next_value::<IgnoredAny>()?;
+                        metadata = map.next_value()?;
                         continue;
                     }
                     let entry =
                         map.next_value().map_err(|error| A::Error::custom(format!("tensor {name}: {error}")))?;
                     entries.push((name, entry));
                 }
-                Ok(Header(entries))
+                Ok(Entries { metadata, entries })
             }
         }
-        deserializer.deserialize_map(Entries)
+        deserializer.deserialize_map(EntriesVisitor)
     }
 }
 
@@ -190,7 +216,8 @@ mod tests {
     fn read(bytes: &[u8]) -> Result<Vec<TensorInfo>> {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("x.safetensors"), bytes).unwrap();
-        read_header(&Files::Directory(directory.path().to_owned()).open("x.safetensors").unwrap().unwrap())
+        let source = Files::Directory(directory.path().to_owned()).open("x.safetensors").unwrap().unwrap();
+        read_header(&source).map(|header| header.tensors)
     }
 
     fn refused(bytes: &[u8], words: &[&str]) {
@@ -214,7 +241,7 @@ mod tests {
             let view = reference.tensor(&tensor.name).unwrap();
             assert_eq!(view.shape(), tensor.shape);
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-            assert_eq!((start as u64, view.data().len() as u64), (tensor.offset, tensor.bytes()));
+            assert_eq!((start as u64, view.data().len() as u64), (tensor.offset, tensor.bytes));
         }
     }
 

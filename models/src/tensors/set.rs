@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde_json::Value;
 
-use super::{StoredType, TensorInfo, read_header};
+use super::{PackInfo, Stored, StoredType, TensorInfo, read_header};
 use crate::{
     Error, Result,
     files::{Files, Source},
@@ -22,6 +22,7 @@ pub(crate) struct TensorSet {
     files: Vec<Source>,
     tensors: Vec<Located>,
     by_name: HashMap<String, usize>,
+    pack: Option<PackInfo>,
 }
 
 #[derive(Debug)]
@@ -33,14 +34,15 @@ struct Located {
 impl TensorSet {
     /// Reads the headers of all files and checks them against the index, if there is one.
     pub(crate) fn open(files: &Files) -> Result<Self> {
-        let mut set = Self { files: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
+        let mut set = Self { files: Vec::new(), tensors: Vec::new(), by_name: HashMap::new(), pack: None };
         if let Some(source) = files.open(SINGLE_FILE)? {
             set.add(source)?;
             return Ok(set);
         }
         let index = files.require(
             INDEX_FILE,
-            "expected that index or model.safetensors; other formats must be converted to safetensors first",
+            "expected that index or model.safetensors; an unfinished pack has none: run `cadre pack` again; other \
+             formats must be converted to safetensors first",
         )?;
         let index = Index::parse(files.label(INDEX_FILE), &index)?;
         for shard in index.shards() {
@@ -53,7 +55,14 @@ impl TensorSet {
 
     fn add(&mut self, source: Source) -> Result<()> {
         let file = self.files.len();
-        for info in read_header(&source)? {
+        let header = read_header(&source)?;
+        if file > 0 && header.pack != self.pack {
+            let told = |pack: &Option<PackInfo>| pack.as_ref().map_or("no pack".to_owned(), ToString::to_string);
+            let (expected, found) = (told(&self.pack), told(&header.pack));
+            return Err(Error::Pack { file: source.label().to_owned(), what: "pack", expected, found });
+        }
+        self.pack = header.pack;
+        for info in header.tensors {
             let index = self.tensors.len();
             if let Some(first) = self.by_name.insert(info.name.clone(), index) {
                 return Err(Error::TensorEntry {
@@ -68,6 +77,11 @@ impl TensorSet {
         }
         self.files.push(source);
         Ok(())
+    }
+
+    /// What the pack says of itself, if this is one.
+    pub(crate) fn pack(&self) -> Option<&PackInfo> {
+        self.pack.as_ref()
     }
 
     /// How many tensors there are; they are numbered from 0.
@@ -110,18 +124,41 @@ impl TensorSet {
         self.files[*file].read_exact_at(info.offset + offset, out)
     }
 
-    /// The type that most of the bytes are stored in.
-    pub(crate) fn main_type(&self) -> StoredType {
-        self.bytes_by_type().into_iter().max_by_key(|(_, bytes)| *bytes).map_or(StoredType::F32, |(dtype, _)| dtype)
+    /// A number that tells this checkpoint from others: of the tensors' names, types and shapes and of how each begins.
+    pub(crate) fn fingerprint(&self) -> Result<String> {
+        const SAMPLE_BYTES: u64 = 256;
+        let mut hash = Fnv::new();
+        for (index, info) in self.iter().enumerate() {
+            let mut sample = vec![0; usize::try_from(info.bytes.min(SAMPLE_BYTES)).unwrap_or(0)];
+            self.read(index, 0, &mut sample)?;
+            hash.add(format!("{} {} {:?} ", info.name, info.stored, info.shape).as_bytes());
+            hash.add(&sample);
+        }
+        Ok(format!("{:016x}", hash.0))
     }
 
-    /// Bytes of each stored type that occurs.
-    pub(crate) fn bytes_by_type(&self) -> BTreeMap<StoredType, u64> {
-        let mut bytes = BTreeMap::new();
+    /// The type that most of the unpacked bytes are stored in.
+    pub(crate) fn main_type(&self) -> StoredType {
+        let mut bytes: BTreeMap<StoredType, u64> = BTreeMap::new();
         for info in self.iter() {
-            *bytes.entry(info.dtype).or_default() += info.bytes();
+            if let Stored::Plain(dtype) = info.stored {
+                *bytes.entry(dtype).or_default() += info.bytes;
+            }
         }
-        bytes
+        bytes.into_iter().max_by_key(|(_, bytes)| *bytes).map_or(StoredType::F32, |(dtype, _)| dtype)
+    }
+}
+
+/// FNV-1a in 64 bits: the same for all times, which the standard library's hashes are not.
+struct Fnv(u64);
+
+impl Fnv {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     }
 }
 

@@ -2,7 +2,48 @@
 
 use std::fmt;
 
+use cadre_engine::nn::Format;
 use half::f16;
+
+use super::ALIGNMENT;
+
+/// How a tensor's numbers are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stored {
+    /// One after the other, as checkpoints have them.
+    Plain(StoredType),
+    /// As the kernels take them: a pack's matrices and experts.
+    Packed(Format),
+}
+
+impl Stored {
+    /// What a safetensors header calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Plain(StoredType::F32) => "F32",
+            Self::Plain(StoredType::F16) => "F16",
+            Self::Plain(StoredType::Bf16) => "BF16",
+            Self::Packed(_) => "U8",
+        }
+    }
+
+    /// What its place in a pack is a multiple of, in bytes.
+    pub(crate) fn alignment(self) -> usize {
+        match self {
+            Self::Plain(dtype) => dtype.bytes(),
+            Self::Packed(_) => ALIGNMENT,
+        }
+    }
+}
+
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(dtype) => dtype.fmt(f),
+            Self::Packed(format) => write!(f, "packed {format}"),
+        }
+    }
+}
 
 /// A number type that weights are stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

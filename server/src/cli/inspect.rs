@@ -6,11 +6,11 @@ use std::{
 };
 
 use anyhow::Result;
-use cadre_models::{ChatTemplate, Checkpoint, Summary};
+use cadre_models::{ChatTemplate, Checkpoint, Stored, Summary};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::terminal::unless_pipe_closed;
+use super::{pack::types, terminal::unless_pipe_closed};
 use crate::engine;
 
 /// Flags of `cadre inspect`.
@@ -50,12 +50,14 @@ fn object(checkpoint: &Checkpoint, summary: &Summary, template: Option<&ChatTemp
         .parts
         .iter()
         .map(|part| {
-            let value = json!({"tensors": part.tensors, "parameters": part.parameters, "bytes": part.bytes});
+            let error = part.error.map(|error| error.relative());
+            let value = json!({
+                "tensors": part.tensors, "parameters": part.parameters, "bytes": part.bytes,
+                "types": types_object(&part.types), "packing_error": error,
+            });
             (part.part.name().to_owned(), value)
         })
         .collect();
-    let types: Map<String, Value> =
-        summary.types.iter().map(|(kind, bytes)| (kind.to_string(), (*bytes).into())).collect();
     Ok(json!({
         "model": checkpoint.name(),
         "architecture": checkpoint.architecture(),
@@ -67,11 +69,15 @@ fn object(checkpoint: &Checkpoint, summary: &Summary, template: Option<&ChatTemp
         "active_parameters": summary.active_parameters,
         "total_bytes": summary.total_bytes,
         "parts": parts,
-        "types": types,
+        "types": types_object(&summary.types),
         "vocab_size": checkpoint.tokenizer()?.vocab_size(),
         "eos_token_ids": checkpoint.generation_config().eos_token_ids,
         "chat_template": template.map(ChatTemplate::source),
     }))
+}
+
+fn types_object(types: &[(Stored, u64)]) -> Map<String, Value> {
+    types.iter().map(|(stored, bytes)| (stored.to_string(), (*bytes).into())).collect()
 }
 
 fn table(
@@ -111,10 +117,11 @@ fn head(text: &mut String, checkpoint: &Checkpoint, summary: &Summary) -> Result
 }
 
 fn parts(text: &mut String, summary: &Summary) -> Result<()> {
-    writeln!(text, "{:<30} {:>12} {:>16} {:>7}", "part", "parameters", "bytes", "share")?;
+    writeln!(text, "{:<30} {:>12} {:>16} {:>7}  stored as", "part", "parameters", "bytes", "share")?;
     for part in &summary.parts {
         let share = percent(part.bytes, summary.total_bytes);
-        writeln!(text, "{:<30} {:>12} {:>16} {share:>6.1}%", part.part.name(), scaled(part.parameters), part.bytes)?;
+        let (name, parameters, types) = (part.part.name(), scaled(part.parameters), types(part));
+        writeln!(text, "{name:<30} {parameters:>12} {:>16} {share:>6.1}%  {types}", part.bytes)?;
     }
     let total = scaled(summary.parts.iter().map(|part| part.parameters).sum());
     writeln!(text, "{:<30} {total:>12} {:>16}", "all", summary.total_bytes)?;

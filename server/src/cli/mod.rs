@@ -4,11 +4,16 @@ mod bench;
 mod chat;
 mod generate;
 mod inspect;
+mod pack;
 mod serve;
 mod terminal;
 
+use std::str::FromStr;
+
 use anyhow::Result;
-use cadre_models::Dtype;
+use cadre_engine::compute::Compute;
+use cadre_engine::{kv::KvDtype, nn::Format};
+use cadre_models::FormatOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -32,6 +37,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Show what a checkpoint is: architecture, parameters, bytes by part, chat template
     Inspect(inspect::InspectArgs),
+    /// Write a checkpoint whose weights lie as they are computed with, quantised if asked for
+    Pack(pack::PackArgs),
     /// Measure prefill and decode throughput and peak memory
     Bench(bench::BenchArgs),
 }
@@ -43,11 +50,13 @@ enum Command {
 pub fn run() -> Result<()> {
     let cli = Cli::parse();
     log_to_stderr(matches!(cli.command, Command::Serve(_)));
+    Compute::check_tier()?;
     match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Pack(args) => pack::run(&args),
         Command::Bench(args) => bench::run(&args),
     }
 }
@@ -72,9 +81,12 @@ struct EngineArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 
-    /// The weights' format in memory
-    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
-    dtype: DtypeArg,
+    #[command(flatten)]
+    formats: FormatArgs,
+
+    /// The KV cache's format
+    #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto)]
+    kv_dtype: KvDtypeArg,
 
     /// Memory for the KV cache, such as 512MiB [default: up to 512MiB, no more than the sequences can use
     /// and no more than a quarter of the free memory]
@@ -101,28 +113,70 @@ impl EngineArgs {
             max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
-            dtype: self.dtype.into(),
+            formats: self.formats.options(),
+            kv_dtype: self.kv_dtype.into(),
             prefix_caching: true,
         }
     }
 }
 
+/// The flags that say what weights are packed as.
+#[derive(Debug, Clone, Args)]
+struct FormatArgs {
+    /// The weights' format: auto (what loses nothing: bf16 stays bf16, f32 and f16 become f32), f32, bf16, q8_0, q4_0,
+    /// q4_k, q6_k or mxfp4. Norms, routers and the embedding are never quantised
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    format: FormatArg,
+
+    /// The routed experts' format, where it is another
+    #[arg(long, value_name = "FORMAT")]
+    experts_format: Option<Format>,
+
+    /// The format of all other weights, where it is another
+    #[arg(long, value_name = "FORMAT")]
+    dense_format: Option<Format>,
+}
+
+impl FormatArgs {
+    fn options(&self) -> FormatOptions {
+        FormatOptions { format: self.format.0, experts: self.experts_format, dense: self.dense_format }
+    }
+}
+
+/// A format's name; none is `auto`.
+#[derive(Debug, Clone, Copy)]
+struct FormatArg(Option<Format>);
+
+impl FromStr for FormatArg {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        if name == "auto" {
+            return Ok(Self(None));
+        }
+        name.parse().map(|format| Self(Some(format))).map_err(|error| format!("{error}, or auto"))
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum DtypeArg {
-    /// What loses nothing: bf16 stays bf16, f32 and f16 are computed in f32
+enum KvDtypeArg {
+    /// f32 where the weights are f32, bf16 elsewhere
     Auto,
     /// 32 bits
     F32,
     /// 16 bits
     Bf16,
+    /// 8 bits, and a scale a token and head
+    Int8,
 }
 
-impl From<DtypeArg> for Dtype {
-    fn from(arg: DtypeArg) -> Self {
+impl From<KvDtypeArg> for Option<KvDtype> {
+    fn from(arg: KvDtypeArg) -> Self {
         match arg {
-            DtypeArg::Auto => Self::Auto,
-            DtypeArg::F32 => Self::F32,
-            DtypeArg::Bf16 => Self::Bf16,
+            KvDtypeArg::Auto => None,
+            KvDtypeArg::F32 => Some(KvDtype::F32),
+            KvDtypeArg::Bf16 => Some(KvDtype::Bf16),
+            KvDtypeArg::Int8 => Some(KvDtype::Int8),
         }
     }
 }

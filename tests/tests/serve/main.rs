@@ -6,5 +6,6 @@ mod completions;
 mod concurrency;
 mod ending;
 mod errors;
+mod formats;
 mod leaving;
 mod routes;

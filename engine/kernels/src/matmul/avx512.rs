@@ -1,15 +1,14 @@
-//! Tiles in AVX-512: one register holds 16 outputs; a step of k loads each panel once and multiplies it with every row.
+//! Tiles of floats in AVX-512: one register holds 16 outputs; a step of k loads each panel once and multiplies it with
+//! every row. Nothing is fetched ahead by hand: the loads run far enough ahead by themselves, and with fetches one row
+//! streams at 35 GB/s in place of 46 (Zen 4).
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
 use super::Sums;
-
-/// How far ahead of the loads a panel is fetched: about the latency of memory at one panel row per two cycles.
-const PREFETCH_BYTES: usize = 1024;
 
 /// One kind of weights: how a step of k is loaded and multiplied.
 pub(super) trait Kind {
@@ -95,16 +94,6 @@ fn store<const R: usize, const P: usize>(registers: &[[__m512; P]; R], sums: &mu
     }
 }
 
-/// Few rows wait for memory: fetch ahead. Many rows reuse a panel from the cache.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch<const R: usize>(panel: *const u8, at: usize) {
-    if R <= 4 {
-        // A prefetch past the end of the panel is harmless: it never faults.
-        _mm_prefetch::<_MM_HINT_T0>(panel.wrapping_add(at + PREFETCH_BYTES).cast());
-    }
-}
-
 /// The sums of a tile, all in registers.
 ///
 /// # Safety
@@ -122,7 +111,6 @@ unsafe fn accumulate<K: Kind, const R: usize, const P: usize>(
         for step in 0..k / K::PLACES {
             let mut weights = [K::zero(); P];
             for (weight, panel) in weights.iter_mut().zip(panels) {
-                prefetch::<R>(*panel, step * 64);
                 *weight = K::weights(panel.add(step * 64));
             }
             for (registers, row) in registers.iter_mut().zip(rows) {

@@ -1,83 +1,58 @@
 //! Dense products over packed weights: `y = x · Wᵀ`.
 //!
-//! One primitive does the work, the *tile*: up to 12 rows of activations times up to 4 panels of weights, over the
-//! whole of k, sums in registers. `portable.rs` is its contract; `avx512.rs` has the vector tiers. The sum of one
-//! output is taken in ascending k by one chain of additions, whatever the tile's shape, so a row's result does not
-//! depend on its neighbours, on the number of threads or on how the work was cut.
+//! One primitive does the work, the *tile*: some rows of activations times a few panels of weights, over the whole of
+//! k, sums in registers. `portable.rs` is its contract; the other files have the vector tiers. The sum of one output is
+//! taken in ascending k in one order, whatever the tile's shape, so a row's result does not depend on its neighbours,
+//! on the number of threads or on how the work was cut.
 
+pub(crate) mod activations;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use std::ops::Range;
 
+use activations::Activations;
+
 use crate::{
-    format::{Format, Layout, PANEL, Packed, round_to_bf16},
+    format::{Format, Layout, PANEL, Packed},
     isa::Isa,
     pool::Pool,
     shared::SharedSlice,
 };
 
-/// Most rows of one tile. 12 rows by 2 panels keep 24 sums in the 32 vector registers.
-const TILE_ROWS: usize = 12;
+/// Most rows of a tile of f32 or bf16 weights. 12 rows by 2 panels keep 24 sums in the 32 vector registers.
+const FLOAT_ROWS: usize = 12;
+/// Most rows of a tile of integer weights: 16 sums, the 8 registers of a block's weights, and some to work with.
+const INTEGER_ROWS: usize = 16;
+/// Most rows of any tile.
+const TILE_ROWS: usize = 32;
 /// Most panels of one tile: enough independent sums to outrun the memory when there is one row. Eight would be slower:
 /// their streams lie a power of two apart and evict each other from the nearest cache.
 const TILE_PANELS: usize = 4;
 /// Rows by panels of 16 outputs.
 type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
 
+/// The values of the 16 codes of `mxfp4` in halves, plus 12.
+const MXFP4_UNSIGNED: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+
 /// Weight bytes that one task should stream at least: long enough for the prefetchers to settle.
 pub(crate) const TASK_BYTES: usize = 96 << 10;
 /// Rows that one task should hold at most, so that many rows with few panels still spread over all threads.
 const TASK_ROWS: usize = 240;
 
-/// Activations in the form that a format's tiles take: f32 rows, or bf16 rows padded like the weights.
-pub(crate) enum Activations<'a> {
-    F32 { values: &'a [f32], k: usize },
-    Bf16 { values: Vec<u16>, stride: usize },
-}
-
-impl<'a> Activations<'a> {
-    /// `x` is `[rows, k]`.
-    pub(crate) fn new(pool: &Pool, format: Format, x: &'a [f32], k: usize) -> Self {
-        match format {
-            Format::F32 => Self::F32 { values: x, k },
-            Format::Bf16 => {
-                let stride = format.padded_k(k);
-                let mut values = vec![0; x.len() / k * stride];
-                round_rows(pool, x, k, &mut values, stride);
-                Self::Bf16 { values, stride }
-            }
-        }
-    }
-
-    /// The start of row `index`.
-    pub(crate) fn row(&self, index: usize) -> *const u8 {
-        match self {
-            Self::F32 { values, k } => values[index * k..(index + 1) * k].as_ptr().cast(),
-            Self::Bf16 { values, stride } => values[index * stride..(index + 1) * stride].as_ptr().cast(),
-        }
-    }
-}
-
 /// Enough panels for [`TASK_BYTES`], but few enough that every thread gets some; even, so that tiles stay whole.
 pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
     let fair = layout.panels().div_ceil(4 * pool.threads());
     (TASK_BYTES / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
-}
-
-fn round_rows(pool: &Pool, x: &[f32], k: usize, values: &mut [u16], stride: usize) {
-    let rows_per_task = (32_768 / k).max(1);
-    let tasks = (x.len() / k).div_ceil(rows_per_task);
-    let target = SharedSlice::new(values);
-    pool.run(tasks, |task| {
-        let rows = x[task * rows_per_task * k..].chunks_exact(k).take(rows_per_task);
-        for (index, row) in rows.enumerate() {
-            // SAFETY: each row belongs to one task.
-            let rounded = unsafe { target.part((task * rows_per_task + index) * stride, k) };
-            row.iter().zip(rounded).for_each(|(value, out)| *out = round_to_bf16(*value));
-        }
-    });
 }
 
 /// `y[row] = x[row] · Wᵀ` for `x` `[rows, k]` and `W` `[n, k]`; `y` is `[rows, n]`.
@@ -90,7 +65,7 @@ pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f
     assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
     let rows = x.len() / k;
     assert_eq!(y.len(), rows * n, "outputs of {rows} rows by {n}");
-    let activations = Activations::new(pool, layout.format, x, k);
+    let activations = Activations::new(pool, isa, layout.format, x, k);
     let panels_per_task = panels_per_task(pool, &layout);
     let panel_tasks = layout.panels().div_ceil(panels_per_task);
     let row_tasks = rows.div_ceil(TASK_ROWS);
@@ -112,8 +87,8 @@ pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f
     });
 }
 
-/// Calls `sink(row, first_panel, sums)` with the products of every row and panel, several panels at a time; their
-/// number is even unless the last panel stands alone. Each weight is read once per 12 rows.
+/// Calls `sink(row, first_panel, sums)` with the products of every row and panel, several panels at a time. Each weight
+/// is read from memory once.
 ///
 /// # Safety
 /// Each pointer must lead to a row of activations in the form of the weights' format and k.
@@ -127,11 +102,11 @@ pub(crate) unsafe fn walk(
     let layout = weights.layout();
     let k = layout.format.padded_k(layout.k);
     let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
-    let wide = panels_per_tile(rows.len());
+    let (tile_rows, tile_panels) = tile_shape(isa, layout.format, rows.len());
     let mut panel = panels.start;
     while panel < panels.end {
         let count = match panels.end - panel {
-            left if left >= wide => wide,
+            left if left >= tile_panels => tile_panels,
             left if left >= 2 => 2,
             _ => 1,
         };
@@ -139,41 +114,59 @@ pub(crate) unsafe fn walk(
         for (index, pointer) in pointers.iter_mut().take(count).enumerate() {
             *pointer = weights.panel(panel + index).as_ptr();
         }
-        for (block, rows) in rows.chunks(TILE_ROWS).enumerate() {
+        for (block, rows) in rows.chunks(tile_rows).enumerate() {
             // SAFETY: the caller promises the rows; the panels are whole.
             unsafe { tile(isa, layout.format, rows, &pointers[..count], k, &mut sums) };
             for (row, sums) in sums.iter().take(rows.len()).enumerate() {
-                sink(block * TILE_ROWS + row, panel, &sums[..count]);
+                sink(block * tile_rows + row, panel, &sums[..count]);
             }
         }
         panel += count;
     }
 }
 
-/// As many panels as keep at most 24 sums in registers.
-fn panels_per_tile(rows: usize) -> usize {
-    match rows {
-        0..=6 => 4,
-        _ => 2,
+/// Most rows and panels of a tile of `rows` rows.
+fn tile_shape(isa: Isa, format: Format, rows: usize) -> (usize, usize) {
+    match format {
+        #[cfg(target_arch = "x86_64")]
+        _ if isa == Isa::Amx && amx::takes(format, rows) => (TILE_ROWS, TILE_PANELS),
+        #[cfg(target_arch = "x86_64")]
+        Format::F32 | Format::Bf16 if isa == Isa::Avx2 => avx2::float_shape(format, rows),
+        #[cfg(target_arch = "aarch64")]
+        Format::F32 | Format::Bf16 if isa == Isa::Neon => neon::float_shape(rows),
+        Format::F32 | Format::Bf16 if rows <= 6 => (FLOAT_ROWS, TILE_PANELS),
+        Format::F32 | Format::Bf16 => (FLOAT_ROWS, 2),
+        Format::Q8_0 | Format::Q4_0 | Format::Q4K | Format::Q6K | Format::Mxfp4 => (INTEGER_ROWS, 1),
     }
 }
 
 /// One tile on the tier `isa`.
 ///
 /// # Safety
-/// As for [`walk`]; each panel pointer leads to a whole panel.
+/// As for [`walk`]; each panel pointer leads to a whole panel; rows and panels are no more than [`tile_shape`] says.
 unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
     // SAFETY: the caller's promises; a tier other than portable exists only where `Isa::available` found it.
     unsafe {
         match (isa, format) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16, Format::F32) => avx512::tile::<avx512::F32>(rows, panels, k, sums),
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, Format::F32) => {
+                avx512::tile::<avx512::F32>(rows, panels, k, sums);
+            }
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512, Format::Bf16) => avx512::tile::<avx512::WidenedBf16>(rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16, Format::Bf16) => avx512::tile::<avx512::Bf16Pairs>(rows, panels, k, sums),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Amx, _) => amx::tile(format, rows, panels, k, sums),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx512Bf16, _) => vnni::tile(format, rows, panels[0], k, sums),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, _) => avx2::tile(format, rows, panels, k, sums),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon, _) => neon::tile(format, rows, panels, k, sums),
             (_, Format::F32) => portable::tile_f32(rows, panels, k, sums),
             (_, Format::Bf16) => portable::tile_bf16(rows, panels, k, sums),
+            _ => portable::tile_integer(format, rows, panels, k, sums),
         }
     }
 }
@@ -183,7 +176,7 @@ pub(crate) fn bf16_dot_is_faster() -> bool {
     const K: usize = 1024;
     let row = vec![0_u16; K];
     let panel = vec![0_u8; PANEL * K * 2];
-    let rows = [row.as_ptr().cast::<u8>(); TILE_ROWS];
+    let rows = [row.as_ptr().cast::<u8>(); FLOAT_ROWS];
     let panels = [panel.as_ptr(); 2];
     let run = |isa| {
         let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];

@@ -55,7 +55,11 @@ impl Fake {
             max_position_embeddings: 4096,
             total_parameters: 0,
             active_parameters: 0,
+            head_parameters: 0,
             weight_bytes: 0,
+            dense_bytes: 0,
+            head_bytes: 0,
+            moe_layers: Vec::new(),
         };
         let storage = Mutex::new(vec![u32::MAX; num_blocks * BLOCK_SIZE]);
         let fake = Self { info, storage, reached: Mutex::new(reaches), permits: Mutex::new(taken) };

@@ -47,7 +47,7 @@ fn tokens_come_as_often_as_they_should_over_seeds_choices_and_places() {
 
 #[test]
 fn neighbouring_draws_are_independent() {
-    let mut sampler = Sampler::default();
+    let mut sampler = sampler();
     let mut pair = |seed: u64| {
         let params = SamplingParams { seed, ..SamplingParams::default() };
         let mut tokens = [0, 1].map(|place| {

@@ -1,5 +1,6 @@
 //! The sampler against a straightforward twin that sorts the whole vocabulary.
 
+use cadre_kernels::logits::{Weighing, weigh};
 use proptest::prelude::*;
 
 use super::*;
@@ -9,7 +10,11 @@ fn twin(logits: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
     ids.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
     let best = logits[ids[0] as usize];
-    let weight = |id: u32| ((logits[id as usize] - best) / params.temperature).exp();
+    // The kernels' exponential, which differs from the standard library's by up to two units in the last place.
+    let mut weights = vec![0.0; logits.len()];
+    let weighing = Weighing { highest: best, temperature: params.temperature, least_weight: 0.0 };
+    weigh(Isa::Portable, weighing, f32::NEG_INFINITY, logits, &mut weights);
+    let weight = |id: u32| weights[id as usize];
     let mass = |ids: &[u32]| {
         let mut ids = ids.to_vec();
         ids.sort_unstable();
@@ -42,7 +47,16 @@ fn twin(logits: &[f32], params: &SamplingParams, uniform: f64) -> u32 {
 fn logits() -> impl Strategy<Value = Vec<f32>> {
     // Whole numbers give ties, fractions don't.
     let value = prop_oneof![(-8_i8..8).prop_map(f32::from), -20.0_f32..20.0];
-    prop::collection::vec(value, 1..400)
+    prop_oneof![prop::collection::vec(value, 1..400), long_logits()]
+}
+
+/// Rows of several blocks: flat and wide ones, with many ties or few.
+fn long_logits() -> impl Strategy<Value = Vec<f32>> {
+    let step = prop_oneof![Just(0.5_f32), Just(1e-4_f32)];
+    (400_u32..3000, 0.0_f32..30.0, step, any::<u32>()).prop_map(|(len, spread, step, seed)| {
+        let uniform = |at: u32| ((at ^ seed).wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32;
+        (0..len).map(|at| (uniform(at) * uniform(at.wrapping_mul(77)) * spread / step).round() * step - 9.0).collect()
+    })
 }
 
 fn params() -> impl Strategy<Value = SamplingParams> {
@@ -64,7 +78,7 @@ proptest! {
     #[test]
     fn scores_as_a_full_sort_does(logits in logits(), token in any::<prop::sample::Index>(), top in 0_u32..30) {
         let token = token.index(logits.len());
-        let score = Sampler::default().score(&logits, token as u32, top).expect("a score");
+        let score = sampler().score(&logits, token as u32, top).expect("a score");
         let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
         let mut ids: Vec<usize> = (0..logits.len()).collect();
         ids.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
@@ -92,7 +106,7 @@ proptest! {
             ..SamplingParams::default()
         };
         let request = Request { logprobs: Some(5), ..request(params) };
-        if let Ok(sampled) = Sampler::default().sample(&logits, &sequence(request, 0, &[2, 30])) {
+        if let Ok(sampled) = sampler().sample(&logits, &sequence(request, 0, &[2, 30])) {
             prop_assert!((sampled.token as usize) < logits.len());
         }
     }

@@ -1,10 +1,13 @@
 //! `cadre bench`: throughput of prefill and decode, measured through the runtime that serves.
 //!
 //! Prompts are random token ids, different each time, and answers run through end-of-sequence tokens, so nothing
-//! is cached and nothing ends early. Each figure is the median of the repetitions.
+//! is cached and nothing ends early. Each figure is the median of the repetitions; `--roofline` holds it against what
+//! the machine can do.
+
+mod bounds;
+mod printer;
 
 use std::{
-    io::{self, Write},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -12,37 +15,44 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 use cadre_engine::request::{Event, Request, SamplingParams, StopParams};
 use clap::Args;
-use serde_json::json;
 
-use super::{EngineArgs, terminal::unless_pipe_closed};
+use self::{
+    bounds::{Bound, Bounds},
+    printer::{Printer, Speeds},
+};
+use super::{EngineArgs, at_least_one, terminal::unless_pipe_closed};
 use crate::{
     engine::{self, Engine, EngineOptions, Served},
     generation::Ticket,
-    host,
 };
+
+/// Prompt tokens of each sequence before it decodes.
+const DECODE_PROMPT: usize = 16;
 
 /// Flags of `cadre bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// Prompt lengths to prefill
-    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', default_values_t = [128, 512, 2048])]
-    prefill: Vec<usize>,
+    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', default_values_t = [128, 512, 2048],
+          value_parser = at_least_one)]
+    prompt: Vec<usize>,
+
+    /// Tokens that each sequence decodes, after a prompt of 16
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = at_least_one)]
+    generate: usize,
 
     /// Numbers of sequences to decode together
-    #[arg(long, value_name = "BATCH,…", value_delimiter = ',', default_values_t = [1, 8, 32])]
-    decode: Vec<usize>,
-
-    /// Tokens that each sequence decodes
-    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
-    decode_tokens: usize,
-
-    /// Prompt tokens before them
-    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
-    decode_prompt: usize,
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 8, 32], value_parser = at_least_one)]
+    batch: Vec<usize>,
 
     /// How often each is measured
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
+
+    /// Measure what this machine's memory and cores can do, once before each run since neighbours change it, and give
+    /// each figure as a share of what the best of these allow; the peak then includes a buffer of up to 1 GiB
+    #[arg(long)]
+    roofline: bool,
 
     /// One JSON object a line in place of the table
     #[arg(long)]
@@ -57,7 +67,7 @@ pub struct BenchArgs {
 /// # Errors
 /// When the model can't be loaded, or fails.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let max_num_seqs = args.decode.iter().copied().max().unwrap_or(1).max(1);
+    let max_num_seqs = args.batch.iter().copied().max().unwrap_or(1);
     let options = EngineOptions { prefix_caching: false, ..args.engine.options(max_num_seqs) };
     let engine = engine::start(&options)?;
     let result = measure(args, &engine);
@@ -66,23 +76,28 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
+    let bounds = args.roofline.then(|| Bounds::new(engine, args.engine.max_num_batched_tokens));
+    let roofline = bounds.as_ref().map(Bounds::measure).transpose()?;
     let printer = Printer::new(args.json, engine);
-    printer.head()?;
+    printer.head(roofline.as_ref())?;
     let mut bench = Bench { served: engine.served.clone(), numbers: 0x9E37_79B9_7F4A_7C15 };
     bench.run(&Run { batch: 1, prompt: 8, tokens: 8 })?;
-    let prefills = args.prefill.iter().map(|&tokens| (Kind::Prefill, Run { batch: 1, prompt: tokens, tokens: 1 }));
-    let decodes = args
-        .decode
-        .iter()
-        .map(|&batch| (Kind::Decode, Run { batch, prompt: args.decode_prompt, tokens: args.decode_tokens }));
-    for (kind, run) in prefills.chain(decodes) {
+    let prefill = |&prompt| (Kind::Prefill, Run { batch: 1, prompt, tokens: 1 });
+    let decode = |&batch| (Kind::Decode, Run { batch, prompt: DECODE_PROMPT, tokens: args.generate });
+    for (kind, run) in args.prompt.iter().map(prefill).chain(args.batch.iter().map(decode)) {
         if let Some(why) = run.does_not_fit(engine) {
             eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
             continue;
         }
-        let speeds = (0..args.repetitions).map(|_| bench.run(&run).map(|times| kind.speed(&run, &times)));
-        let speeds = Speeds::of(speeds.collect::<Result<_>>()?);
-        printer.print(kind, &run, &speeds)?;
+        let (mut speeds, mut best) = (Vec::new(), None);
+        for _ in 0..args.repetitions {
+            if let Some(bounds) = &bounds {
+                best = Some(bounds.measure()?.max(best));
+            }
+            speeds.push(kind.speed(&run, &bench.run(&run)?));
+        }
+        let bound = bounds.as_ref().zip(best).map(|(bounds, roofline)| bounds.of(kind, &run, roofline));
+        printer.print(kind, &run, &Speeds::of(speeds), bound)?;
     }
     Ok(())
 }
@@ -134,9 +149,6 @@ struct Run {
 impl Run {
     fn does_not_fit(&self, engine: &Engine) -> Option<String> {
         let length = self.prompt + self.tokens;
-        if self.batch == 0 || self.prompt == 0 || self.tokens == 0 {
-            return Some("sizes must be at least 1".to_owned());
-        }
         if length > engine.served.max_model_len {
             return Some(format!("{length} tokens don't fit the context of {}", engine.served.max_model_len));
         }
@@ -229,86 +241,9 @@ fn times(start: Instant, tokens: &[Vec<Instant>]) -> Option<Times> {
     Some(Times { start, all_begun, end, after_all_begun })
 }
 
-/// The repetitions' figures.
-struct Speeds {
-    median: f64,
-    slowest: f64,
-    fastest: f64,
-}
-
-impl Speeds {
-    fn of(mut all: Vec<f64>) -> Self {
-        all.sort_by(f64::total_cmp);
-        let at = |index: usize| all.get(index).copied().unwrap_or(f64::NAN);
-        let middle = all.len() / 2;
-        let median = if all.len().is_multiple_of(2) { (at(middle - 1) + at(middle)) / 2.0 } else { at(middle) };
-        Self { median, slowest: at(0), fastest: at(all.len() - 1) }
-    }
-}
-
-/// Prints figures as a table or as JSON lines.
-struct Printer {
-    json: bool,
-    model: String,
-    threads: usize,
-    format: String,
-    isa: String,
-}
-
-impl Printer {
-    fn new(json: bool, engine: &Engine) -> Self {
-        Self {
-            json,
-            model: engine.served.name().to_owned(),
-            threads: engine.threads,
-            format: engine.format.to_string(),
-            isa: engine.compute.isa.to_string(),
-        }
-    }
-
-    fn head(&self) -> io::Result<()> {
-        if self.json {
-            return Ok(());
-        }
-        let Self { model, threads, format, isa, .. } = self;
-        let mut out = io::stdout().lock();
-        writeln!(out, "{model}: {format}, {isa}, {threads} threads")?;
-        writeln!(out, "{:<8} {:>7} {:>6} {:>12} {:>22} {:>10}", "kind", "tokens", "batch", "tok/s", "range", "peak MiB")
-    }
-
-    fn print(&self, kind: Kind, run: &Run, speeds: &Speeds) -> io::Result<()> {
-        let (kind, tokens, batch) = (kind.name(), kind.tokens(run), run.batch);
-        let Speeds { median, slowest, fastest } = speeds;
-        let peak = host::peak_rss_bytes();
-        let mut out = io::stdout().lock();
-        if self.json {
-            let Self { model, threads, format, isa, .. } = self;
-            let line = json!({
-                "kind": kind, "tokens": tokens, "batch": batch, "tokens_per_second": median,
-                "tokens_per_second_min": slowest, "tokens_per_second_max": fastest, "peak_rss_bytes": peak,
-                "threads": threads, "format": format, "isa": isa, "model": model,
-            });
-            writeln!(out, "{line}")?;
-        } else {
-            let range = format!("{slowest:.2} to {fastest:.2}");
-            let peak = peak.map_or_else(|| "?".to_owned(), |bytes| (bytes >> 20).to_string());
-            writeln!(out, "{kind:<8} {tokens:>7} {batch:>6} {median:>12.2} {range:>22} {peak:>10}")?;
-        }
-        out.flush()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(Speeds::of(vec![3.0, 1.0, 2.0]).median, 2.0);
-        assert_eq!(Speeds::of(vec![4.0, 1.0, 2.0, 3.0]).median, 2.5);
-        let speeds = Speeds::of(vec![5.0]);
-        assert_eq!((speeds.slowest, speeds.median, speeds.fastest), (5.0, 5.0, 5.0));
-    }
 
     #[test]
     fn decode_counts_from_when_all_have_begun() {

@@ -1,0 +1,225 @@
+//! Tiles on AMX (Intel, Sapphire Rapids and later): one instruction multiplies 16 rows of activations with the weights
+//! of 16 outputs, over 32 bf16 or 64 int8 inputs. A panel's bytes are what it takes: 16 outputs side by side, 4 bytes of
+//! each.
+//!
+//! - `registers.rs`: the instructions, and the one configuration of the tile registers.
+//! - `bf16.rs`, `integer.rs`: the formats. Integers have the bits of every other tier.
+//! - `emulator.rs`, for tests: the instructions on machines that lack them.
+//!
+//! Measured on no such machine yet. By Intel's figures a product of 16 rows takes 16 cycles, 1 or 16 rows the same, the
+//! load of a register 8 and a store 16. What is added to it in vector instructions bounds the integer formats.
+
+mod bf16;
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod emulator;
+mod integer;
+pub(crate) mod rate;
+mod registers;
+
+use std::{
+    arch::{
+        asm,
+        x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch, _mm512_loadu_si512, _mm512_store_si512},
+    },
+    cell::RefCell,
+    sync::OnceLock,
+};
+
+use registers::{LINE, Line, ROWS};
+
+use super::{Sums, TILE_PANELS, TILE_ROWS, vnni};
+use crate::{
+    buffer::Buffer,
+    format::{Format, Layout, PANEL, pack_panel},
+    isa::Isa,
+    matmul::activations::Converted,
+};
+
+/// Up to this many rows of an integer format go to the vector tier, which has the same bits: the registers multiply 16
+/// rows or none. By instruction counts the two meet between 2 and 5 rows.
+const FEW_ROWS: usize = 4;
+
+/// Whether a product of this many rows runs on the tile registers.
+pub(super) fn takes(format: Format, rows: usize) -> bool {
+    match format {
+        Format::F32 => false,
+        Format::Bf16 => true,
+        _ => rows > FEW_ROWS,
+    }
+}
+
+/// How far ahead of the loads a panel is fetched: four registers' weights.
+const PREFETCH_BYTES: usize = 4096;
+
+/// What one thread works with; its first use configures the thread's registers.
+struct Workspace {
+    /// For each 64 bytes of the rows, a line of each: `[units][32]`. Lines past the last row hold what they held.
+    activations: Vec<Line>,
+    /// Unpacked weights, by turns: `[2][128]`.
+    weights: Vec<Line>,
+    /// The sums of four registers.
+    sums: Vec<Line>,
+}
+
+impl Workspace {
+    /// # Safety
+    /// The machine has AMX, and the system lets this process use it.
+    unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { registers::configure() };
+        let lines = |count| vec![Line([0; LINE]); count];
+        Self { activations: Vec::new(), weights: lines(2 * integer::WEIGHTS), sums: lines(4 * ROWS) }
+    }
+
+    /// Room for `units` times 64 bytes of 32 rows.
+    fn activations(&mut self, units: usize) -> *mut Line {
+        if self.activations.len() < units * TILE_ROWS {
+            self.activations.resize(units * TILE_ROWS, Line([0; LINE]));
+        }
+        self.activations.as_mut_ptr()
+    }
+}
+
+/// Lays unit `unit` of the rows, 64 bytes of each, into their lines: rows may lie anywhere, a register's load takes one
+/// stride. Beside the multiplications it costs little.
+///
+/// # Safety
+/// The rows have the unit, and `lines` are those of at least `unit + 1` units.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn gather(rows: &[*const u8], unit: usize, lines: *mut Line) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let lines = lines.add(unit * TILE_ROWS);
+        for (index, row) in rows.iter().enumerate() {
+            let values = _mm512_loadu_si512(row.add(unit * LINE).cast());
+            _mm512_store_si512(lines.add(index).cast(), values);
+        }
+    }
+}
+
+/// Fetches `bytes` bytes further on, into the next panel at the end of one. For 16 rows and fewer, which wait for memory.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(LINE) {
+        // Past the end of the memory it is harmless.
+        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(PREFETCH_BYTES + line).cast());
+    }
+}
+
+/// The contract is in `portable.rs`.
+///
+/// # Safety
+/// The machine has AMX for bf16 and int8 and the AVX-512 of `vnni.rs`, and the system lets this process use it; rows
+/// have the form and panels the size that format and `k` say; 1, 2 or 4 panels, and at most 32 rows.
+pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+    thread_local! {
+        // SAFETY: this function's caller promises AMX.
+        static WORKSPACE: RefCell<Workspace> = RefCell::new(unsafe { Workspace::new() });
+    }
+    // SAFETY: the caller's promises.
+    unsafe {
+        match format {
+            Format::F32 => unreachable!("f32 has no tiles on AMX"),
+            Format::Bf16 => WORKSPACE.with_borrow_mut(|workspace| bf16::tile(workspace, rows, panels, k, sums)),
+            _ if !takes(format, rows.len()) => few_rows(format, rows, panels, k, sums),
+            _ => WORKSPACE.with_borrow_mut(|workspace| integer::tile(workspace, format, rows, panels, k, sums)),
+        }
+    }
+}
+
+/// Few rows of an integer format. The vector tier takes a panel at a time, into the place of the first.
+///
+/// # Safety
+/// As for [`tile`].
+unsafe fn few_rows(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+    for (index, panel) in panels.iter().enumerate().rev() {
+        // SAFETY: the caller's promises.
+        unsafe { vnni::tile(format, rows, *panel, k, sums) };
+        sums.iter_mut().take(rows.len()).for_each(|sums| sums[index] = sums[0]);
+    }
+}
+
+/// Whether this machine has the instructions, the system lets this process use them, and they give what the contract
+/// says. Asked once per process. The caller has found the AVX-512 of `vnni.rs`.
+pub(crate) fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        // SAFETY: the two before say that the machine has AMX and that the system permits it.
+        instructions() && permission() && unsafe { agrees_with_portable() }
+    })
+}
+
+/// Whether the processor has AMX for bf16 and int8, and the system saves its registers.
+fn instructions() -> bool {
+    const FEATURES: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    const OSXSAVE: u32 = 1 << 27;
+    const TILE_STATE: u32 = 1 << 17 | 1 << 18;
+    if __cpuid_count(0, 0).eax < 7 || __cpuid_count(1, 0).ecx & OSXSAVE == 0 {
+        return false;
+    }
+    let saved: u32;
+    // SAFETY: the processor has xgetbv, as OSXSAVE says.
+    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") saved, out("edx") _, options(nomem, nostack, preserves_flags)) };
+    __cpuid_count(7, 0).edx & FEATURES == FEATURES && saved & TILE_STATE == TILE_STATE
+}
+
+/// Asks Linux for the tile registers' state, 8 KiB more of each thread that uses them.
+#[cfg(target_os = "linux")]
+fn permission() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
+    const XTILEDATA: libc::c_ulong = 18;
+    // SAFETY: the request takes two numbers and touches no memory of this process.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn permission() -> bool {
+    false
+}
+
+/// Whether small tiles of every format come out as the contract says: integers bit for bit, bf16 within its roundings.
+/// A machine that this tier was not tested on must not serve wrong numbers.
+///
+/// # Safety
+/// As for [`tile`], but for the sizes.
+unsafe fn agrees_with_portable() -> bool {
+    /// A whole super-block and a part of one; both row groups of a tile.
+    const K: usize = 320;
+    const COUNT: usize = ROWS + 1;
+    let value = |index: usize| ((index * 7919 + index / 64 * 31) % 251) as f32 / 125.0 - 1.0;
+    let x: Vec<f32> = (0..COUNT * K).map(value).collect();
+    let w: Vec<f32> = (0..PANEL * K).map(|index| value(index + 17)).collect();
+    Format::ALL.iter().filter(|format| **format != Format::F32).all(|format| {
+        let layout = Layout { format: *format, n: PANEL, k: K };
+        let Ok(mut panel) = Buffer::<u8>::zeroed(layout.panel_bytes()) else { return false };
+        pack_panel(*format, K, &w, &mut panel);
+        let mut activations = Converted::zeroed(*format, COUNT, K);
+        let writer = activations.writer(Isa::Portable);
+        for (index, row) in x.chunks_exact(K).enumerate() {
+            // SAFETY: nothing else uses the rows.
+            unsafe { writer.write(index, 0, row) };
+        }
+        let rows: Vec<_> = (0..COUNT).map(|index| activations.row(index)).collect();
+        let product = |isa| {
+            let mut sums: Sums = [[[f32::NAN; PANEL]; TILE_PANELS]; TILE_ROWS];
+            // SAFETY: rows and panel of the format and K; the caller promises the tier.
+            unsafe { super::tile(isa, *format, &rows, &[panel.as_ptr()], K, &mut sums) };
+            sums
+        };
+        let (ours, contract) = (product(Isa::Amx), product(Isa::Portable));
+        let exact = *format != Format::Bf16;
+        // K roundings of sums of at most K.
+        let bound = if exact { 0.0 } else { (K * K) as f32 * f32::EPSILON };
+        let pairs = ours.iter().zip(&contract).take(COUNT);
+        pairs.flat_map(|(ours, contract)| ours[0].iter().zip(contract[0])).all(|(ours, contract)| {
+            (ours - contract).abs() <= bound && (!exact || ours.to_bits() == contract.to_bits())
+        })
+    })
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests;

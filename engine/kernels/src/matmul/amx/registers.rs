@@ -1,0 +1,123 @@
+//! The tile registers and the instructions on them, as inline assembly: stable Rust has no intrinsics for them.
+//!
+//! A register holds up to 16 rows of 64 bytes. All threads use one configuration:
+//!
+//! | registers | rows by bytes | hold |
+//! |---|---|---|
+//! | 0 to 3 | 16 × 64 | sums: 16 rows of 16 outputs, f32 or i32 |
+//! | 4, 5 | 16 × 64 | 16 rows of activations, and the weights that they meet: 32 bf16 or 64 int8 inputs |
+//! | 6, 7 | 16 × 32, 8 × 64 | the same for 32 int8 inputs |
+//!
+//! The compiler doesn't know these registers, so what one function leaves there the next one finds. No block says
+//! `nomem` or `pure`: they stay in order, among each other and with the accesses to memory.
+
+use std::arch::asm;
+
+/// Rows of a register.
+pub(super) const ROWS: usize = 16;
+/// Bytes from a line to the next one.
+pub(super) const LINE: usize = size_of::<Line>();
+
+/// Activations and weights of a whole depth.
+pub(super) const X: u8 = 4;
+pub(super) const W: u8 = 5;
+/// Activations and weights of half the depth.
+pub(super) const HALF_X: u8 = 6;
+pub(super) const HALF_W: u8 = 7;
+
+/// A row of a register in memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [u8; 64]);
+
+/// The operand of `ldtilecfg`: palette 1, the bytes of a row of each register, its rows.
+static CONFIGURATION: Line = {
+    let mut bytes = [0; 64];
+    bytes[0] = 1;
+    let mut register = 0;
+    while register < 8 {
+        bytes[16 + 2 * register] = if register == HALF_X as usize { 32 } else { 64 };
+        bytes[48 + register] = if register == HALF_W as usize { 8 } else { 16 };
+        register += 1;
+    }
+    Line(bytes)
+};
+
+/// Gives this thread's registers their shapes and zeroes them; before all else.
+///
+/// # Safety
+/// This and the functions below: the machine has AMX, and the system lets this process use it.
+pub(super) unsafe fn configure() {
+    // SAFETY: the caller's promise; the operand is 64 bytes.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, preserves_flags)) }
+}
+
+/// Register `R` = 0.
+///
+/// # Safety
+/// As above, and for this and the functions below: this thread has called [`configure`].
+#[inline(always)]
+pub(super) unsafe fn zero<const R: u8>() {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("tilezero tmm{}", const R, options(nostack, preserves_flags)) }
+}
+
+/// Register `R` = its rows at `start`, `start + stride`, …
+///
+/// # Safety
+/// As above; the rows can be read.
+#[inline(always)]
+pub(super) unsafe fn load<const R: u8>(start: *const u8, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("tileloadd tmm{}, [{} + {} * 1]", const R, in(reg) start, in(reg) stride, options(nostack, preserves_flags));
+    }
+}
+
+/// Writes the rows of register `R` to `start`, `start + stride`, …
+///
+/// # Safety
+/// As above; the rows can be written.
+#[inline(always)]
+pub(super) unsafe fn store<const R: u8>(start: *mut u8, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("tilestored [{1} + {2} * 1], tmm{0}", const R, in(reg) start, in(reg) stride, options(nostack, preserves_flags));
+    }
+}
+
+macro_rules! multiply {
+    ($(#[$doc:meta])* $name:ident, $instruction:literal) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// As above; the registers' shapes fit.
+        #[inline(always)]
+        pub(super) unsafe fn $name<const C: u8, const X: u8, const W: u8>() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                asm!(
+                    concat!($instruction, " tmm{}, tmm{}, tmm{}"),
+                    const C,
+                    const X,
+                    const W,
+                    options(nostack, preserves_flags)
+                );
+            }
+        }
+    };
+}
+
+multiply! {
+    /// `C += X · W` of bf16. In one instruction the even inputs' products are added in one chain and the odd ones' in
+    /// another; then both sums are added and the result goes to `C`. Numbers too small for f32's normal range are zeros.
+    multiply_bf16, "tdpbf16ps"
+}
+multiply! {
+    /// `C += X · W` of signed activations and signed weights.
+    multiply_signed, "tdpbssd"
+}
+multiply! {
+    /// `C += X · W` of signed activations and unsigned weights.
+    multiply_unsigned, "tdpbsud"
+}

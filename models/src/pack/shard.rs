@@ -1,0 +1,240 @@
+//! One file of a pack: what lies where in it, and how it is written.
+
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Seek, SeekFrom, Write},
+    path::Path,
+    sync::atomic::AtomicBool,
+};
+
+use cadre_engine::nn::PackingError;
+use serde_json::{Map, Value, json};
+
+use super::go_on;
+use crate::{
+    Error, Result,
+    files::Source,
+    summary::layer_of,
+    tensors::{ALIGNMENT, PackInfo, PackedEntry, PackedLayout, Stored, TensorSet, read_header},
+    weights::{Loader, PlannedContent, PlannedTensor},
+};
+
+/// What a file's name ends in while it is written.
+const UNFINISHED: &str = ".unfinished";
+/// Bytes of the length in front of the header.
+const LENGTH_BYTES: usize = 8;
+/// Bytes of a vector that are copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// The tensors of one file, in the order in which they lie.
+pub(super) struct Shard {
+    /// The file's name.
+    pub file: String,
+    /// Packed ones first, because they lie aligned; then the plain ones, those with larger numbers first.
+    pub tensors: Vec<PlannedTensor>,
+}
+
+impl Shard {
+    /// What belongs to no layer, and then layer after layer, each a file.
+    pub(super) fn plan(tensors: Vec<PlannedTensor>, source: &TensorSet) -> Vec<Self> {
+        let mut by_layer: BTreeMap<Option<u64>, Vec<PlannedTensor>> = BTreeMap::new();
+        for tensor in tensors {
+            by_layer.entry(layer_of(&tensor.name)).or_default().push(tensor);
+        }
+        let count = by_layer.len();
+        let file = |index| format!("model-{:05}-of-{count:05}.safetensors", index + 1);
+        let shards = by_layer.into_values().enumerate().map(|(index, mut tensors)| {
+            tensors.sort_by_key(|tensor| Reverse(alignment(tensor, source)));
+            Self { file: file(index), tensors }
+        });
+        shards.collect()
+    }
+
+    /// Bytes of all that it is made from.
+    pub(super) fn source_bytes(&self, source: &TensorSet) -> u64 {
+        let bytes = |index: &usize| source.info(*index).bytes;
+        let of = |tensor: &PlannedTensor| match &tensor.content {
+            // Those were read, and counted, when they were planned.
+            PlannedContent::Vector(_) => 0,
+            PlannedContent::Matrix(_, parts) => parts.iter().map(|part| bytes(&part.tensor)).sum::<u64>(),
+            PlannedContent::Expert(_, tensors) => tensors.iter().map(bytes).sum(),
+        };
+        self.tensors.iter().map(of).sum()
+    }
+}
+
+/// What the tensor's place is a multiple of, in bytes.
+fn alignment(tensor: &PlannedTensor, source: &TensorSet) -> usize {
+    match &tensor.content {
+        PlannedContent::Vector(index) => source.info(*index).stored.alignment(),
+        PlannedContent::Matrix(..) | PlannedContent::Expert(..) => ALIGNMENT,
+    }
+}
+
+/// All that writing a shard needs.
+pub(super) struct Writing<'a> {
+    pub loader: &'a Loader<'a>,
+    pub tensors: &'a TensorSet,
+    pub info: &'a PackInfo,
+    pub output: &'a Path,
+    pub stop: &'a AtomicBool,
+}
+
+impl Writing<'_> {
+    /// Writes the shard, which is there whole or not at all.
+    pub(super) fn write(&self, shard: &Shard) -> Result<()> {
+        write_safely(self.output, &shard.file, &mut |file| self.write_into(shard, file))
+    }
+
+    /// The data first: what the header says of errors is known after it.
+    fn write_into(&self, shard: &Shard, file: &mut File) -> Result<(), Stopped> {
+        let mut errors = vec![PackingError::default(); shard.tensors.len()];
+        let header = self.header(shard, &errors);
+        file.seek(SeekFrom::Start(header.len() as u64))?;
+        for (tensor, error) in shard.tensors.iter().zip(&mut errors) {
+            go_on(self.stop)?;
+            *error = self.write_tensor(tensor, file)?;
+        }
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(&self.header(shard, &errors))?;
+        Ok(())
+    }
+
+    /// Writes one tensor; returns how far packing took it from its source.
+    fn write_tensor(&self, tensor: &PlannedTensor, file: &mut File) -> Result<PackingError, Stopped> {
+        let error = match &tensor.content {
+            PlannedContent::Vector(index) => {
+                self.copy(*index, file)?;
+                PackingError::default()
+            }
+            PlannedContent::Matrix(layout, parts) => {
+                let matrix = self.loader.pack_matrix(*layout, parts)?;
+                file.write_all(matrix.data())?;
+                self.loader.matrix_error(&matrix, parts)?
+            }
+            PlannedContent::Expert(layout, tensors) => {
+                let expert = self.loader.pack_experts(*layout, std::slice::from_ref(tensors))?;
+                file.write_all(expert.data())?;
+                self.loader.experts_error(&expert, std::slice::from_ref(tensors))?
+            }
+        };
+        if let Some(layout) = tensor.content.layout() {
+            let padding = layout.bytes() - layout.data_bytes();
+            io::copy(&mut io::Read::take(io::repeat(0), padding), file)?;
+        }
+        Ok(error)
+    }
+
+    fn copy(&self, index: usize, file: &mut File) -> Result<(), Stopped> {
+        let total = self.tensors.info(index).bytes;
+        let mut bytes = vec![0; COPY_BYTES];
+        for offset in (0..total).step_by(COPY_BYTES) {
+            let count = usize::try_from(total - offset).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+            self.tensors.read(index, offset, &mut bytes[..count])?;
+            file.write_all(&bytes[..count])?;
+        }
+        Ok(())
+    }
+
+    /// Length and header, with spaces up to the place where the data begins. Its size does not depend on the errors.
+    fn header(&self, shard: &Shard, errors: &[PackingError]) -> Vec<u8> {
+        let (mut metadata, mut entries) = (self.info.metadata(), Map::new());
+        let mut begin = 0;
+        for (tensor, error) in shard.tensors.iter().zip(errors) {
+            let (stored, shape, bytes) = self.described(&tensor.content);
+            if let Some(layout) = tensor.content.layout() {
+                let entry = PackedEntry { layout, error: *error };
+                metadata.insert(tensor.name.clone(), Value::String(entry.to_string()));
+            }
+            let end = begin + bytes;
+            let entry = json!({"dtype": stored.name(), "shape": shape, "data_offsets": [begin, end]});
+            entries.insert(tensor.name.clone(), entry);
+            begin = end;
+        }
+        let mut header = Map::from_iter([("__metadata__".to_owned(), Value::Object(metadata))]);
+        header.append(&mut entries);
+        let mut json = Value::Object(header).to_string().into_bytes();
+        let size = (LENGTH_BYTES + json.len()).next_multiple_of(ALIGNMENT);
+        json.resize(size - LENGTH_BYTES, b' ');
+        [&(json.len() as u64).to_le_bytes()[..], &json].concat()
+    }
+
+    /// How a tensor is stored, its shape for other readers, and its bytes.
+    fn described(&self, content: &PlannedContent) -> (Stored, Value, u64) {
+        let packed = |layout: PackedLayout| (Stored::Packed(layout.format()), json!([layout.bytes()]), layout.bytes());
+        match content {
+            PlannedContent::Vector(index) => {
+                let info = self.tensors.info(*index);
+                (info.stored, json!(info.shape), info.bytes)
+            }
+            PlannedContent::Matrix(layout, _) => packed(PackedLayout::Matrix(*layout)),
+            PlannedContent::Expert(layout, _) => packed(PackedLayout::Expert(*layout)),
+        }
+    }
+
+    /// Whether the shard is there: the same tensors in the same formats, from the same checkpoint.
+    pub(super) fn is_finished(&self, shard: &Shard) -> Result<bool> {
+        let path = self.output.join(&shard.file);
+        let Some(source) = Source::open(path.display().to_string(), &path)? else { return Ok(false) };
+        let found = read_header(&source)?;
+        let in_the_way = |expected: String, found: String| {
+            Err(Error::PackOutput { file: path.display().to_string(), expected, found })
+        };
+        if found.pack.as_ref() != Some(self.info) {
+            let found = found.pack.map_or_else(|| "no pack".to_owned(), |pack| pack.to_string());
+            return in_the_way(self.info.to_string(), found);
+        }
+        let names: Vec<_> = found.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        if names != shard.tensors.iter().map(|tensor| tensor.name.as_str()).collect::<Vec<_>>() {
+            return in_the_way(format!("{} tensors", shard.tensors.len()), format!("{} others", names.len()));
+        }
+        Ok(true)
+    }
+}
+
+/// What can end the writing of a file.
+pub(super) enum Stopped {
+    /// Writing itself.
+    Io(io::Error),
+    /// Anything else.
+    Other(Error),
+}
+
+impl From<io::Error> for Stopped {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// Has `write` fill the file `name`, which gets its name when all of it is on disk.
+pub(super) fn write_safely(
+    directory: &Path,
+    name: &str,
+    write: &mut dyn FnMut(&mut File) -> Result<(), Stopped>,
+) -> Result<()> {
+    let (path, unfinished) = (directory.join(name), directory.join(format!("{name}{UNFINISHED}")));
+    let written = (|| {
+        let mut file = File::create(&unfinished)?;
+        write(&mut file)?;
+        file.sync_all()?;
+        fs::rename(&unfinished, &path)?;
+        File::open(directory)?.sync_all()?;
+        Ok(())
+    })();
+    written.map_err(|stopped| {
+        // What is there of it is of no use and may fill the disk; that it can't be removed is no further error.
+        let _ = fs::remove_file(&unfinished);
+        match stopped {
+            Stopped::Io(source) => Error::Write { file: unfinished.display().to_string(), source },
+            Stopped::Other(error) => error,
+        }
+    })
+}
