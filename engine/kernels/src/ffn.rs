@@ -14,7 +14,7 @@ use crate::{
     matmul::{
         TASK_BYTES,
         activations::{Activations, Converted, Writer},
-        panels_per_task, walk,
+        panels_per_task, prefetch, walk,
     },
     pool::Pool,
     shared::SharedSlice,
@@ -194,7 +194,10 @@ fn down(
             // SAFETY: each task has its own columns.
             unsafe { target.part(row * hidden + columns.start, columns.len()) }.fill(0.0);
         }
-        for (group, start) in groups.iter().zip(starts) {
+        for (index, (group, start)) in groups.iter().zip(starts).enumerate() {
+            if let Some(next) = groups.get(index + 1) {
+                prefetch(&next.down, panels.start);
+            }
             let pointers: Vec<_> = (0..group.rows.len()).map(|row| inner.row(start + row)).collect();
             // SAFETY: the pointers are rows in the form of `down`'s format and k.
             unsafe {
