@@ -161,7 +161,7 @@ pub enum Error {
     },
     /// A pack's weights are in the formats that it was made in.
     #[error(
-        "{checkpoint} is a pack: expected no format to be asked for, found {asked}; it is {found} as it was packed: leave the format out, or pack the original again"
+        "{checkpoint} is a pack: expected no format but its own to be asked for, found {asked}; it is {found} as it was packed: leave the format out, or pack the original again"
     )]
     PackFormat {
         /// The pack.
@@ -188,6 +188,20 @@ pub enum Error {
         expected: String,
         /// What lies there.
         found: String,
+    },
+    /// The directory for a pack can't be made.
+    #[error("cannot create directory {path}: {source}; give another --output")]
+    CreateDirectory {
+        /// The directory.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Two processes make a pack in one directory.
+    #[error("{file} is being written by another process: wait until that has ended, or give another --output")]
+    BeingWritten {
+        /// The file.
+        file: String,
     },
     /// The system could not write a file.
     #[error("cannot write {file}: {source}; what is finished stays: run the same command again to go on")]

@@ -35,12 +35,6 @@ impl FormatOptions {
         Self { format: Some(format), ..Self::default() }
     }
 
-    /// Whether nothing was asked for.
-    #[must_use]
-    pub fn is_auto(&self) -> bool {
-        *self == Self::default()
-    }
-
     /// The formats for a checkpoint whose weights are stored as `stored`: bf16 stays bf16, f32 and f16 are computed in
     /// f32 where nothing else was asked for.
     pub(crate) fn resolve(&self, stored: StoredType) -> Formats {
@@ -79,7 +73,6 @@ mod tests {
     #[test]
     fn the_narrower_option_wins() {
         let auto = FormatOptions::default();
-        assert!(auto.is_auto());
         assert_eq!(auto.resolve(StoredType::F16).to_string(), "f32");
         assert_eq!(auto.resolve(StoredType::Bf16).to_string(), "bf16");
         let experts = FormatOptions { experts: Some(Format::Bf16), ..FormatOptions::all(Format::F32) };

@@ -22,8 +22,8 @@ pub struct LoadedModel {
 /// threads, how far it is.
 ///
 /// # Errors
-/// When a tensor is missing, left over, of another shape than the configuration asks for, or cannot be read; when a
-/// format is asked for and the checkpoint is a pack.
+/// When a tensor is missing, left over, of another shape than the configuration asks for, or cannot be read; when the
+/// checkpoint is a pack in other formats than those asked for.
 pub fn load(
     checkpoint: &Checkpoint,
     options: &FormatOptions,
@@ -34,7 +34,7 @@ pub fn load(
     let tensors = checkpoint.tensors()?;
     let formats = match tensors.pack() {
         None => options.resolve(tensors.main_type()),
-        Some(pack) if options.is_auto() => pack.formats,
+        Some(pack) if is_as_asked(pack.formats, options) => pack.formats,
         Some(pack) => {
             let (asked, found) = (options.to_string(), pack.formats.to_string());
             return Err(Error::PackFormat { checkpoint: checkpoint.name().to_owned(), asked, found });
@@ -44,6 +44,13 @@ pub fn load(
     let model = (architecture.build)(checkpoint.config(), &loader.root())?;
     loader.finish()?;
     Ok(LoadedModel { model: Box::new(model), formats })
+}
+
+/// Whether a pack in `formats` has all that `options` ask for.
+fn is_as_asked(formats: Formats, options: &FormatOptions) -> bool {
+    let experts = options.experts.or(options.format).unwrap_or(formats.experts);
+    let dense = options.dense.or(options.format).unwrap_or(formats.dense);
+    (experts, dense) == (formats.experts, formats.dense)
 }
 
 #[cfg(test)]

@@ -11,7 +11,9 @@
 mod shard;
 
 use std::{
+    borrow::Cow,
     fs,
+    io::{self, Write as _},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -22,6 +24,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     Error, Result,
     checkpoint::{Checkpoint, open_directory},
+    files::Files,
     formats::FormatOptions,
     registry,
     summary::Summary,
@@ -33,7 +36,7 @@ use shard::{Shard, Writing};
 /// What packing gives.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Packed {
-    /// Whether the same pack was there already, finished.
+    /// Whether the same pack was there already, finished: nothing was written.
     pub was_finished: bool,
     /// The checkpoint that was packed.
     pub source: Summary,
@@ -70,8 +73,19 @@ pub fn pack(
     let info = PackInfo { formats, source: tensors.fingerprint()? };
     let writing = Writing { loader: &loader, tensors: &tensors, info: &info, output, stop };
     let done = finished(&writing, &shards)?;
-    let was_finished = output.join(INDEX_FILE).exists() && done.iter().all(|done| *done);
-    if !was_finished {
+    let index = index(&shards).to_string();
+    // No other file may be in the way: what lies beside shards of this pack is the pack's.
+    let texts = checkpoint.text_files()?;
+    if !done.contains(&true) {
+        for (name, bytes) in &texts {
+            refuse_another(output, name, bytes)?;
+        }
+        refuse_another(output, INDEX_FILE, index.as_bytes())?;
+    }
+    let was_complete = output.join(INDEX_FILE).exists() && done.iter().all(|done| *done);
+    if !was_complete {
+        // It comes last: with one that is left of a pack that lost a shard, half a pack would be taken for a whole one.
+        remove_index(output)?;
         for (shard, done) in shards.iter().zip(done) {
             if done {
                 loader.progress(shard.source_bytes(&tensors));
@@ -79,17 +93,24 @@ pub fn pack(
                 writing.write(shard)?;
             }
         }
-        for (name, bytes) in checkpoint.text_files()? {
-            write_whole(output, &name, &bytes)?;
+    }
+    // Also when the shards are all there: the checkpoint may have got another chat template since.
+    let mut was_finished = was_complete;
+    for (name, bytes) in &texts {
+        if there(output, name)?.as_ref() != Some(bytes) {
+            write_whole(output, name, bytes)?;
+            was_finished = false;
         }
-        write_whole(output, INDEX_FILE, index(&shards).to_string().as_bytes())?;
+    }
+    if !was_complete {
+        write_whole(output, INDEX_FILE, index.as_bytes())?;
     }
     let packed = open_directory(output)?;
     Ok(Packed { was_finished, source: checkpoint.summary()?, pack: packed.summary()? })
 }
 
 fn create(output: &Path) -> Result<()> {
-    fs::create_dir_all(output).map_err(|source| Error::Write { file: output.display().to_string(), source })
+    fs::create_dir_all(output).map_err(|source| Error::CreateDirectory { path: output.display().to_string(), source })
 }
 
 /// Which shards are there already; nothing else may be.
@@ -110,6 +131,33 @@ fn finished(writing: &Writing<'_>, shards: &[Shard]) -> Result<Vec<bool>> {
     shards.iter().map(|shard| writing.is_finished(shard)).collect()
 }
 
+/// The small file `name` of `output`; `None` if there is none.
+fn there(output: &Path, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+    Files::Directory(output.to_owned()).read(name)
+}
+
+/// Refuses a file `name` that is there and holds anything but `bytes`.
+fn refuse_another(output: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    match there(output, name)? {
+        Some(there) if *there != *bytes => Err(Error::PackOutput {
+            file: output.join(name).display().to_string(),
+            expected: "no such file where no shard of the pack is yet, or the pack's own".to_owned(),
+            found: "another one".to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn remove_index(output: &Path) -> Result<()> {
+    let path = output.join(INDEX_FILE);
+    match fs::remove_file(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(Error::Write { file: path.display().to_string(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
 fn index(shards: &[Shard]) -> Value {
     let tensors = shards.iter().flat_map(|shard| shard.tensors.iter().map(|tensor| (tensor, &shard.file)));
     let map: Map<String, Value> = tensors.map(|(tensor, file)| (tensor.name.clone(), json!(file))).collect();
@@ -118,7 +166,7 @@ fn index(shards: &[Shard]) -> Value {
 
 /// Writes the file `name`, which is there whole or not at all.
 fn write_whole(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    shard::write_safely(directory, name, &mut |file| std::io::Write::write_all(file, bytes).map_err(Into::into))
+    shard::write_safely(directory, name, &mut |file| file.write_all(bytes).map_err(Into::into))
 }
 
 /// Ends the work once `stop` is set.

@@ -7,7 +7,7 @@ mod packed;
 mod set;
 mod stored;
 
-pub(crate) use header::{TensorInfo, read_header};
+pub(crate) use header::{LENGTH_BYTES, TensorInfo, read_header};
 pub(crate) use packed::{ALIGNMENT, PackInfo, PackedEntry, PackedLayout};
 pub(crate) use set::{INDEX_FILE, SINGLE_FILE, TensorSet, is_plain_name, shards_of};
 pub use stored::{Stored, StoredType};

@@ -17,7 +17,7 @@ mod walk;
 
 use half::bf16;
 
-pub use self::storage::{KvDtype, UnknownKvDtype, write_kv};
+pub use self::storage::{KvDtype, write_kv};
 use self::{portable::Portable, walk::Task};
 use crate::{activation::LANES, isa::Isa, pool::Pool, shared::SharedSlice};
 

@@ -2,7 +2,8 @@
 
 use std::{fmt, sync::OnceLock, time::Instant};
 
-/// A tier. Each has all kernels; the portable one is the contract that the others are tested against.
+/// A tier. The portable one is the contract that the others are tested against, and has what a tier lacks: attention
+/// and the passes over logits have vector code of their own for AVX-512 only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// Plain Rust.

@@ -1,5 +1,5 @@
-//! Passes over a row of logits, a block at a time: plain arithmetic, compiled for each vector width, with the same bits
-//! on each.
+//! Passes over a row of logits, a block at a time: plain arithmetic, compiled for AVX-512 and for every machine, with
+//! the same bits.
 
 use crate::{
     activation::{self, LANES},

@@ -14,6 +14,18 @@ impl<T> SharedSlice<T> {
         Self { start: slice.as_mut_ptr(), len: slice.len() }
     }
 
+    /// Where the elements `start..start + len` lie, for tasks that write parts smaller than an element of what the
+    /// pointer leads to.
+    pub(crate) fn pointer(&self, start: usize, len: usize) -> *mut T {
+        assert!(
+            start.checked_add(len).is_some_and(|end| end <= self.len),
+            "part {start}+{len} lies outside of a slice of {}",
+            self.len
+        );
+        // SAFETY: in bounds by the check above.
+        unsafe { self.start.add(start) }
+    }
+
     /// The elements `start..start + len`.
     ///
     /// # Safety
@@ -21,12 +33,8 @@ impl<T> SharedSlice<T> {
     /// [`SharedSlice::new`] must still be borrowed.
     #[allow(clippy::mut_from_ref, reason = "the caller promises disjoint parts")]
     pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(
-            start.checked_add(len).is_some_and(|end| end <= self.len),
-            "part {start}+{len} lies outside of a slice of {}",
-            self.len
-        );
-        // SAFETY: in bounds by the check above; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+        let start = self.pointer(start, len);
+        // SAFETY: in bounds by the check of `pointer`; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
 }

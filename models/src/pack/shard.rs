@@ -3,13 +3,14 @@
 use std::{
     cmp::Reverse,
     collections::BTreeMap,
-    fs::{self, File},
+    fs::{self, File, OpenOptions, TryLockError},
     io::{self, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::Path,
     sync::atomic::AtomicBool,
 };
 
-use cadre_engine::nn::PackingError;
+use cadre_engine::nn::{FfnLayout, Layout, PackingError};
 use serde_json::{Map, Value, json};
 
 use super::go_on;
@@ -17,14 +18,12 @@ use crate::{
     Error, Result,
     files::Source,
     summary::layer_of,
-    tensors::{ALIGNMENT, PackInfo, PackedEntry, PackedLayout, Stored, TensorSet, read_header},
+    tensors::{ALIGNMENT, LENGTH_BYTES, PackInfo, PackedEntry, PackedLayout, Stored, TensorSet, read_header},
     weights::{Loader, PlannedContent, PlannedTensor},
 };
 
 /// What a file's name ends in while it is written.
 const UNFINISHED: &str = ".unfinished";
-/// Bytes of the length in front of the header.
-const LENGTH_BYTES: usize = 8;
 /// Bytes of a vector that are copied at a time.
 const COPY_BYTES: usize = 1 << 20;
 
@@ -46,7 +45,7 @@ impl Shard {
         let count = by_layer.len();
         let file = |index| format!("model-{:05}-of-{count:05}.safetensors", index + 1);
         let shards = by_layer.into_values().enumerate().map(|(index, mut tensors)| {
-            tensors.sort_by_key(|tensor| Reverse(alignment(tensor, source)));
+            tensors.sort_by_key(|tensor| Reverse(stored(&tensor.content, source).alignment()));
             Self { file: file(index), tensors }
         });
         shards.collect()
@@ -65,11 +64,13 @@ impl Shard {
     }
 }
 
-/// What the tensor's place is a multiple of, in bytes.
-fn alignment(tensor: &PlannedTensor, source: &TensorSet) -> usize {
-    match &tensor.content {
-        PlannedContent::Vector(index) => source.info(*index).stored.alignment(),
-        PlannedContent::Matrix(..) | PlannedContent::Expert(..) => ALIGNMENT,
+/// How a tensor is stored in the pack.
+fn stored(content: &PlannedContent, source: &TensorSet) -> Stored {
+    match content {
+        PlannedContent::Vector(index) => source.info(*index).stored,
+        PlannedContent::Matrix(Layout { format, .. }, _) | PlannedContent::Expert(FfnLayout { format, .. }, _) => {
+            Stored::Packed(*format)
+        }
     }
 }
 
@@ -143,7 +144,8 @@ impl Writing<'_> {
         let (mut metadata, mut entries) = (self.info.metadata(), Map::new());
         let mut begin = 0;
         for (tensor, error) in shard.tensors.iter().zip(errors) {
-            let (stored, shape, bytes) = self.described(&tensor.content);
+            let stored = stored(&tensor.content, self.tensors);
+            let (shape, bytes) = self.described(&tensor.content);
             if let Some(layout) = tensor.content.layout() {
                 let entry = PackedEntry { layout, error: *error };
                 metadata.insert(tensor.name.clone(), Value::String(entry.to_string()));
@@ -156,31 +158,40 @@ impl Writing<'_> {
         let mut header = Map::from_iter([("__metadata__".to_owned(), Value::Object(metadata))]);
         header.append(&mut entries);
         let mut json = Value::Object(header).to_string().into_bytes();
-        let size = (LENGTH_BYTES + json.len()).next_multiple_of(ALIGNMENT);
-        json.resize(size - LENGTH_BYTES, b' ');
+        let length_bytes = LENGTH_BYTES as usize;
+        let size = (length_bytes + json.len()).next_multiple_of(ALIGNMENT);
+        json.resize(size - length_bytes, b' ');
         [&(json.len() as u64).to_le_bytes()[..], &json].concat()
     }
 
-    /// How a tensor is stored, its shape for other readers, and its bytes.
-    fn described(&self, content: &PlannedContent) -> (Stored, Value, u64) {
-        let packed = |layout: PackedLayout| (Stored::Packed(layout.format()), json!([layout.bytes()]), layout.bytes());
+    /// A tensor's shape for other readers, and its bytes.
+    fn described(&self, content: &PlannedContent) -> (Value, u64) {
+        let packed = |layout: PackedLayout| (json!([layout.bytes()]), layout.bytes());
         match content {
             PlannedContent::Vector(index) => {
                 let info = self.tensors.info(*index);
-                (info.stored, json!(info.shape), info.bytes)
+                (json!(info.shape), info.bytes)
             }
             PlannedContent::Matrix(layout, _) => packed(PackedLayout::Matrix(*layout)),
             PlannedContent::Expert(layout, _) => packed(PackedLayout::Expert(*layout)),
         }
     }
 
-    /// Whether the shard is there: the same tensors in the same formats, from the same checkpoint.
+    /// Whether the shard is there: the same tensors in the same formats, from the same checkpoint. One that is damaged
+    /// is not, and is written again.
     pub(super) fn is_finished(&self, shard: &Shard) -> Result<bool> {
         let path = self.output.join(&shard.file);
         let Some(source) = Source::open(path.display().to_string(), &path)? else { return Ok(false) };
-        let found = read_header(&source)?;
         let in_the_way = |expected: String, found: String| {
             Err(Error::PackOutput { file: path.display().to_string(), expected, found })
+        };
+        let found = match read_header(&source) {
+            Ok(found) => found,
+            Err(Error::TensorFile { .. } | Error::TensorEntry { .. }) => return Ok(false),
+            Err(Error::Pack { what, found, .. }) => {
+                return in_the_way(self.info.to_string(), format!("{what} {found}"));
+            }
+            Err(error) => return Err(error),
         };
         if found.pack.as_ref() != Some(self.info) {
             let found = found.pack.map_or_else(|| "no pack".to_owned(), |pack| pack.to_string());
@@ -221,8 +232,9 @@ pub(super) fn write_safely(
     write: &mut dyn FnMut(&mut File) -> Result<(), Stopped>,
 ) -> Result<()> {
     let (path, unfinished) = (directory.join(name), directory.join(format!("{name}{UNFINISHED}")));
+    let mut file = create_locked(&unfinished)?;
     let written = (|| {
-        let mut file = File::create(&unfinished)?;
+        file.set_len(0)?;
         write(&mut file)?;
         file.sync_all()?;
         fs::rename(&unfinished, &path)?;
@@ -237,4 +249,23 @@ pub(super) fn write_safely(
             Stopped::Other(error) => error,
         }
     })
+}
+
+/// Opens `path` to be written, by this process only: what another one writes is not touched.
+fn create_locked(path: &Path) -> Result<File> {
+    let label = || path.display().to_string();
+    let failed = |source| Error::Write { file: label(), source };
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(Error::BeingWritten { file: label() }),
+        Err(TryLockError::Error(source)) => return Err(failed(source)),
+    }
+    // Another process may have finished or removed this very file after it was opened here.
+    let (locked, there) = (file.metadata().map_err(failed)?, fs::metadata(path));
+    if there.is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino())) {
+        Ok(file)
+    } else {
+        Err(Error::BeingWritten { file: label() })
+    }
 }

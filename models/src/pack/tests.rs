@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs, path::PathBuf, sync::Mutex};
 
 use cadre_engine::nn::Format;
+use proptest::{prelude::*, sample::select};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -10,8 +11,8 @@ use super::*;
 use crate::{
     architectures, load,
     summary::Part,
-    tensors::{Stored, StoredType},
-    testing::{TensorFile, tiny, write_checkpoint},
+    tensors::{PackedEntry, Stored, StoredType},
+    testing::{TensorFile, index_json, tiny, write_checkpoint},
     tokenizer::tests::byte_level_json,
 };
 
@@ -203,7 +204,94 @@ fn what_else_lies_in_the_output_is_not_touched() {
         onto(&place.output(), &place.directory.path().join("x")),
         &["expected a checkpoint", "found a pack (bf16)"],
     );
-    refused(onto(&place.source(), &place.source().join("config.json")), &["cannot write", "config.json"]);
+    let words = ["cannot create directory", "config.json", "another --output"];
+    refused(onto(&place.source(), &place.source().join("config.json")), &words);
+}
+
+#[test]
+fn a_checkpoint_is_not_packed_onto_itself() {
+    let place = Place::new("olmoe");
+    // Sharded, under the names that a pack has.
+    let name = "model-00001-of-00003.safetensors";
+    fs::rename(place.source().join("model.safetensors"), place.source().join(name)).unwrap();
+    let (_, tensors) = tiny("olmoe");
+    let entries: Vec<_> = tensors.iter().map(|(tensor, _)| (tensor.as_str(), name)).collect();
+    fs::write(place.source().join(INDEX_FILE), index_json(&entries)).unwrap();
+    let (compute, stop) = (Compute::new(1), AtomicBool::new(false));
+    let source = open_directory(&place.source()).unwrap();
+    let onto_itself = pack(&source, &AUTO, &place.source(), &compute, &stop, &|_| {});
+    refused(onto_itself, &[name, "is in the way", "found no pack"]);
+    assert!(open_directory(&place.source()).unwrap().tensors().is_ok());
+}
+
+#[test]
+fn the_small_files_of_something_else_are_not_overwritten() {
+    for name in ["config.json", "tokenizer.json", INDEX_FILE] {
+        let place = Place::new("olmoe");
+        fs::create_dir(place.output()).unwrap();
+        fs::write(place.output().join(name), "{}").unwrap();
+        refused(place.pack(&AUTO), &[name, "is in the way", "another --output"]);
+        assert_eq!(place.files(), BTreeMap::from([(name.to_owned(), b"{}".to_vec())]));
+    }
+}
+
+#[test]
+fn what_changed_beside_the_weights_is_written_again() {
+    let place = Place::new("olmoe");
+    place.pack(&AUTO).unwrap();
+    let shard = place.output().join("model-00001-of-00003.safetensors");
+    let written = fs::metadata(&shard).unwrap().modified().unwrap();
+    fs::write(place.source().join("chat_template.jinja"), "{{ messages }}").unwrap();
+    assert!(!place.pack(&AUTO).unwrap().was_finished);
+    assert_eq!(place.files()["chat_template.jinja"], b"{{ messages }}");
+    assert_eq!(fs::metadata(&shard).unwrap().modified().unwrap(), written, "the shards are as they were");
+    assert!(place.pack(&AUTO).unwrap().was_finished);
+}
+
+#[test]
+fn a_damaged_shard_is_written_again() {
+    let place = Place::new("olmoe");
+    place.pack(&AUTO).unwrap();
+    let whole = place.files();
+    let shard = "model-00002-of-00003.safetensors";
+    for length in [0, 7, 1000, whole[shard].len() - 1] {
+        fs::write(place.output().join(shard), &whole[shard][..length]).unwrap();
+        assert!(!place.pack(&AUTO).unwrap().was_finished, "{length} bytes");
+        assert!(place.files() == whole, "{length} bytes");
+    }
+    // One of another version is sound, and is not this pack's.
+    place.change_header(shard, "\"cadre_pack\":\"1\"", "\"cadre_pack\":\"2\"");
+    refused(place.pack(&AUTO), &[shard, "is in the way", "version of the pack \"2\""]);
+}
+
+/// A pack that lost a shard is an unfinished one until that is written again.
+#[test]
+fn an_index_means_that_all_is_there() {
+    let place = Place::new("olmoe");
+    place.pack(&AUTO).unwrap();
+    fs::remove_file(place.output().join("model-00003-of-00003.safetensors")).unwrap();
+    let (compute, stop) = (Compute::new(1), AtomicBool::new(true));
+    let ended = pack(&open_directory(&place.source()).unwrap(), &AUTO, &place.output(), &compute, &stop, &|_| {});
+    assert!(matches!(ended, Err(Error::Interrupted)), "{ended:?}");
+    assert!(!place.files().contains_key(INDEX_FILE));
+    assert!(!place.pack(&AUTO).unwrap().was_finished);
+}
+
+#[test]
+fn two_packs_in_one_directory_do_not_mix() {
+    let place = Place::new("olmoe");
+    place.pack(&AUTO).unwrap();
+    let (whole, shard) = (place.files(), "model-00002-of-00003.safetensors");
+    fs::remove_file(place.output().join(shard)).unwrap();
+    let path = place.output().join(format!("{shard}.unfinished"));
+    fs::write(&path, "half").unwrap();
+    let other = fs::File::open(&path).unwrap();
+    other.lock().unwrap();
+    refused(place.pack(&AUTO), &[&format!("{shard}.unfinished"), "another process", "another --output"]);
+    assert_eq!(fs::read(&path).unwrap(), b"half", "the other's file is not touched");
+    drop(other);
+    place.pack(&AUTO).unwrap();
+    assert!(place.files() == whole);
 }
 
 #[test]
@@ -224,9 +312,16 @@ fn it_ends_when_it_is_told_to_and_goes_on_later() {
 }
 
 #[test]
-fn a_format_for_a_pack_is_refused() {
+fn another_format_than_a_packs_own_is_refused() {
     let place = Place::new("olmoe");
     place.pack(&AUTO).unwrap();
+    for own in [
+        FormatOptions::all(Format::Bf16),
+        FormatOptions { experts: Some(Format::Bf16), ..AUTO },
+        FormatOptions { dense: Some(Format::Bf16), ..FormatOptions::all(Format::Bf16) },
+    ] {
+        assert!(place.load(&own).is_ok(), "{own}");
+    }
     refused(place.load(&FormatOptions::all(Format::F32)), &["is a pack", "found f32", "bf16", "pack the original"]);
     refused(place.load(&MIXED), &["found bf16, experts f32"]);
 }
@@ -285,11 +380,23 @@ fn a_damaged_pack_is_refused() {
     damaged(&config("num_hidden_layers", 1), &["layers.1", "does not use"]);
 }
 
-proptest::proptest! {
+/// Sizes as they are, and such as can't be computed with.
+fn sizes() -> impl Strategy<Value = u64> {
+    prop_oneof![1_u64..70, Just(3), Just(1 << 62), Just(1 << 61), any::<u64>()]
+}
+
+proptest! {
     /// Whatever a file says of its tensors, sizes are checked before they are computed with.
     #[test]
-    fn no_entry_of_a_pack_is_fatal(format in "f32|bf16|x", axes in proptest::collection::vec(0_u64.., 0..5), bytes in 0_u64..) {
+    fn no_entry_of_a_pack_is_fatal(
+        format in select(Format::ALL),
+        axes in proptest::collection::vec(sizes(), 1..4),
+        bytes in sizes(),
+    ) {
         let axes: Vec<_> = axes.iter().map(ToString::to_string).collect();
-        let _ = crate::tensors::PackedEntry::read("file", "tensor", &format!("{format} {} 0 1", axes.join("x")), bytes);
+        let text = format!("{format} {} 0 1", axes.join("x"));
+        if let Ok(entry) = PackedEntry::read("file", "tensor", &text, bytes) {
+            prop_assert_eq!(entry.layout.bytes(), bytes);
+        }
     }
 }

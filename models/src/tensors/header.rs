@@ -18,7 +18,7 @@ use crate::{Error, Result, files::Source};
 /// The longest header that is read, as in the reference implementation.
 const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 /// Bytes of the length in front of the header.
-const LENGTH_BYTES: u64 = 8;
+pub(crate) const LENGTH_BYTES: u64 = 8;
 
 /// Where one tensor lies.
 #[derive(Debug, Clone, PartialEq)]

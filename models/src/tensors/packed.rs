@@ -17,6 +17,8 @@ pub(crate) const ALIGNMENT: usize = 4096;
 /// The entry that makes a file a pack's, with the version as its value.
 const VERSION_KEY: &str = "cadre_pack";
 const VERSION: &str = "1";
+/// More bytes than any packed tensor has.
+const LIMIT_BYTES: u64 = 1 << 50;
 
 /// What every file of a pack says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,9 +148,9 @@ impl PackedEntry {
             wrong("entry of the pack", expected.to_owned(), text.to_owned())
         })?;
         let layout = entry.layout;
-        // No format has less than two bits a weight: sizes that pass are small enough to be computed with.
+        // No format has less than two bits a weight, and no file 2^50 bytes: sizes that pass can be computed with.
         let parameters = layout.shape().iter().try_fold(1_u64, |product, axis| product.checked_mul(*axis as u64));
-        if !parameters.is_some_and(|parameters| (1..=bytes.saturating_mul(4)).contains(&parameters)) {
+        if !parameters.is_some_and(|parameters| (1..=4 * bytes.min(LIMIT_BYTES)).contains(&parameters)) {
             let expected = format!("one with weights for {bytes} bytes");
             return Err(wrong("shape of the pack", expected, format!("{:?}", layout.shape())));
         }

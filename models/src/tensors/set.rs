@@ -124,15 +124,19 @@ impl TensorSet {
         self.files[*file].read_exact_at(info.offset + offset, out)
     }
 
-    /// A number that tells this checkpoint from others: of the tensors' names, types and shapes and of how each begins.
+    /// A number that tells this checkpoint from others: of the tensors' names, types and shapes, and of samples
+    /// from the beginning, the middle and the end of each.
     pub(crate) fn fingerprint(&self) -> Result<String> {
         const SAMPLE_BYTES: u64 = 256;
         let mut hash = Fnv::new();
         for (index, info) in self.iter().enumerate() {
-            let mut sample = vec![0; usize::try_from(info.bytes.min(SAMPLE_BYTES)).unwrap_or(0)];
-            self.read(index, 0, &mut sample)?;
             hash.add(format!("{} {} {:?} ", info.name, info.stored, info.shape).as_bytes());
-            hash.add(&sample);
+            let mut sample = vec![0; usize::try_from(info.bytes.min(SAMPLE_BYTES)).unwrap_or(0)];
+            let last = info.bytes.saturating_sub(SAMPLE_BYTES);
+            for offset in [0, last / 2, last] {
+                self.read(index, offset, &mut sample)?;
+                hash.add(&sample);
+            }
         }
         Ok(format!("{:016x}", hash.0))
     }
@@ -277,6 +281,21 @@ mod tests {
         set.read(set.find("c").unwrap(), 4, &mut bytes).unwrap();
         assert_eq!(f32::from_le_bytes(bytes), 2.0);
         assert_eq!(set.main_type(), StoredType::F32);
+    }
+
+    #[test]
+    fn the_fingerprint_tells_checkpoints_apart() {
+        let fingerprint = |changed: Option<usize>| {
+            let directory = tempfile::tempdir().unwrap();
+            let mut values = [1.0; 1000];
+            changed.into_iter().for_each(|index| values[index] = 2.0);
+            TensorFile::default().f32("a", &[1000], &values).write(&directory.path().join(SINGLE_FILE));
+            TensorSet::open(&Files::Directory(directory.path().to_owned())).unwrap().fingerprint().unwrap()
+        };
+        assert_eq!(fingerprint(None), fingerprint(None));
+        for changed in [0, 500, 999] {
+            assert_ne!(fingerprint(None), fingerprint(Some(changed)), "value {changed} is another");
+        }
     }
 
     #[test]

@@ -12,10 +12,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use cadre_engine::compute::Compute;
-use cadre_models::{
-    pack::Packed,
-    summary::{Part, PartSummary},
-};
+use cadre_models::{pack::Packed, summary::PartSummary};
 use clap::Args;
 
 use super::{
@@ -88,17 +85,18 @@ fn table(packed: &Packed) -> Result<String> {
         "{:<22} {:>14} {:>14} {:>11} {:>9}  format",
         "part", "bytes before", "after", "bits/weight", "error"
     )?;
+    let mut total_before = 0;
     for part in &packed.pack.parts {
         let before = packed.source.parts.iter().find(|before| before.part == part.part);
         let error = part.error.map_or_else(|| "-".to_owned(), |error| format!("{:.3} %", error.relative() * 100.0));
         let bits = bits(part.bytes, part.parameters);
         let (name, before) = (part.part.name(), before.map_or(0, |before| before.bytes));
+        total_before += before;
         writeln!(text, "{name:<22} {before:>14} {:>14} {bits:>11.2} {error:>9}  {}", part.bytes, types(part))?;
     }
-    let used = packed.source.parts.iter().filter(|part| part.part != Part::ExtraPredictions);
-    let (before, after) = (used.map(|part| part.bytes).sum::<u64>(), packed.pack.total_bytes);
+    let after = packed.pack.total_bytes;
     let bits = bits(after, packed.pack.total_parameters);
-    writeln!(text, "{:<22} {before:>14} {after:>14} {bits:>11.2}", "all")?;
+    writeln!(text, "{:<22} {total_before:>14} {after:>14} {bits:>11.2}", "all")?;
     writeln!(text, "\nerror: root mean square, as a part of the weights' own")?;
     Ok(text)
 }

@@ -12,7 +12,7 @@
 //! A pair is two values that lie together, as `vdpbf16ps` takes them; f32 has none. The places of a head are padded to
 //! a multiple of 16 with zeros. One form serves all tiers.
 
-use std::{fmt, str::FromStr};
+use std::fmt;
 
 use half::bf16;
 
@@ -34,8 +34,6 @@ pub enum KvDtype {
 }
 
 impl KvDtype {
-    const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
-
     fn value_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -56,20 +54,6 @@ impl fmt::Display for KvDtype {
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
         })
-    }
-}
-
-/// No [`KvDtype`] has this name.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expected f32, bf16 or int8 for keys and values, found \"{0}\"")]
-pub struct UnknownKvDtype(pub String);
-
-impl FromStr for KvDtype {
-    type Err = UnknownKvDtype;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        let found = Self::ALL.into_iter().find(|dtype| dtype.to_string() == name);
-        found.ok_or_else(|| UnknownKvDtype(name.to_owned()))
     }
 }
 

@@ -234,12 +234,3 @@ fn int8_takes_a_byte_a_value_and_a_scale_a_token() {
     assert_eq!(layout(KvDtype::Bf16).block_bytes(), 2 * 2 * 128 * 16 * 2);
     assert_eq!(layout(KvDtype::Int8).block_bytes(), 2 * 2 * 16 * (128 + 4));
 }
-
-#[test]
-fn a_dtype_is_found_by_its_name() {
-    for (dtype, ..) in DTYPES {
-        assert_eq!(dtype.to_string().parse(), Ok(dtype));
-    }
-    let error = "q8".parse::<KvDtype>().expect_err("no such type");
-    assert_eq!(error.to_string(), "expected f32, bf16 or int8 for keys and values, found \"q8\"");
-}

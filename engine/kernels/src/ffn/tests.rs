@@ -62,6 +62,41 @@ fn run(threads: usize, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Group<'
     out
 }
 
+/// More columns than a task takes, more rows than it takes at a time, and neither a whole number of blocks.
+#[test]
+fn wide_experts_and_many_rows_give_a_row_what_it_gets_alone() {
+    let (hidden, intermediate, rows) = (640, 1700, 100);
+    let x = values(rows * hidden, 5);
+    for format in Format::ALL {
+        let layout = FfnLayout { format: *format, hidden, intermediate };
+        let experts = [Expert::new(layout, 1), Expert::new(layout, 2)];
+        let weighted = |row: usize| WeightedRow { row: row as u32, weight: 0.7 };
+        let chosen: [Vec<_>; 2] = [(0..rows).map(weighted).collect(), (0..rows).step_by(3).map(weighted).collect()];
+        let groups: Vec<_> = experts.iter().zip(&chosen).map(|(e, rows)| e.group(layout, rows)).collect();
+        let mut contract: Option<Vec<f32>> = None;
+        for isa in Isa::available().into_iter().rev() {
+            // Portable code is slow; what it gives for one row is what it gives for all.
+            let together = (isa != Isa::Portable).then(|| run(2, isa, layout, &x, &groups));
+            for row in [0, 51, 99] {
+                let alone_rows: [Vec<_>; 2] = chosen.each_ref().map(|rows| {
+                    rows.iter().filter(|r| r.row as usize == row).map(|r| WeightedRow { row: 0, ..*r }).collect()
+                });
+                let alone: Vec<_> = experts.iter().zip(&alone_rows).map(|(e, rows)| e.group(layout, rows)).collect();
+                let alone = run(1, isa, layout, &x[row * hidden..(row + 1) * hidden], &alone);
+                if let Some(together) = &together {
+                    assert_eq!(bits(&alone), bits(&together[row * hidden..(row + 1) * hidden]), "{isa} {format}");
+                }
+                // Integer formats have the same bits on every tier.
+                let of_another_tier = contract.as_ref().map(|all| &all[row * hidden..(row + 1) * hidden]);
+                if let Some(expected) = of_another_tier.filter(|_| !matches!(format, Format::F32 | Format::Bf16)) {
+                    assert_eq!(bits(&alone), bits(expected), "{isa} {format}");
+                }
+            }
+            contract = contract.or(together);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
@@ -94,9 +129,11 @@ proptest! {
                         exact.iter_mut().zip(output).for_each(|(sum, y)| *sum += f64::from(route.weight) * y);
                     }
                 }
-                // Values are in (-1, 1): the sizes below bound every intermediate sum.
-                let scale = (hidden * hidden * intermediate) as f64 * 4.0;
-                let unit = if format == Format::Bf16 { 0.01 } else { 1e-6 };
+                // Values are in (-1, 1), so an output's sum has terms of about hidden · intermediate / 9 at random signs;
+                // each is off by a few roundings.
+                let experts = alone_rows.iter().flatten().map(|route| f64::from(route.weight)).sum::<f64>();
+                let scale = experts * (hidden as f64).max(4.0) * (intermediate as f64).sqrt().max(2.0);
+                let unit = if format == Format::Bf16 { 0.01 } else { 1e-5 };
                 for (y, exact) in out[row * hidden..].iter().zip(&exact) {
                     prop_assert!((f64::from(*y) - exact).abs() <= unit * scale, "{isa} {format}: {y} against {exact}");
                 }

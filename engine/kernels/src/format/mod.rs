@@ -246,7 +246,7 @@ fn pack_rows(format: Format, k: usize, rows: &[f32], panel: &mut [u8]) {
 }
 
 /// Packs up to 16 rows of GGUF's blocks of an integer format, `k` weights each, one after the other in `rows`, into
-/// `panel`. The values stay the same, bit for bit.
+/// `panel`. The values stay the same, bit for bit: the tests hold the formats to GGUF's definition by it.
 ///
 /// # Panics
 /// When `k` is not a whole number of blocks, `rows` not one of at most 16 rows, or `panel` has not a panel's size; and

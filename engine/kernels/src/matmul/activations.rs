@@ -160,8 +160,8 @@ impl Writer<'_> {
     pub(crate) unsafe fn write(&self, row: usize, start: usize, values: &[f32]) {
         debug_assert!(start.is_multiple_of(Self::unit(self.format)), "start of a unit");
         assert!(start + values.len() <= self.k, "{} values from {start} in a row of {}", values.len(), self.k);
-        // SAFETY: only the bytes of these units are written, which the caller promises to be this task's alone.
-        let row: *mut u8 = unsafe { self.words.part(row * self.stride, self.stride) }.as_mut_ptr().cast();
+        // Only the bytes of these units are written, through pointers: other tasks may write the row's other units.
+        let row: *mut u8 = self.words.pointer(row * self.stride, self.stride).cast();
         // SAFETY: a tier other than portable exists only where `Isa::available` found it; the row has the form's size.
         unsafe {
             match self.isa {

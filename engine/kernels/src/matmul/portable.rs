@@ -1,7 +1,8 @@
 //! The contract of a tile, in plain Rust.
 //!
 //! `sums[r][p][n]` = Σ over ascending k of `x[r][k] · panel[p][k][n]`, each product added to one running f32 sum.
-//! Vector tiers may fuse a product and its addition (one rounding in place of two) and nothing else.
+//! Vector tiers may fuse a product and its addition (one rounding in place of two) and nothing else; AMX's bf16 keeps two
+//! sums, see `amx/bf16.rs`.
 //!
 //! The integer formats have the same bits on every tier. A block's products are added as integers, exactly; then
 //! - with one scale a block: `y = fma(f32(Σ w·x), d·s, y)`, blocks in ascending order, `d` the weights' scale and `s` the

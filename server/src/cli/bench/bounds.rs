@@ -2,7 +2,7 @@
 //! multiply-adds do. Both are held to overlap fully; keys, values and activations count as nothing. A model that the
 //! caches hold may exceed it, and so may uneven routing, which reads fewer experts than the bound expects.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use cadre_engine::{
     compute::{Compute, Roofline},
     model::ModelInfo,
@@ -14,6 +14,8 @@ use crate::{engine::Engine, host};
 
 /// The buffer whose reading is timed: larger than any cache.
 const BUFFER_BYTES: u64 = 1 << 30;
+/// Below this a large cache might hold it.
+const LEAST_BUFFER_BYTES: usize = 256 << 20;
 
 /// What a model asks of a machine.
 pub(super) struct Bounds {
@@ -42,6 +44,11 @@ impl Bounds {
     pub(super) fn measure(&self) -> Result<Roofline> {
         let quarter = host::free_memory_bytes().map_or(BUFFER_BYTES, |bytes| bytes / 4);
         let buffer_bytes = usize::try_from(BUFFER_BYTES.min(quarter))?;
+        ensure!(
+            buffer_bytes >= LEAST_BUFFER_BYTES,
+            "--roofline reads a quarter of the free memory, which must be more than the caches hold: expected at least \
+             {LEAST_BUFFER_BYTES} bytes, found {buffer_bytes}; free memory, or leave --roofline out"
+        );
         Ok(self.compute.roofline(self.format, buffer_bytes)?)
     }
 

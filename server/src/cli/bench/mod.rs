@@ -89,7 +89,7 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
             eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
             continue;
         }
-        let (mut speeds, mut best) = (Vec::new(), None);
+        let (mut speeds, mut best) = (Vec::new(), roofline);
         for _ in 0..args.repetitions {
             if let Some(bounds) = &bounds {
                 best = Some(bounds.measure()?.max(best));
