@@ -190,7 +190,7 @@ pub enum Error {
         found: String,
     },
     /// The directory for a pack can't be made.
-    #[error("cannot create directory {path}: {source}; give another --output")]
+    #[error("cannot create directory {path}; give another --output")]
     CreateDirectory {
         /// The directory.
         path: String,
@@ -204,7 +204,7 @@ pub enum Error {
         file: String,
     },
     /// The system could not write a file.
-    #[error("cannot write {file}: {source}; what is finished stays: run the same command again to go on")]
+    #[error("cannot write {file}; what is finished stays: run the same command again to go on")]
     Write {
         /// The file.
         file: String,
