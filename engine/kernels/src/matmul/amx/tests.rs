@@ -15,17 +15,20 @@ use crate::{
 
 const INTEGER: &[Format] = &[Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Q6K, Format::Mxfp4];
 
-/// Makes `Isa::Amx` runnable: natively, or emulated where the machine has the AVX-512 that the tier also needs.
+/// Makes `Isa::Amx` runnable: natively where `CADRE_CPU=amx` asks for it, or emulated where the machine lacks AMX and
+/// has the AVX-512 that the tier also needs.
 fn runnable() -> bool {
     static SAID: Once = Once::new();
     let native = Isa::available().contains(&Isa::Amx);
-    let runnable = Isa::available().contains(&Isa::Avx512);
+    // What the processor executes itself can't be emulated.
+    let runnable = native || Isa::available().contains(&Isa::Avx512) && !instructions();
     if runnable && !native {
         emulator::install();
     }
     SAID.call_once(|| match (native, runnable) {
         (true, _) => eprintln!("AMX tests run on this machine's AMX"),
         (_, true) => eprintln!("AMX tests run emulated: this machine has no AMX"),
+        _ if instructions() => eprintln!("AMX tests don't run: set CADRE_CPU=amx for this machine's AMX"),
         _ => eprintln!("AMX tests don't run: this machine lacks AVX-512 VNNI"),
     });
     runnable
