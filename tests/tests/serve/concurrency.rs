@@ -6,7 +6,7 @@ use cadre_tests::{
 };
 use serde_json::{Value, json};
 
-const QUESTIONS: &[&str] = &[
+pub const QUESTIONS: &[&str] = &[
     "What is 17 + 25?",
     "Sort 31, 4, 15, 92.",
     "Spell basket.",

@@ -6,14 +6,8 @@ use cadre_tests::{
 };
 use serde_json::{Value, json};
 
-const QUESTIONS: &[&str] = &[
-    "What is 17 + 25?",
-    "Sort 31, 4, 15, 92.",
-    "Spell basket.",
-    "The key is under the lamp. Where is the key?",
-    "Write tiger in upper case.",
-    "How many letters are in window?",
-];
+use crate::concurrency::QUESTIONS;
+
 /// Those that this machine lacks are refused at start; the first one exists everywhere.
 const TIERS: &[&str] = &["portable", "neon", "avx2", "avx512", "avx512-bf16", "amx"];
 

@@ -22,7 +22,7 @@
 
 mod blocks;
 mod float;
-mod mxfp4;
+pub(crate) mod mxfp4;
 mod q4_0;
 mod q4_k;
 mod q6_k;

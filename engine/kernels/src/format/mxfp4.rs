@@ -16,7 +16,7 @@ const SCALES: usize = PANEL;
 const HALF: usize = BLOCK * PANEL / 2;
 
 /// Twice the value of each code; the scale is halved to match.
-const VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub(crate) const VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 /// Halfway between the magnitudes.
 const MIDPOINTS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
 
@@ -27,7 +27,7 @@ pub(super) struct Block {
 }
 
 /// Half of the scale, `2^(e − 128)`.
-fn half_scale(e: u8) -> f32 {
+pub(crate) fn half_scale(e: u8) -> f32 {
     // Below 2 it is subnormal.
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
 }

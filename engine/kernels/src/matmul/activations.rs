@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// What is added to a format's quants to make them unsigned; `mxfp4` counts in halves, from -12 to 12.
-pub(crate) fn offset(format: Format) -> i32 {
+pub(crate) const fn offset(format: Format) -> i32 {
     match format {
         Format::Q8_0 => 128,
         Format::Q4_0 => 8,

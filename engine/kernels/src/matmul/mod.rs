@@ -23,7 +23,7 @@ use std::ops::Range;
 use activations::Activations;
 
 use crate::{
-    format::{Format, Layout, PANEL, Packed},
+    format::{Format, Layout, PANEL, Packed, mxfp4},
     isa::Isa,
     pool::Pool,
     shared::SharedSlice,
@@ -41,8 +41,16 @@ const TILE_PANELS: usize = 4;
 /// Rows by panels of 16 outputs.
 type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
 
-/// The values of the 16 codes of `mxfp4` in halves, plus 12.
-const MXFP4_UNSIGNED: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+/// The values of the 16 codes of `mxfp4` in halves, made unsigned by their offset.
+const MXFP4_UNSIGNED: [u8; 16] = {
+    let mut unsigned = [0; 16];
+    let mut code = 0;
+    while code < 16 {
+        unsigned[code] = (mxfp4::VALUES[code] as i32 + activations::offset(Format::Mxfp4)) as u8;
+        code += 1;
+    }
+    unsigned
+};
 
 /// Weight bytes that one task should stream at least: long enough for the prefetchers to settle.
 pub(crate) const TASK_BYTES: usize = 256 << 10;

@@ -16,7 +16,7 @@ use super::{
     MXFP4_UNSIGNED, Sums,
     activations::{IntegerRow, offset},
 };
-use crate::format::{BLOCK, Format, INTEGER_K, PANEL, SUPER_BLOCK};
+use crate::format::{BLOCK, Format, INTEGER_K, PANEL, SUPER_BLOCK, mxfp4::half_scale};
 
 /// # Safety
 /// Rows of `k` f32 values and panels of `[k][16]` f32 values.
@@ -143,19 +143,13 @@ fn blocks(row: &Row<'_>, panel: &[u8], n: usize) -> f32 {
                 }
                 _ => {
                     let weight = |input| MXFP4_UNSIGNED[usize::from(nibble(&bytes[32..], n, inner(input)))];
-                    (half_of_power(bytes[half * PANEL + n]), row.dot(start, BLOCK, weight))
+                    (half_scale(bytes[half * PANEL + n]), row.dot(start, BLOCK, weight))
                 }
             };
             y = (sum as f32).mul_add(d * row.scale(start / BLOCK), y);
         }
     }
     y
-}
-
-/// 2^(exponent - 128)
-fn half_of_power(exponent: u8) -> f32 {
-    let exponent = u32::from(exponent);
-    f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 })
 }
 
 fn q4_k(row: &Row<'_>, panel: &[u8], n: usize) -> f32 {
