@@ -24,10 +24,11 @@ pub(super) struct Bounds {
     work: Work,
 }
 
-/// What no run can exceed, and why.
+/// What a run could not exceed, why, and how much of it the run reached.
 pub(super) struct Bound {
     pub(super) tokens_per_second: f64,
     pub(super) roofline: Roofline,
+    pub(super) share: f64,
 }
 
 impl Bounds {
@@ -52,12 +53,13 @@ impl Bounds {
         Ok(self.compute.roofline(self.format, buffer_bytes)?)
     }
 
-    pub(super) fn of(&self, kind: Kind, run: &Run, roofline: Roofline) -> Bound {
+    /// What the machine, which could do `roofline` around the run, allowed for the `speed` in tokens per second.
+    pub(super) fn of(&self, kind: Kind, run: &Run, roofline: Roofline, speed: f64) -> Bound {
         let tokens_per_second = match kind {
             Kind::Prefill => self.work.prefill(run.prompt, &roofline),
             Kind::Decode => self.work.decode(run.batch, &roofline),
         };
-        Bound { tokens_per_second, roofline }
+        Bound { tokens_per_second, roofline, share: speed / tokens_per_second }
     }
 }
 

@@ -49,8 +49,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
 
-    /// Measure what this machine's memory and cores can do, once before each run since neighbours change it, and give
-    /// each figure as a share of what the best of these allow; the peak then includes a buffer of up to 1 GiB
+    /// Measure what this machine's memory and cores can do, before and after each run since neighbours change it, and
+    /// give each figure as a share of what they allow; the peak then includes a buffer of up to 1 GiB
     #[arg(long)]
     roofline: bool,
 
@@ -89,17 +89,27 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
             eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
             continue;
         }
-        let (mut speeds, mut best) = (Vec::new(), roofline);
+        let (mut speeds, mut against) = (Vec::new(), Vec::new());
+        let mut before = bounds.as_ref().map(Bounds::measure).transpose()?;
         for _ in 0..args.repetitions {
+            let speed = kind.speed(&run, &bench.run(&run)?);
+            speeds.push(speed);
             if let Some(bounds) = &bounds {
-                best = Some(bounds.measure()?.max(best));
+                let after = bounds.measure()?;
+                against.push(bounds.of(kind, &run, after.max(before), speed));
+                before = Some(after);
             }
-            speeds.push(kind.speed(&run, &bench.run(&run)?));
         }
-        let bound = bounds.as_ref().zip(best).map(|(bounds, roofline)| bounds.of(kind, &run, roofline));
-        printer.print(kind, &run, &Speeds::of(speeds), bound)?;
+        printer.print(kind, &run, &Speeds::of(speeds), median_by(against, |bound| bound.share))?;
     }
     Ok(())
+}
+
+/// The middle one by `key`, the lower of two.
+fn median_by<T>(mut all: Vec<T>, key: impl Fn(&T) -> f64) -> Option<T> {
+    all.sort_by(|a, b| key(a).total_cmp(&key(b)));
+    let middle = all.len().checked_sub(1)? / 2;
+    Some(all.swap_remove(middle))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -74,9 +74,9 @@ impl Printer {
                 "tokens_per_second_min": slowest, "tokens_per_second_max": fastest, "peak_rss_bytes": peak,
                 "threads": threads, "format": format, "isa": isa, "model": model,
             });
-            if let Some(Bound { tokens_per_second, roofline }) = bound {
+            if let Some(Bound { tokens_per_second, roofline, share }) = bound {
                 line["bound_tokens_per_second"] = json!(tokens_per_second);
-                line["share_of_bound"] = json!(median / tokens_per_second);
+                line["share_of_bound"] = json!(share);
                 line["read_bytes_per_second"] = json!(roofline.read_bandwidth);
                 line["matrix_operations_per_second"] = json!(roofline.matrix_rate);
             }
@@ -85,8 +85,8 @@ impl Printer {
             let range = format!("{slowest:.2} to {fastest:.2}");
             let peak = peak.map_or_else(|| "?".to_owned(), |bytes| (bytes >> 20).to_string());
             write!(out, "{kind:<8} {tokens:>7} {batch:>6} {median:>12.2} {range:>22} {peak:>10}")?;
-            if let Some(Bound { tokens_per_second, .. }) = bound {
-                write!(out, " {tokens_per_second:>12.2} {:>5.0}%", 100.0 * median / tokens_per_second)?;
+            if let Some(Bound { tokens_per_second, share, .. }) = bound {
+                write!(out, " {tokens_per_second:>12.2} {:>5.0}%", 100.0 * share)?;
             }
             writeln!(out)?;
         }
