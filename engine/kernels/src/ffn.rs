@@ -14,7 +14,7 @@ use crate::{
     matmul::{
         TASK_BYTES,
         activations::{Activations, Converted, Writer},
-        panels_per_task, prefetch, walk,
+        new_sums, panels_per_task, prefetch, walk,
     },
     pool::Pool,
     shared::SharedSlice,
@@ -116,14 +116,18 @@ fn gate_and_up(
         let columns = part * columns_per_task..layout.intermediate.min((part + 1) * columns_per_task);
         let panels = columns.start / PANEL * 2..columns.end.div_ceil(PANEL) * 2;
         let width = panels.len() * PANEL;
+        let mut tile = new_sums();
         let mut sums = vec![0.0; width * groups[group].rows.len().min(GATE_UP_ROWS)];
         for (chunk, rows) in groups[group].rows.chunks(GATE_UP_ROWS).enumerate() {
             let pointers: Vec<_> = rows.iter().map(|row| activations.row(row.row as usize)).collect();
             // SAFETY: the pointers are rows of activations made for this format and k.
             unsafe {
-                walk(isa, &pointers, &groups[group].gate_up, panels.clone(), |row, panel, products| {
-                    let at = row * width + (panel - panels.start) * PANEL;
-                    sums[at..at + products.len() * PANEL].copy_from_slice(products.as_flattened());
+                walk(isa, &pointers, &groups[group].gate_up, panels.clone(), &mut tile, |row, panel, products| {
+                    let at = row * (width / PANEL) + panel - panels.start;
+                    // One by one: known sizes are copied without a call.
+                    for (sum, product) in sums.as_chunks_mut().0[at..].iter_mut().zip(products) {
+                        *sum = *product;
+                    }
                 });
             }
             for (row, sums) in sums.chunks_exact_mut(width).take(rows.len()).enumerate() {
@@ -194,6 +198,7 @@ fn down(
             // SAFETY: each task has its own columns.
             unsafe { target.part(row * hidden + columns.start, columns.len()) }.fill(0.0);
         }
+        let mut tile = new_sums();
         for (index, (group, start)) in groups.iter().zip(starts).enumerate() {
             if let Some(next) = groups.get(index + 1) {
                 prefetch(&next.down, panels.start);
@@ -201,7 +206,7 @@ fn down(
             let pointers: Vec<_> = (0..group.rows.len()).map(|row| inner.row(start + row)).collect();
             // SAFETY: the pointers are rows in the form of `down`'s format and k.
             unsafe {
-                walk(isa, &pointers, &group.down, panels.clone(), |row, panel, sums| {
+                walk(isa, &pointers, &group.down, panels.clone(), &mut tile, |row, panel, sums| {
                     let WeightedRow { row, weight } = group.rows[row];
                     let columns: Range<usize> = panel * PANEL..hidden.min((panel + sums.len()) * PANEL);
                     // SAFETY: each task has its own columns.

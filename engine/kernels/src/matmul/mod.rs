@@ -38,8 +38,13 @@ const TILE_ROWS: usize = 32;
 /// Most panels of one tile: enough independent sums to outrun the memory when there is one row. Eight would be slower:
 /// their streams lie a power of two apart and evict each other from the nearest cache.
 const TILE_PANELS: usize = 4;
-/// Rows by panels of 16 outputs.
-type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
+/// A tile's results: rows by panels of 16 outputs.
+pub(crate) type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
+
+/// Room for [`walk`]; it is 8 KiB, so tasks make it once.
+pub(crate) fn new_sums() -> Sums {
+    [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS]
+}
 
 /// The values of the 16 codes of `mxfp4` in halves, made unsigned by their offset.
 const MXFP4_UNSIGNED: [u8; 16] = {
@@ -85,7 +90,7 @@ pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f
         let panels = start..layout.panels().min(start + panels_per_task);
         // SAFETY: the pointers are rows of activations made for this matrix's format and k.
         unsafe {
-            walk(isa, &pointers, weights, panels, |row, panel, sums| {
+            walk(isa, &pointers, weights, panels, &mut new_sums(), |row, panel, sums| {
                 let columns = panel * PANEL..n.min((panel + sums.len()) * PANEL);
                 // SAFETY: each task has its own rows and columns.
                 let out = target.part((first + row) * n + columns.start, columns.len());
@@ -105,11 +110,11 @@ pub(crate) unsafe fn walk(
     rows: &[*const u8],
     weights: &Packed<'_>,
     panels: Range<usize>,
+    sums: &mut Sums,
     mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
 ) {
     let layout = weights.layout();
     let k = layout.format.padded_k(layout.k);
-    let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
     let (tile_rows, tile_panels) = tile_shape(isa, layout.format, rows.len());
     let mut panel = panels.start;
     while panel < panels.end {
@@ -124,7 +129,7 @@ pub(crate) unsafe fn walk(
         }
         for (block, rows) in rows.chunks(tile_rows).enumerate() {
             // SAFETY: the caller promises the rows; the panels are whole.
-            unsafe { tile(isa, layout.format, rows, &pointers[..count], k, &mut sums) };
+            unsafe { tile(isa, layout.format, rows, &pointers[..count], k, sums) };
             for (row, sums) in sums.iter().take(rows.len()).enumerate() {
                 sink(block * tile_rows + row, panel, &sums[..count]);
             }
@@ -199,7 +204,7 @@ pub(crate) fn bf16_dot_is_faster() -> bool {
     let rows = [row.as_ptr().cast::<u8>(); FLOAT_ROWS];
     let panels = [panel.as_ptr(); 2];
     let run = |isa| {
-        let mut sums: Sums = [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS];
+        let mut sums = new_sums();
         move || {
             // SAFETY: rows and panels of K zeros; the caller asks only where AVX-512 BF16 is available.
             unsafe { tile(isa, Format::Bf16, &rows, &panels, K, &mut sums) };

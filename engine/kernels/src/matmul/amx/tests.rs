@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     format::{INTEGER_K, Packed, SUPER_BLOCK, pack},
-    matmul::{matmul, walk},
+    matmul::{matmul, new_sums, walk},
     pool::Pool,
     test_support::{bits, values},
 };
@@ -174,7 +174,7 @@ fn rows_may_lie_anywhere_and_more_than_once() {
             let mut y = vec![[0.0; 112]; order.len()];
             // SAFETY: rows of this format and k.
             unsafe {
-                walk(Isa::Amx, &rows, &weights, 0..layout.panels(), |row, panel, sums| {
+                walk(Isa::Amx, &rows, &weights, 0..layout.panels(), &mut new_sums(), |row, panel, sums| {
                     y[row][panel * PANEL..][..sums.len() * PANEL].copy_from_slice(sums.as_flattened());
                 });
             }
