@@ -26,6 +26,9 @@ pub enum Error {
     /// Memory could not be had.
     #[error(transparent)]
     Memory(#[from] cadre_kernels::buffer::AllocError),
+    /// An expert's weights could not be fetched.
+    #[error(transparent)]
+    Fetch(#[from] crate::experts::FetchError),
     /// candle refused an operation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

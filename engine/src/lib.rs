@@ -7,12 +7,14 @@
 //! 3. The plan becomes a [`model::StepBatch`]: one flat axis of tokens.
 //! 4. A [`model::Model`] walks it: `embed`, `layer(i)`, `head`. Architectures are assembled from the blocks
 //!    in [`nn`], which call only [`ops`]; ops call the kernels of `cadre-kernels` on one worker pool.
+//!    Experts that memory doesn't hold come from the store in [`experts`].
 //! 5. The [`sampler`] turns logits into tokens; events go back through the request's sink.
 //!
 //! What is absent on purpose: any architecture's name, HTTP, files, tokenizers.
 
 pub mod compute;
 pub mod error;
+pub mod experts;
 pub mod kv;
 pub mod model;
 pub mod nn;

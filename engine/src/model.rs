@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Result, Tensor, compute::Compute, kv::KvCache};
+use crate::{Result, Tensor, compute::Compute, experts::Lane, kv::KvCache};
 
 /// A decoder-only language model. Serving walks it batch by batch; a layer-major caller walks one layer over many batches.
 pub trait Model: Send {
@@ -110,6 +110,15 @@ pub struct StepBatch {
     pub sequences: Vec<SequenceRows>,
     /// Rows of the token axis whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+}
+
+impl StepBatch {
+    /// How the step uses experts: one that has a part of a prompt touches most of them once, and must not push out those
+    /// that decoding comes back to.
+    #[must_use]
+    pub fn lane(&self) -> Lane {
+        if self.token_ids.len() > self.sequences.len() { Lane::Scan } else { Lane::Decode }
+    }
 }
 
 /// One sequence's part of a [`StepBatch`].

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::experts::ExpertId;
+
 /// One request: a prompt and how to continue it, `n` times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -141,6 +143,9 @@ pub enum RequestError {
     /// The request's own constraints leave no token to choose.
     #[error("{0}")]
     NothingAllowed(String),
+    /// Weights that its tokens need could not be read; they may be when the fault is gone.
+    #[error("the weights of expert {} of layer {} could not be read", .0.expert, .0.layer)]
+    Weights(ExpertId),
     /// A defect: the step that it was part of failed.
     #[error("the engine failed while it worked on this request: {0}")]
     Internal(String),

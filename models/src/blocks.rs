@@ -134,7 +134,7 @@ pub(crate) fn moe_ffn(
     Ok(MoeFfn {
         router: weights.at("gate").matrix_as(Format::F32, &[("weight", count)], hidden)?,
         options,
-        experts: weights.experts(count, layout, |expert| format!("experts.{expert}"))?,
+        experts: weights.routed_experts(count, layout, |expert| format!("experts.{expert}"))?,
         shared,
     })
 }

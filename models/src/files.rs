@@ -3,9 +3,9 @@
 
 use std::{
     borrow::Cow,
-    fs::{DirEntry, File},
+    fs::{DirEntry, File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::PathBuf,
 };
 
@@ -67,7 +67,7 @@ impl Files {
         }
         match source.bytes {
             Bytes::Static(bytes) => Ok(Some(Cow::Borrowed(bytes))),
-            Bytes::File(_) => {
+            Bytes::File { .. } => {
                 let mut bytes = vec![0; usize::try_from(source.len).unwrap_or(0)];
                 source.read_exact_at(0, &mut bytes)?;
                 Ok(Some(Cow::Owned(bytes)))
@@ -104,7 +104,12 @@ pub(crate) struct Source {
 
 #[derive(Debug)]
 enum Bytes {
-    File(File),
+    File {
+        file: File,
+        /// The same file again, read past the page cache; `None` where that is not asked for or not possible.
+        direct: Option<File>,
+        path: PathBuf,
+    },
     Static(&'static [u8]),
 }
 
@@ -125,7 +130,7 @@ impl Source {
         }
         let file = File::open(path).map_err(failed)?;
         let len = file.metadata().map_err(failed)?.len();
-        Ok(Some(Self { label, len, bytes: Bytes::File(file) }))
+        Ok(Some(Self { label, len, bytes: Bytes::File { file, direct: None, path: path.to_owned() } }))
     }
 
     /// How the file is called in messages.
@@ -138,10 +143,35 @@ impl Source {
         self.len
     }
 
+    /// Has [`Source::read_direct`] go past the page cache, where the file system allows it.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn bypass_page_cache(&mut self) {
+        if let Bytes::File { direct, path, .. } = &mut self.bytes {
+            *direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).ok();
+        }
+    }
+
+    /// Elsewhere there is one way to read.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn bypass_page_cache(&mut self) {}
+
+    /// Fills `out` from the bytes that begin at `offset`, past the page cache if it can; `offset`, the length of `out` and
+    /// its place in memory should be multiples of 4 KiB.
+    pub(crate) fn read_direct(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        if let Bytes::File { direct: Some(direct), .. } = &self.bytes {
+            match direct.read_at(out, offset) {
+                Ok(count) if count == out.len() => return Ok(()),
+                // A part, or a file system that has more to ask: the plain way decides, and says what is wrong.
+                _ => {}
+            }
+        }
+        self.read_exact_at(offset, out)
+    }
+
     /// Fills `out` from the bytes that begin at `offset`.
     pub(crate) fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let result = match &self.bytes {
-            Bytes::File(file) => file.read_exact_at(out, offset),
+            Bytes::File { file, .. } => file.read_exact_at(out, offset),
             Bytes::Static(bytes) => copy_at(bytes, offset, out),
         };
         result.map_err(|source| Error::Read {

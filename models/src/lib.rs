@@ -40,6 +40,7 @@ mod olmoe;
 pub mod pack;
 mod qwen3_moe;
 mod registry;
+mod stored_experts;
 pub mod summary;
 mod tensors;
 #[cfg(test)]
@@ -54,8 +55,9 @@ pub use config::GenerationConfig;
 pub use error::Error;
 pub use formats::{FormatOptions, Formats};
 pub use hub::DownloadProgress;
-pub use load::{LoadedModel, load};
+pub use load::{LoadedModel, Placement, load};
 pub use registry::architectures;
+pub use stored_experts::UnopenedExperts;
 pub use summary::Summary;
 pub use tensors::{Stored, StoredType};
 pub use text_stream::TextStream;

@@ -7,6 +7,7 @@ use crate::{
     checkpoint::Checkpoint,
     formats::{FormatOptions, Formats},
     registry,
+    stored_experts::UnopenedExperts,
     weights::{LoadProgress, Loader},
 };
 
@@ -16,17 +17,29 @@ pub struct LoadedModel {
     pub model: Box<dyn Model>,
     /// What its weights are packed as.
     pub formats: Formats,
+    /// The routed experts, if they were left in the pack: to be opened before the model computes.
+    pub experts: Option<UnopenedExperts>,
+}
+
+/// Where a model's routed experts go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Into memory, all of them.
+    Resident,
+    /// Nowhere yet: they stay in the pack, for the expert store to read.
+    Stored,
 }
 
 /// Reads all weights, and packs them if they aren't yet, on the pool of `compute`; `on_bytes` is told, from several
-/// threads, how far it is.
+/// threads, how far it is. Experts that `placement` leaves in the pack are only looked up.
 ///
 /// # Errors
 /// When a tensor is missing, left over, of another shape than the configuration asks for, or cannot be read; when the
-/// checkpoint is a pack in other formats than those asked for.
+/// checkpoint is a pack in other formats than those asked for, or no pack and its experts should stay in it.
 pub fn load(
     checkpoint: &Checkpoint,
     options: &FormatOptions,
+    placement: Placement,
     compute: &Compute,
     on_bytes: &(dyn Fn(LoadProgress) + Sync),
 ) -> Result<LoadedModel> {
@@ -40,10 +53,17 @@ pub fn load(
             return Err(Error::PackFormat { checkpoint: checkpoint.name().to_owned(), asked, found });
         }
     };
-    let loader = Loader::new(&tensors, compute, formats, on_bytes);
+    if placement == Placement::Stored && tensors.pack().is_none() {
+        return Err(Error::NotPacked { checkpoint: checkpoint.name().to_owned() });
+    }
+    let mut loader = Loader::new(&tensors, compute, formats, on_bytes);
+    if placement == Placement::Stored {
+        loader = loader.leaving_experts();
+    }
     let model = (architecture.build)(checkpoint.config(), &loader.root())?;
     loader.finish()?;
-    Ok(LoadedModel { model: Box::new(model), formats })
+    let left = loader.take_left();
+    Ok(LoadedModel { model: Box::new(model), formats, experts: left.map(|left| left.unopened(tensors)) })
 }
 
 /// Whether a pack in `formats` has all that `options` ask for.

@@ -14,12 +14,13 @@ use std::{
 
 use cadre_engine::{
     compute::Compute,
-    nn::{ExpertPart, Experts, FfnLayout, Format, Layout, Matrix, PackingError},
+    nn::{ExpertPart, Experts, FfnLayout, Format, Layout, Matrix, PackingError, RoutedExperts},
 };
 
 use crate::{
     Error, Result,
     formats::Formats,
+    stored_experts::LeftInPack,
     tensors::{PackedLayout, Stored, TensorSet},
 };
 
@@ -47,6 +48,8 @@ pub(crate) struct Loader<'a> {
     formats: Formats,
     /// What was asked for so far, where that is only noted down.
     plan: Option<Mutex<Vec<PlannedTensor>>>,
+    /// The routed experts, where they stay in the pack.
+    left: Option<LeftInPack>,
     used: Vec<AtomicBool>,
     done_bytes: AtomicU64,
     total_bytes: u64,
@@ -95,6 +98,7 @@ impl<'a> Loader<'a> {
             compute,
             formats,
             plan: None,
+            left: None,
             used: (0..tensors.len()).map(|_| AtomicBool::new(false)).collect(),
             done_bytes: AtomicU64::new(0),
             total_bytes: tensors.iter().map(|info| info.bytes).sum(),
@@ -105,6 +109,16 @@ impl<'a> Loader<'a> {
     /// The same loader, which gives zeros for matrices and experts and notes down what was asked for.
     pub(crate) fn planning(self) -> Self {
         Self { plan: Some(Mutex::default()), ..self }
+    }
+
+    /// The same loader, which leaves routed experts in the pack.
+    pub(crate) fn leaving_experts(self) -> Self {
+        Self { left: Some(LeftInPack::default()), ..self }
+    }
+
+    /// The experts that were left there.
+    pub(crate) fn take_left(self) -> Option<LeftInPack> {
+        self.left
     }
 
     /// What was asked for, in that order.
@@ -354,14 +368,10 @@ impl<'a> Weights<'a> {
     /// `count` gated feed-forwards: `gate_proj`, `up_proj` `[ff, hidden]` and `down_proj` `[hidden, ff]` below the
     /// prefix of each.
     pub(crate) fn experts(&self, count: usize, layout: FfnLayout, prefix: impl Fn(usize) -> String) -> Result<Experts> {
-        let FfnLayout { format, hidden, intermediate } = layout;
+        let FfnLayout { hidden, intermediate, .. } = layout;
         // All are looked up before the first byte is allocated; the lists grow only as tensors are found.
         if self.loader.tensors.pack().is_some() {
-            let mut indices = Vec::new();
-            for expert in 0..count {
-                let shape = [3, intermediate, hidden];
-                indices.push(self.at(prefix(expert)).take_packed(&EXPERT_NAMES.join(JOIN), &shape, format)?);
-            }
+            let indices = self.packed_experts(count, layout, prefix)?;
             let read = |expert: usize, offset, out: &mut [u8]| self.loader.read_packed(indices[expert], offset, out);
             let experts = Experts::from_packed(self.compute(), layout, count, read)?;
             indices.iter().for_each(|_| self.loader.skip_padding(PackedLayout::Expert(layout)));
@@ -385,6 +395,36 @@ impl<'a> Weights<'a> {
             return Ok(Experts::zeroed(layout, count).map_err(cadre_engine::Error::from)?);
         }
         self.loader.pack_experts(layout, &tensors)
+    }
+
+    /// [`Weights::experts`] of which each token uses a few: they may stay in the pack.
+    pub(crate) fn routed_experts(
+        &self,
+        count: usize,
+        layout: FfnLayout,
+        prefix: impl Fn(usize) -> String,
+    ) -> Result<RoutedExperts> {
+        let Some(left) = &self.loader.left else {
+            return Ok(RoutedExperts::Resident(self.experts(count, layout, prefix)?));
+        };
+        let indices = self.packed_experts(count, layout, prefix)?;
+        self.loader.progress(indices.iter().map(|index| self.loader.tensors.info(*index).bytes).sum());
+        Ok(RoutedExperts::Stored(left.leave(indices, layout)))
+    }
+
+    /// The numbers of a pack's `count` experts.
+    fn packed_experts(
+        &self,
+        count: usize,
+        FfnLayout { format, hidden, intermediate }: FfnLayout,
+        prefix: impl Fn(usize) -> String,
+    ) -> Result<Vec<usize>> {
+        let name = EXPERT_NAMES.join(JOIN);
+        let mut indices = Vec::new();
+        for expert in 0..count {
+            indices.push(self.at(prefix(expert)).take_packed(&name, &[3, intermediate, hidden], format)?);
+        }
+        Ok(indices)
     }
 
     /// Says that the tensor `name`, if there is one, is not needed.

@@ -8,18 +8,22 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
     compute::Compute,
+    experts::ExpertStore,
     kv::{KvCache, KvDtype, blocks::BLOCK_SIZE},
     model::{Model, ModelInfo},
     nn::Format,
     request::SamplingParams,
-    runtime::{Runtime, RuntimeConfig, RuntimeHandle},
+    runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport},
 };
-use cadre_models::{ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Tokenizer};
+use cadre_models::{
+    ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Tokenizer, UnopenedExperts,
+};
 
 use crate::{
     generation::{Backend, Machine},
     host,
-    metrics::{self, Meters},
+    memory::{self, Budget, ExpertMemory},
+    metrics::{self, ExpertMeters, Meters},
     progress,
 };
 
@@ -35,6 +39,8 @@ pub struct EngineOptions {
     pub served_names: Vec<String>,
     /// Worker threads; one a physical core if absent.
     pub threads: Option<usize>,
+    /// Bytes for the whole process; what is free if absent.
+    pub memory: Option<u64>,
     /// Bytes for the KV cache.
     pub kv_memory: Option<u64>,
     /// Sequences in one step.
@@ -67,6 +73,8 @@ pub struct Engine {
     pub kv_blocks: usize,
     /// Tokens in one of them.
     pub kv_block_tokens: usize,
+    /// The experts that don't fit the memory.
+    pub store: Option<ExpertStore>,
 }
 
 /// A model that answers: what HTTP routes and the terminal need of it.
@@ -143,21 +151,65 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     // Small and quick to fail: read before the weights.
     checkpoint.tokenizer()?;
     checkpoint.chat_template()?;
-    let LoadedModel { model, formats } = progress::weights("loading weights", |report| {
-        cadre_models::load(&checkpoint, &options.formats, &compute, report)
+    let kv_bytes =
+        options.kv_memory.unwrap_or_else(|| options.memory.map_or(0, |bytes| DEFAULT_KV_BYTES.min(bytes / 8)));
+    let budget = Budget::new(options.memory, kv_bytes, &checkpoint.summary()?);
+    let LoadedModel { model, formats, experts } = progress::weights("loading weights", |report| {
+        cadre_models::load(&checkpoint, &options.formats, budget.placement, &compute, report)
     })?;
-    let plan = KvPlan::new(options, model.info(), formats)?;
+    let plan = KvPlan::new(options, budget.bytes, model.info(), formats)?;
+    let store = experts.map(|experts| open_experts(experts, budget, options, &plan, model.info())).transpose()?;
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
     );
     let name = served_names(options, &checkpoint).swap_remove(0);
-    let memory = [("weights", model.info().weight_bytes), ("kv", plan.bytes())];
-    metrics::describe_model(&name, plan.blocks, options.prefix_caching, &memory);
+    let parts = [("weights", model.info().weight_bytes), ("kv", plan.bytes())];
+    metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
-    let runtime = start_runtime(options, model, &plan, compute.clone(), meters.clone())?;
+    let runtime = start_runtime(options, model, &plan, compute.clone(), meters.clone(), store.clone())?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
-    Ok(Engine { runtime, served, formats, compute, threads, kv_blocks: plan.blocks, kv_block_tokens: BLOCK_SIZE })
+    Ok(Engine {
+        runtime,
+        served,
+        formats,
+        compute,
+        threads,
+        kv_blocks: plan.blocks,
+        kv_block_tokens: BLOCK_SIZE,
+        store,
+    })
+}
+
+/// Opens the store of experts that didn't fit, with what the budget leaves beside all else.
+fn open_experts(
+    experts: UnopenedExperts,
+    budget: Budget,
+    options: &EngineOptions,
+    plan: &KvPlan,
+    info: &ModelInfo,
+) -> Result<ExpertStore> {
+    let step_bytes = memory::step_bytes(info, options.max_num_batched_tokens, options.max_num_seqs);
+    let resident = host::rss_bytes().unwrap_or(info.dense_bytes);
+    let taken = resident + plan.bytes() + step_bytes;
+    let memory = ExpertMemory {
+        slot_bytes: experts.slot_bytes() as u64,
+        count: experts.count() as u64,
+        // A token's experts of one layer, and while they compute those of the next part.
+        least: info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1),
+    };
+    let bytes = budget.bytes.unwrap_or(u64::MAX);
+    let slots = memory.slots(bytes, taken)?;
+    tracing::info!(
+        budget_mib = bytes >> 20,
+        resident_mib = resident >> 20,
+        kv_mib = plan.bytes() >> 20,
+        step_mib = step_bytes >> 20,
+        expert_slots = slots,
+        experts = memory.count,
+        "the model doesn't fit the memory: experts are read as they are needed"
+    );
+    Ok(experts.open(slots)?)
 }
 
 fn start_runtime(
@@ -166,6 +218,7 @@ fn start_runtime(
     plan: &KvPlan,
     compute: Compute,
     meters: Arc<Meters>,
+    store: Option<ExpertStore>,
 ) -> Result<Runtime> {
     let info = model.info();
     let kv = KvCache::new(info.num_layers, info.num_kv_heads, info.head_dim, plan.blocks, plan.dtype)?;
@@ -175,7 +228,14 @@ fn start_runtime(
         max_model_len: plan.max_model_len,
         enable_prefix_caching: options.prefix_caching,
     };
-    Ok(Runtime::start(model, kv, compute, config, move |report| meters.step(report))?)
+    let experts = store.map(|store| (store, ExpertMeters::new()));
+    let observe = move |report: &StepReport| {
+        meters.step(report);
+        if let Some((store, meters)) = &experts {
+            meters.show(&store.counters());
+        }
+    };
+    Ok(Runtime::start(model, kv, compute, config, observe)?)
 }
 
 /// Opens a checkpoint, downloading it if need be.
@@ -221,7 +281,7 @@ struct KvPlan {
 }
 
 impl KvPlan {
-    fn new(options: &EngineOptions, info: &ModelInfo, formats: Formats) -> Result<Self> {
+    fn new(options: &EngineOptions, budget: Option<u64>, info: &ModelInfo, formats: Formats) -> Result<Self> {
         let of_weights = if formats.dense == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
         let dtype = options.kv_dtype.unwrap_or(of_weights);
         let block_bytes = KvCache::block_bytes(info.num_layers, info.num_kv_heads, info.head_dim, dtype).max(1);
@@ -231,7 +291,7 @@ impl KvPlan {
             asked_bytes: options.kv_memory,
             asked_len: options.max_model_len,
             trained_len: info.max_position_embeddings,
-            free_bytes: host::free_memory_bytes(),
+            free_bytes: host::free_memory_bytes().into_iter().chain(budget).min(),
         };
         let (blocks, max_model_len) = sizes.fit()?;
         Ok(Self { dtype, blocks, block_bytes, max_model_len })
@@ -359,6 +419,7 @@ mod tests {
             model: None,
             served_names: vec!["small".to_owned()],
             threads: Some(1),
+            memory: None,
             kv_memory: None,
             max_num_seqs: 2,
             max_num_batched_tokens: 64,

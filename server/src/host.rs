@@ -24,6 +24,11 @@ pub fn free_memory_bytes() -> Option<u64> {
     machine.into_iter().chain(group).min()
 }
 
+/// The memory that this process uses now; `None` where nobody tells.
+pub fn rss_bytes() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
 /// The most memory that this process has used so far; `None` where nobody tells.
 pub fn peak_rss_bytes() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")

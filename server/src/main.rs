@@ -8,6 +8,7 @@ mod engine;
 mod generation;
 mod host;
 mod http;
+mod memory;
 mod metrics;
 mod progress;
 #[cfg(test)]

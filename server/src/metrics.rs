@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use cadre_engine::{kv::blocks::BLOCK_SIZE, request::Request, runtime::StepReport};
+use cadre_engine::{experts::StoreCounters, kv::blocks::BLOCK_SIZE, request::Request, runtime::StepReport};
 use metrics::{
     Counter, Gauge, Histogram, SharedString, counter, describe_counter, describe_gauge, describe_histogram, gauge,
     histogram,
@@ -70,6 +70,42 @@ fn describe() {
     describe_counter!("cadre_ignored_parameters_total", "Fields of requests that nobody knows");
     describe_histogram!("cadre_step_seconds", "Time that one step of the engine takes");
     describe_gauge!("cadre_memory_bytes", "Memory by what it is for");
+    describe_counter!("cadre_expert_hits_total", "Uses of experts that were in memory, once a step and layer");
+    describe_counter!("cadre_expert_misses_total", "Uses of experts that had to be read");
+    describe_counter!("cadre_expert_evictions_total", "Experts that made room for others");
+    describe_counter!("cadre_expert_read_bytes_total", "Bytes of experts read");
+    describe_gauge!("cadre_expert_stall_seconds", "Time that computing has waited for experts so far");
+}
+
+/// The instruments of experts that don't fit the memory.
+pub struct ExpertMeters {
+    hits: Counter,
+    misses: Counter,
+    evictions: Counter,
+    read_bytes: Counter,
+    stall_seconds: Gauge,
+}
+
+impl ExpertMeters {
+    /// Those of the experts on disk.
+    pub fn new() -> Self {
+        Self {
+            hits: counter!("cadre_expert_hits_total", "tier" => "disk"),
+            misses: counter!("cadre_expert_misses_total", "tier" => "disk"),
+            evictions: counter!("cadre_expert_evictions_total", "tier" => "disk"),
+            read_bytes: counter!("cadre_expert_read_bytes_total", "tier" => "disk"),
+            stall_seconds: gauge!("cadre_expert_stall_seconds", "tier" => "disk"),
+        }
+    }
+
+    /// Shows what the store has done so far.
+    pub fn show(&self, counters: &StoreCounters) {
+        self.hits.absolute(counters.hits);
+        self.misses.absolute(counters.misses);
+        self.evictions.absolute(counters.evictions);
+        self.read_bytes.absolute(counters.fetched_bytes);
+        self.stall_seconds.set(counters.stalled.as_secs_f64());
+    }
 }
 
 /// One model's instruments.

@@ -6,6 +6,7 @@
 //! - [`metrics`]: what `/metrics` says.
 //! - [`heldout`]: questions and answers for the embedded model.
 //! - [`checkpoint`]: random checkpoints, written on the fly.
+//! - [`peak`]: how much memory a run takes.
 //! - [`python`]: a virtual environment with pinned packages.
 //! - [`source`]: the workspace's own files, for tests about its structure.
 //!
@@ -18,6 +19,7 @@ pub mod checkpoint;
 pub mod client;
 pub mod heldout;
 pub mod metrics;
+pub mod peak;
 pub mod python;
 pub mod server;
 pub mod source;

@@ -1,13 +1,8 @@
 //! How much memory loading and packing take: weights are packed once, and never held twice.
 
-use std::{
-    fs,
-    path::Path,
-    process::Stdio,
-    time::{Duration, Instant},
-};
+use std::path::Path;
 
-use cadre_tests::{binary, checkpoint::Qwen3Moe};
+use cadre_tests::{checkpoint::Qwen3Moe, peak::peak_of};
 
 /// The binary's own pages with the embedded model, stacks, tokenizer, one step's activations.
 const PROCESS_BYTES: u64 = 40 << 20;
@@ -19,23 +14,6 @@ fn checkpoint(directory: &Path) -> u64 {
     let weights = sizes.write(directory);
     assert!((60 << 20..120 << 20).contains(&weights), "{weights}");
     weights
-}
-
-/// The most memory that a successful run of `cadre` used, in bytes.
-fn peak_of(args: &[&str]) -> u64 {
-    let mut child = binary::command(args).stdout(Stdio::null()).spawn().expect("cadre starts");
-    // The high-water mark can be asked for as long as the process lives; it only rises, so the last answer counts.
-    let (mut peak, deadline) = (0, Instant::now() + Duration::from_secs(120));
-    let status = loop {
-        peak = peak.max(high_water_mark(child.id()).unwrap_or(0));
-        if let Some(status) = child.try_wait().expect("its state can be asked") {
-            break status;
-        }
-        assert!(Instant::now() < deadline, "cadre doesn't end");
-        std::thread::sleep(Duration::from_micros(500));
-    };
-    assert!(status.success(), "{status}");
-    peak
 }
 
 /// Loads and answers within the weights, the KV cache and the process's own.
@@ -66,12 +44,4 @@ fn packing_takes_a_few_matrices_and_loading_the_pack_little_more_than_the_weight
     println!("packing {} MiB took {} MiB", weights >> 20, peak >> 20);
     assert!(peak <= PROCESS_BYTES, "peak {peak} bytes, limit {PROCESS_BYTES}: the weights have {weights}");
     loads_in_little_more_than(weights, &pack);
-}
-
-/// `VmHWM` of a process, in bytes.
-fn high_water_mark(process: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes << 10)
 }

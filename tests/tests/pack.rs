@@ -16,7 +16,7 @@ use cadre_engine::{
     nn::Format,
     ops,
 };
-use cadre_models::{FormatOptions, load, open};
+use cadre_models::{FormatOptions, Placement, load, open};
 use cadre_tests::{
     binary::{self, output, run},
     checkpoint::Qwen3Moe,
@@ -139,11 +139,17 @@ fn every_fixture_packs_to_the_same_logits() {
             let source = open(folder.to_str(), &|_| {}).unwrap();
             let pack = directory.path().join("pack");
             cadre_models::pack::pack(&source, options, &pack, &compute, &stop, &|_| {}).unwrap();
-            let packed = load(&open(pack.to_str(), &|_| {}).unwrap(), &auto, &compute, &|_| {}).unwrap();
-            let direct = load(&source, options, &compute, &|_| {}).unwrap();
+            let pack = open(pack.to_str(), &|_| {}).unwrap();
+            let packed = load(&pack, &auto, Placement::Resident, &compute, &|_| {}).unwrap();
+            let direct = load(&source, options, Placement::Resident, &compute, &|_| {}).unwrap();
             assert_eq!(packed.formats, direct.formats);
-            let same = logits(&*packed.model, &compute) == logits(&*direct.model, &compute);
-            assert!(same, "{}: {options}", folder.display());
+            let expected = logits(&*direct.model, &compute);
+            assert!(logits(&*packed.model, &compute) == expected, "{}: {options}", folder.display());
+            // Experts that are read as they are needed, into fewer slots than a layer uses.
+            let stored = load(&pack, &auto, Placement::Stored, &compute, &|_| {}).unwrap();
+            let store = stored.experts.unwrap().open(3).unwrap();
+            assert!(logits(&*stored.model, &compute) == expected, "{}: {options}, stored", folder.display());
+            assert!(store.counters().misses > 0);
         }
     }
 }

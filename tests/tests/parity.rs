@@ -13,7 +13,7 @@ use cadre_engine::{
     nn::Format,
     ops,
 };
-use cadre_models::{FormatOptions, load, open};
+use cadre_models::{FormatOptions, Placement, load, open};
 use candle_core::{DType, Device, Tensor};
 
 /// Largest difference from the reference in f32, as a part of the logits' range. Tighter than the 1e-4 that is asked
@@ -75,7 +75,7 @@ impl Runner {
         let compute = Compute::new(threads);
         let folder = fixture.folder.to_str().context("path")?;
         let checkpoint = open(Some(folder), &|_| {})?;
-        let model = load(&checkpoint, &FormatOptions::all(format), &compute, &|_| {})?.model;
+        let model = load(&checkpoint, &FormatOptions::all(format), Placement::Resident, &compute, &|_| {})?.model;
         let kv_dtype = if format == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
         Ok(Self { compute, model, kv_dtype })
     }

@@ -70,75 +70,145 @@ pub struct WeightedRow {
 /// # Panics
 /// When a slice has not the size that the layout needs, or a row's index lies outside.
 pub fn grouped_ffn(pool: &Pool, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Group<'_>], out: &mut [f32]) {
-    assert_eq!(x.len(), out.len(), "inputs and outputs");
-    assert!(x.len().is_multiple_of(layout.hidden), "{} activations in rows of {}", x.len(), layout.hidden);
-    for group in groups {
-        assert_eq!((group.gate_up.layout(), group.down.layout()), (layout.gate_up(), layout.down()), "expert layout");
-        assert!(group.rows.iter().all(|row| (row.row as usize) < x.len() / layout.hidden), "row of a group");
-    }
-    let starts: Vec<usize> = groups
-        .iter()
-        .scan(0, |next, group| {
-            let start = *next;
-            *next += group.rows.len();
-            Some(start)
-        })
-        .collect();
-    let inner = gate_and_up(pool, isa, layout, x, groups, &starts);
-    down(pool, isa, layout, &inner, groups, &starts, out);
+    out.fill(0.0);
+    let rows: Vec<_> = groups.iter().map(|group| group.rows).collect();
+    let mut ffn = GroupedFfn::new(pool, isa, layout, x, &rows);
+    let gate_up: Vec<_> = groups.iter().map(|group| group.gate_up).enumerate().collect();
+    ffn.gate_up(&gate_up);
+    let down: Vec<_> = groups.iter().map(|group| group.down).enumerate().collect();
+    ffn.add_down(&down, out);
+}
+
+/// A grouped feed-forward whose weights come some groups at a time. The first half of the work takes groups in any
+/// order; the second half fixes the order of the sums.
+pub struct GroupedFfn<'a> {
+    pool: &'a Pool,
+    isa: Isa,
+    layout: FfnLayout,
+    /// How many there are of `activations`.
+    rows: usize,
+    activations: Activations<'a>,
+    groups: &'a [&'a [WeightedRow]],
+    /// Where each group's rows begin in `inner`.
+    starts: Vec<usize>,
+    /// silu(gate) · up of every row of every group, in the form that the down product takes.
+    inner: Converted,
 }
 
 /// Rows that one task takes at a time: their sums, f32, stay in the nearest caches until they are converted.
 const GATE_UP_ROWS: usize = 48;
 
-/// silu(gate) · up of every row of every group, in the form that the down product takes.
-fn gate_and_up(
-    pool: &Pool,
-    isa: Isa,
-    layout: FfnLayout,
-    x: &[f32],
-    groups: &[Group<'_>],
-    starts: &[usize],
-) -> Converted {
-    let matrix = layout.gate_up();
-    let activations = Activations::new(pool, isa, layout.format, x, layout.hidden);
-    let rows = groups.iter().map(|group| group.rows.len()).sum();
-    let mut inner = Converted::zeroed(layout.format, rows, layout.intermediate);
-    let writer = inner.writer(isa);
-    // Columns of the intermediate; what shares a scale stays together.
-    let columns_per_task = (TASK_BYTES / (2 * matrix.panel_bytes()) * PANEL)
-        .max(1)
-        .next_multiple_of(Writer::unit(layout.format))
-        .min(layout.intermediate);
-    let tasks_per_group = layout.intermediate.div_ceil(columns_per_task);
-    pool.run(groups.len() * tasks_per_group, |task| {
-        let (group, part) = (task / tasks_per_group, task % tasks_per_group);
-        let columns = part * columns_per_task..layout.intermediate.min((part + 1) * columns_per_task);
-        let panels = columns.start / PANEL * 2..columns.end.div_ceil(PANEL) * 2;
-        let width = panels.len() * PANEL;
-        let mut tile = new_sums();
-        let mut sums = vec![0.0; width * groups[group].rows.len().min(GATE_UP_ROWS)];
-        for (chunk, rows) in groups[group].rows.chunks(GATE_UP_ROWS).enumerate() {
-            let pointers: Vec<_> = rows.iter().map(|row| activations.row(row.row as usize)).collect();
-            // SAFETY: the pointers are rows of activations made for this format and k.
-            unsafe {
-                walk(isa, &pointers, &groups[group].gate_up, panels.clone(), &mut tile, |row, panel, products| {
-                    let at = row * (width / PANEL) + panel - panels.start;
-                    // One by one: known sizes are copied without a call.
-                    for (sum, product) in sums.as_chunks_mut().0[at..].iter_mut().zip(products) {
-                        *sum = *product;
-                    }
-                });
-            }
-            for (row, sums) in sums.chunks_exact_mut(width).take(rows.len()).enumerate() {
-                gated(isa, sums);
-                let row = starts[group] + chunk * GATE_UP_ROWS + row;
-                // SAFETY: each task has its own rows and columns.
-                unsafe { writer.write(row, columns.start, &sums[..columns.len()]) };
-            }
+impl<'a> GroupedFfn<'a> {
+    /// Of `x` `[rows, hidden]`, for groups with these rows.
+    ///
+    /// # Panics
+    /// When `x` has not the size that the layout needs, or a row's index lies outside.
+    #[must_use]
+    pub fn new(pool: &'a Pool, isa: Isa, layout: FfnLayout, x: &'a [f32], groups: &'a [&'a [WeightedRow]]) -> Self {
+        assert!(x.len().is_multiple_of(layout.hidden), "{} activations in rows of {}", x.len(), layout.hidden);
+        let rows = x.len() / layout.hidden;
+        assert!(groups.iter().all(|group| group.iter().all(|row| (row.row as usize) < rows)), "row of a group");
+        let mut total = 0;
+        let starts = groups
+            .iter()
+            .map(|group| {
+                total += group.len();
+                total - group.len()
+            })
+            .collect();
+        Self {
+            pool,
+            isa,
+            layout,
+            rows,
+            activations: Activations::new(pool, isa, layout.format, x, layout.hidden),
+            groups,
+            starts,
+            inner: Converted::zeroed(layout.format, total, layout.intermediate),
         }
-    });
-    inner
+    }
+
+    /// silu(gate) · up of the groups given by their index with their gate|up.
+    ///
+    /// # Panics
+    /// When there is no such group, or the weights have another layout.
+    pub fn gate_up(&mut self, weights: &[(usize, Packed<'_>)]) {
+        let Self { pool, isa, layout, activations, groups, starts, inner, .. } = self;
+        let (isa, matrix) = (*isa, layout.gate_up());
+        assert!(weights.iter().all(|(_, weights)| weights.layout() == matrix), "layout of gate|up");
+        let writer = inner.writer(isa);
+        // Columns of the intermediate; what shares a scale stays together.
+        let columns_per_task = (TASK_BYTES / (2 * matrix.panel_bytes()) * PANEL)
+            .max(1)
+            .next_multiple_of(Writer::unit(layout.format))
+            .min(layout.intermediate);
+        let tasks_per_group = layout.intermediate.div_ceil(columns_per_task);
+        pool.run(weights.len() * tasks_per_group, |task| {
+            let ((group, gate_up), part) = (&weights[task / tasks_per_group], task % tasks_per_group);
+            let (rows, start) = (groups[*group], starts[*group]);
+            let columns = part * columns_per_task..layout.intermediate.min((part + 1) * columns_per_task);
+            let panels = columns.start / PANEL * 2..columns.end.div_ceil(PANEL) * 2;
+            let width = panels.len() * PANEL;
+            let mut tile = new_sums();
+            let mut sums = vec![0.0; width * rows.len().min(GATE_UP_ROWS)];
+            for (chunk, rows) in rows.chunks(GATE_UP_ROWS).enumerate() {
+                let pointers: Vec<_> = rows.iter().map(|row| activations.row(row.row as usize)).collect();
+                // SAFETY: the pointers are rows of activations made for this format and k.
+                unsafe {
+                    walk(isa, &pointers, gate_up, panels.clone(), &mut tile, |row, panel, products| {
+                        let at = row * (width / PANEL) + panel - panels.start;
+                        // One by one: known sizes are copied without a call.
+                        for (sum, product) in sums.as_chunks_mut().0[at..].iter_mut().zip(products) {
+                            *sum = *product;
+                        }
+                    });
+                }
+                for (row, sums) in sums.chunks_exact_mut(width).take(rows.len()).enumerate() {
+                    gated(isa, sums);
+                    let row = start + chunk * GATE_UP_ROWS + row;
+                    // SAFETY: each task has its own rows and columns.
+                    unsafe { writer.write(row, columns.start, &sums[..columns.len()]) };
+                }
+            }
+        });
+    }
+
+    /// `out[row] += weight · down(inner)` of the groups given by their index with their down, in the order given;
+    /// their [`GroupedFfn::gate_up`] comes before. Each task owns a range of output columns and walks the groups in
+    /// order, so no partial sums are kept.
+    ///
+    /// # Panics
+    /// When there is no such group, or the weights or `out` `[rows, hidden]` have another layout.
+    pub fn add_down(&self, weights: &[(usize, Packed<'_>)], out: &mut [f32]) {
+        let (matrix, hidden) = (self.layout.down(), self.layout.hidden);
+        assert!(weights.iter().all(|(_, weights)| weights.layout() == matrix), "layout of down");
+        assert_eq!(out.len(), self.rows * hidden, "outputs");
+        let panels_per_task = panels_per_task(self.pool, &matrix);
+        let target = SharedSlice::new(out);
+        self.pool.run(matrix.panels().div_ceil(panels_per_task), |task| {
+            let panels = task * panels_per_task..matrix.panels().min((task + 1) * panels_per_task);
+            let mut tile = new_sums();
+            for (index, (group, down)) in weights.iter().enumerate() {
+                if let Some((_, next)) = weights.get(index + 1) {
+                    prefetch(next, panels.start);
+                }
+                let (rows, start) = (self.groups[*group], self.starts[*group]);
+                let pointers: Vec<_> = (0..rows.len()).map(|row| self.inner.row(start + row)).collect();
+                // SAFETY: the pointers are rows in the form of `down`'s format and k.
+                unsafe {
+                    walk(self.isa, &pointers, down, panels.clone(), &mut tile, |row, panel, sums| {
+                        let WeightedRow { row, weight } = rows[row];
+                        let columns: Range<usize> = panel * PANEL..hidden.min((panel + sums.len()) * PANEL);
+                        // SAFETY: each task has its own columns.
+                        let out = target.part(row as usize * hidden + columns.start, columns.len());
+                        for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
+                            *out += weight * sum;
+                        }
+                    });
+                }
+            }
+        });
+    }
 }
 
 /// Pairs of panels `[gate | up]` to silu(gate) · up, which then stands without gaps at the front.
@@ -174,50 +244,6 @@ fn gated(isa: Isa, sums: &mut [f32]) {
         Isa::Avx2 => unsafe { avx2(sums) },
         _ => plain(sums),
     }
-}
-
-/// Each task owns a range of output columns and walks the groups in order, so no partial sums are kept.
-fn down(
-    pool: &Pool,
-    isa: Isa,
-    layout: FfnLayout,
-    inner: &Converted,
-    groups: &[Group<'_>],
-    starts: &[usize],
-    out: &mut [f32],
-) {
-    let matrix = layout.down();
-    let hidden = layout.hidden;
-    let rows = out.len() / hidden;
-    let panels_per_task = panels_per_task(pool, &matrix);
-    let target = SharedSlice::new(out);
-    pool.run(matrix.panels().div_ceil(panels_per_task), |task| {
-        let panels = task * panels_per_task..matrix.panels().min((task + 1) * panels_per_task);
-        let columns = panels.start * PANEL..hidden.min(panels.end * PANEL);
-        for row in 0..rows {
-            // SAFETY: each task has its own columns.
-            unsafe { target.part(row * hidden + columns.start, columns.len()) }.fill(0.0);
-        }
-        let mut tile = new_sums();
-        for (index, (group, start)) in groups.iter().zip(starts).enumerate() {
-            if let Some(next) = groups.get(index + 1) {
-                prefetch(&next.down, panels.start);
-            }
-            let pointers: Vec<_> = (0..group.rows.len()).map(|row| inner.row(start + row)).collect();
-            // SAFETY: the pointers are rows in the form of `down`'s format and k.
-            unsafe {
-                walk(isa, &pointers, &group.down, panels.clone(), &mut tile, |row, panel, sums| {
-                    let WeightedRow { row, weight } = group.rows[row];
-                    let columns: Range<usize> = panel * PANEL..hidden.min((panel + sums.len()) * PANEL);
-                    // SAFETY: each task has its own columns.
-                    let out = target.part(row as usize * hidden + columns.start, columns.len());
-                    for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
-                        *out += weight * sum;
-                    }
-                });
-            }
-        }
-    });
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! CPU kernels of cadre: slices in, slices out. No tensors, no models, no files.
 //!
 //! - [`buffer`]: memory for weights and caches, 64-byte aligned, in huge pages.
+//! - [`slots`]: equal parts of such memory, for weights that come and go.
 //! - [`format`](mod@format): the packed weight formats: panels of 16 output columns.
 //! - [`pool`]: the persistent worker pool that every parallel kernel runs on.
 //! - [`isa`]: the instruction tier, chosen once at start.
@@ -32,5 +33,6 @@ pub mod roofline;
 pub mod rope;
 pub mod router;
 mod shared;
+pub mod slots;
 #[cfg(test)]
 mod test_support;

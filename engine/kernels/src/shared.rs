@@ -6,7 +6,9 @@ pub(crate) struct SharedSlice<T> {
     len: usize,
 }
 
-// SAFETY: access goes through `part`, whose callers promise disjoint ranges.
+// SAFETY: access goes through `part` and `pointer`, whose callers promise disjoint ranges.
+unsafe impl<T: Send> Send for SharedSlice<T> {}
+// SAFETY: as above.
 unsafe impl<T: Send> Sync for SharedSlice<T> {}
 
 impl<T> SharedSlice<T> {

@@ -138,13 +138,15 @@ impl Experts {
     /// The weights of one expert with the rows that use it.
     pub(crate) fn group<'a>(&'a self, expert: usize, rows: &'a [WeightedRow]) -> Group<'a> {
         let size = expert_bytes(&self.layout);
-        let (gate_up, down) = self.bytes[expert * size..(expert + 1) * size].split_at(self.layout.gate_up().bytes());
-        Group {
-            gate_up: Packed::new(self.layout.gate_up(), gate_up),
-            down: Packed::new(self.layout.down(), down),
-            rows,
-        }
+        let [gate_up, down] = matrices(&self.layout, &self.bytes[expert * size..(expert + 1) * size]);
+        Group { gate_up, down, rows }
     }
+}
+
+/// gate|up and down of a packed expert, which `bytes` begin with.
+pub(crate) fn matrices<'a>(layout: &FfnLayout, bytes: &'a [u8]) -> [Packed<'a>; 2] {
+    let (gate_up, down) = bytes.split_at(layout.gate_up().bytes());
+    [Packed::new(layout.gate_up(), gate_up), Packed::new(layout.down(), &down[..layout.down().bytes()])]
 }
 
 /// Bytes of one packed expert: gate|up, then down.

@@ -1,7 +1,8 @@
-use super::{Experts, Matrix, RouterOptions};
+use super::{Experts, FfnLayout, Matrix, RouterOptions};
 use crate::{
     Result, Tensor,
     compute::Compute,
+    experts::{Lane, StoredExperts},
     model::MoeLayerInfo,
     ops::{self, Routes},
 };
@@ -30,17 +31,51 @@ pub struct MoeFfn {
     /// How the router's logits become a choice.
     pub options: RouterOptions,
     /// The experts.
-    pub experts: Experts,
+    pub experts: RoutedExperts,
     /// Added for all tokens.
     pub shared: Option<DenseFfn>,
 }
 
+/// The experts that a router chooses from.
+#[derive(Debug)]
+pub enum RoutedExperts {
+    /// All in memory.
+    Resident(Experts),
+    /// In the expert store.
+    Stored(StoredExperts),
+}
+
+impl RoutedExperts {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Resident(experts) => experts.count(),
+            Self::Stored(experts) => experts.count(),
+        }
+    }
+
+    fn layout(&self) -> FfnLayout {
+        match self {
+            Self::Resident(experts) => experts.layout(),
+            Self::Stored(experts) => experts.layout(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Resident(experts) => experts.bytes(),
+            Self::Stored(experts) => experts.bytes(),
+        }
+    }
+}
+
 impl Ffn {
-    /// `[tokens, hidden]` to the same.
-    pub(crate) fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+    /// `[tokens, hidden]` to the same. `lane` is for experts in the store.
+    pub(crate) fn forward(&self, compute: &Compute, x: &Tensor, lane: Lane) -> Result<Tensor> {
         match self {
             Self::Dense(ffn) => ffn.forward(compute, x),
-            Self::Moe(ffn) => ffn.forward(compute, x),
+            Self::Moe(ffn) => ffn.forward(compute, x, lane),
         }
     }
 
@@ -52,7 +87,8 @@ impl Ffn {
                 let bias = ffn.options.selection_bias.as_ref().map_or(0, Vec::len);
                 let shared = ffn.shared.as_ref().map_or(0, |shared| shared.weights.parameters_per_expert());
                 let always = ffn.router.parameters() + bias + shared;
-                let expert = ffn.experts.parameters_per_expert();
+                let FfnLayout { hidden, intermediate, .. } = ffn.experts.layout();
+                let expert = 3 * hidden * intermediate;
                 (always + ffn.experts.count() * expert, always + ffn.options.top_k * expert)
             }
         }
@@ -95,10 +131,13 @@ impl DenseFfn {
 }
 
 impl MoeFfn {
-    fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+    fn forward(&self, compute: &Compute, x: &Tensor, lane: Lane) -> Result<Tensor> {
         let logits = ops::linear(compute, x, &self.router, None)?;
         let routes = ops::route(&logits, &self.options)?;
-        let routed = ops::grouped_ffn(compute, x, &self.experts, &routes)?;
+        let routed = match &self.experts {
+            RoutedExperts::Resident(experts) => ops::grouped_ffn(compute, x, experts, &routes)?,
+            RoutedExperts::Stored(experts) => ops::stored_ffn(compute, x, experts, &routes, lane)?,
+        };
         match &self.shared {
             Some(shared) => ops::add(&routed, &shared.forward(compute, x)?),
             None => Ok(routed),

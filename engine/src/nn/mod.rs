@@ -18,8 +18,9 @@ pub use cadre_kernels::{
     router::{GroupLimit, RouterOptions, Scores},
 };
 pub use decoder::{Decoder, DecoderLayer, DecoderParts};
+pub(crate) use experts::matrices;
 pub use experts::{ExpertPart, Experts, expert_bytes};
-pub use ffn::{DenseFfn, Ffn, MoeFfn};
+pub use ffn::{DenseFfn, Ffn, MoeFfn, RoutedExperts};
 pub use linear::Linear;
 pub use matrix::Matrix;
 pub use norm::RmsNorm;

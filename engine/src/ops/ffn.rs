@@ -1,10 +1,15 @@
 use cadre_kernels::{
-    ffn::WeightedRow,
+    ffn::{GroupedFfn, WeightedRow},
     router::{self, RouterOptions},
 };
 
 use super::{forward_only, output, rows_of, with_slice};
-use crate::{Result, Tensor, compute::Compute, nn::Experts};
+use crate::{
+    Result, Tensor,
+    compute::Compute,
+    experts::{ExpertStore, Lane, Lease, StoredExperts},
+    nn::{Experts, matrices},
+};
 
 /// Which experts each token uses: `[tokens, top_k]`, a token's experts in ascending index.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,4 +78,76 @@ pub fn grouped_ffn(compute: &Compute, x: &Tensor, experts: &Experts, routes: &Ro
         Ok(())
     })?;
     output(out, layout.hidden)
+}
+
+/// [`grouped_ffn`] of experts in the store, bit for bit: those that are in memory begin, the others follow as they are
+/// read. What doesn't fit at once comes in parts, one read while the one before computes.
+///
+/// # Errors
+/// When an expert can't be read; and as for [`grouped_ffn`].
+pub fn stored_ffn(
+    compute: &Compute,
+    x: &Tensor,
+    experts: &StoredExperts,
+    routes: &Routes,
+    lane: Lane,
+) -> Result<Tensor> {
+    forward_only("stored_ffn", &[x])?;
+    let layout = experts.layout();
+    let tokens = rows_of("input of stored_ffn", x, layout.hidden)?;
+    let (store, layer) = experts.place()?;
+    let rows = routes.by_expert(experts.count());
+    let used: Vec<usize> = (0..rows.len()).filter(|&expert| !rows[expert].is_empty()).collect();
+    let groups: Vec<&[WeightedRow]> = used.iter().map(|&expert| rows[expert].as_slice()).collect();
+    // Two parts are held at a time.
+    let part = if used.len() <= store.slots() { used.len() } else { store.slots() / 2 }.max(1);
+    let mut out = vec![0.0; tokens * layout.hidden];
+    with_slice(x, |x| {
+        let mut ffn = GroupedFfn::new(&compute.pool, compute.isa, layout, x, &groups);
+        let mut begun = 0;
+        let mut next = None;
+        while begun < used.len() || next.is_some() {
+            let (start, mut lease) = match next.take() {
+                Some(begun) => begun,
+                None => begin(store, layer, &used, &mut begun, part, lane),
+            };
+            if begun < used.len() && part < used.len() {
+                next = Some(begin(store, layer, &used, &mut begun, part, lane));
+            }
+            loop {
+                let landed = lease.landed()?;
+                if landed.is_empty() {
+                    break;
+                }
+                let bytes: Vec<_> = landed.iter().map(|&index| lease.bytes(index)).collect();
+                let weights: Vec<_> = landed
+                    .iter()
+                    .zip(&bytes)
+                    .map(|(&index, bytes)| (start + index, matrices(&layout, bytes)[0]))
+                    .collect();
+                ffn.gate_up(&weights);
+            }
+            let bytes: Vec<_> = (0..lease.len()).map(|index| lease.bytes(index)).collect();
+            let weights: Vec<_> =
+                bytes.iter().enumerate().map(|(index, bytes)| (start + index, matrices(&layout, bytes)[1])).collect();
+            ffn.add_down(&weights, &mut out);
+        }
+        Ok(())
+    })?;
+    output(out, layout.hidden)
+}
+
+/// Leases up to `part` more of the experts in `used`; says with which it begins.
+fn begin<'a>(
+    store: &'a ExpertStore,
+    layer: usize,
+    used: &[usize],
+    begun: &mut usize,
+    part: usize,
+    lane: Lane,
+) -> (usize, Lease<'a>) {
+    let start = *begun;
+    let lease = store.lease(layer, &used[start..used.len().min(start + part)], lane);
+    *begun += lease.len();
+    (start, lease)
 }

@@ -13,7 +13,7 @@ mod rows;
 use candle_core::{CpuStorage, Device, Storage};
 
 pub use attention::{attention, split_qkv};
-pub use ffn::{Routes, grouped_ffn, route};
+pub use ffn::{Routes, grouped_ffn, route, stored_ffn};
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use rows::{add, embed, select_rows, values};

@@ -172,12 +172,16 @@ impl Engine {
         // read (KV blocks, working memory of the sampler).
         let failure = match outcome {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => Some(format!("panic: {}", panic_message(panic.as_ref()))),
+            Ok(Err(Error::Fetch(error))) => Some((error.to_string(), RequestError::Weights(error.id))),
+            Ok(Err(error)) => Some((error.to_string(), RequestError::Internal(error.to_string()))),
+            Err(panic) => {
+                let message = format!("panic: {}", panic_message(panic.as_ref()));
+                Some((message.clone(), RequestError::Internal(message)))
+            }
         };
-        if let Some(message) = failure {
+        if let Some((message, error)) = failure {
             tracing::error!(message, "a step failed");
-            self.fail_running(&message);
+            self.fail_running(&error);
         }
         self.report.step_seconds = start.elapsed().as_secs_f64();
         self.unreported = true;
@@ -299,9 +303,9 @@ impl Engine {
         self.fail(request, failure);
     }
 
-    fn fail_running(&mut self, message: &str) {
+    fn fail_running(&mut self, error: &RequestError) {
         for request in self.scheduler.fail_running() {
-            self.fail(request, RequestError::Internal(message.to_owned()));
+            self.fail(request, error.clone());
         }
     }
 

@@ -18,7 +18,7 @@ type Tensors = Vec<(String, Vec<usize>)>;
 
 fn load_from(directory: &Path, options: FormatOptions) -> Result<LoadedModel> {
     let checkpoint = open(Some(directory.to_str().unwrap()), &|_| {})?;
-    load(&checkpoint, &options, &Compute::new(2), &|_| {})
+    load(&checkpoint, &options, Placement::Resident, &Compute::new(2), &|_| {})
 }
 
 /// Loads a tiny model whose configuration and tensors were changed before they were written.
@@ -45,7 +45,9 @@ fn every_architecture_loads_and_counts_its_parameters() {
         write_checkpoint(directory.path(), &config, &tensors);
         let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
         let told = Mutex::new(Vec::new());
-        let loaded = load(&checkpoint, &AUTO, &Compute::new(2), &|progress| told.lock().unwrap().push(progress));
+        let loaded = load(&checkpoint, &AUTO, Placement::Resident, &Compute::new(2), &|progress| {
+            told.lock().unwrap().push(progress)
+        });
         let model = loaded.unwrap().model;
         let (info, summary) = (model.info(), checkpoint.summary().unwrap());
         assert_eq!((info.num_layers, info.hidden_size, info.vocab_size), (2, 8, 11), "{architecture}");
@@ -59,7 +61,7 @@ fn every_architecture_loads_and_counts_its_parameters() {
 
 #[test]
 fn the_embedded_model_loads() {
-    let loaded = load(&open(None, &|_| {}).unwrap(), &AUTO, &Compute::new(2), &|_| {}).unwrap();
+    let loaded = load(&open(None, &|_| {}).unwrap(), &AUTO, Placement::Resident, &Compute::new(2), &|_| {}).unwrap();
     assert_eq!(loaded.model.info().vocab_size, 640);
 }
 

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    architectures, load,
+    Placement, architectures, load,
     summary::Part,
     tensors::{PackedEntry, Stored, StoredType},
     testing::{TensorFile, index_json, tiny, write_checkpoint},
@@ -59,7 +59,7 @@ impl Place {
     }
 
     fn load(&self, options: &FormatOptions) -> Result<crate::LoadedModel> {
-        load(&open_directory(&self.output())?, options, &Compute::new(2), &|_| {})
+        load(&open_directory(&self.output())?, options, Placement::Resident, &Compute::new(2), &|_| {})
     }
 
     /// Changes a text in the header of the shard `file`; the header keeps its size.
@@ -93,10 +93,12 @@ fn every_architecture_packs_and_loads() {
             assert_eq!(packed.pack.active_parameters, packed.source.active_parameters, "{architecture}");
             let checkpoint = open_directory(&place.output()).unwrap();
             let told = Mutex::new(Vec::new());
-            let loaded = load(&checkpoint, &AUTO, &Compute::new(2), &|progress| told.lock().unwrap().push(progress));
+            let loaded = load(&checkpoint, &AUTO, Placement::Resident, &Compute::new(2), &|progress| {
+                told.lock().unwrap().push(progress)
+            });
             let loaded = loaded.unwrap();
             let source = open_directory(&place.source()).unwrap();
-            let direct = load(&source, &options, &Compute::new(1), &|_| {}).unwrap();
+            let direct = load(&source, &options, Placement::Resident, &Compute::new(1), &|_| {}).unwrap();
             assert_eq!(loaded.formats, direct.formats, "{architecture}");
             assert_eq!(loaded.model.info(), direct.model.info(), "{architecture}");
             let done = told.into_inner().unwrap().iter().map(|progress| progress.done_bytes).max();

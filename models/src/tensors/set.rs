@@ -124,6 +124,17 @@ impl TensorSet {
         self.files[*file].read_exact_at(info.offset + offset, out)
     }
 
+    /// Has [`TensorSet::read_direct`] go past the page cache, where the file system allows it.
+    pub(crate) fn bypass_page_cache(&mut self) {
+        self.files.iter_mut().for_each(Source::bypass_page_cache);
+    }
+
+    /// Fills `out` with the first bytes of tensor number `index`, past the page cache if it can.
+    pub(crate) fn read_direct(&self, index: usize, out: &mut [u8]) -> Result<()> {
+        let Located { info, file } = &self.tensors[index];
+        self.files[*file].read_direct(info.offset, out)
+    }
+
     /// A number that tells this checkpoint from others: of the tensors' names, types and shapes, and of samples
     /// from the beginning, the middle and the end of each.
     pub(crate) fn fingerprint(&self) -> Result<String> {

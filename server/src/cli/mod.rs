@@ -88,6 +88,11 @@ struct EngineArgs {
     #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto)]
     kv_dtype: KvDtypeArg,
 
+    /// Memory for the whole process, such as 8GiB: experts that don't fit are read from the pack as they are needed
+    /// [default: all weights in memory, or nine tenths of what is free if a pack doesn't fit]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    memory: Option<u64>,
+
     /// Memory for the KV cache, such as 512MiB [default: up to 512MiB, no more than the sequences can use
     /// and no more than a quarter of the free memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
@@ -109,6 +114,7 @@ impl EngineArgs {
             model: self.model.clone(),
             served_names: Vec::new(),
             threads: self.threads.map(usize::from),
+            memory: self.memory,
             kv_memory: self.kv_memory,
             max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,

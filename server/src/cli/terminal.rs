@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use cadre_engine::{request::Request, runtime::Runtime};
+use cadre_engine::{experts::ExpertStore, request::Request, runtime::Runtime};
 use clap::Args;
 use serde_json::{Map, Value};
 
@@ -88,6 +88,8 @@ pub enum Prompt<'a> {
 /// A model that answers one prompt after the other in a terminal.
 pub struct Terminal {
     runtime: Runtime,
+    /// The experts that don't fit the memory.
+    store: Option<ExpertStore>,
     served: Arc<Served>,
     sampling: Map<String, Value>,
 }
@@ -99,7 +101,7 @@ impl Terminal {
     /// When it can't be loaded.
     pub fn start(options: &EngineOptions, sampling: &SamplingArgs) -> Result<Self> {
         let engine = engine::start(options)?;
-        Ok(Self { runtime: engine.runtime, served: engine.served, sampling: sampling.body() })
+        Ok(Self { runtime: engine.runtime, served: engine.served, store: engine.store, sampling: sampling.body() })
     }
 
     /// Whether conversations can be had.
@@ -133,9 +135,12 @@ impl Terminal {
         }
     }
 
-    /// Ends the engine.
+    /// Ends the engine; says on standard error how experts that don't fit the memory fared.
     pub fn end(self) {
         self.runtime.shutdown(Duration::ZERO);
+        if let Some(store) = self.store {
+            eprintln!("{}", store.counters());
+        }
     }
 }
 

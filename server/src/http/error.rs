@@ -155,6 +155,10 @@ impl From<RequestError> for ApiError {
         match error {
             RequestError::ShuttingDown => Self::shutting_down(),
             RequestError::NothingAllowed(reason) => Self::new(Kind::InvalidRequest, sentence(&reason)),
+            weights @ RequestError::Weights(_) => Self::new(
+                Kind::Internal,
+                format!("{} The server's log says why; ask again when that is mended.", sentence(&weights.to_string())),
+            ),
             RequestError::Internal(detail) => Self::internal(detail),
         }
     }

@@ -71,6 +71,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let options = EngineOptions { prefix_caching: false, ..args.engine.options(max_num_seqs) };
     let engine = engine::start(&options)?;
     let result = measure(args, &engine);
+    if let Some(store) = &engine.store {
+        eprintln!("{}", store.counters());
+    }
     engine.runtime.shutdown(Duration::ZERO);
     unless_pipe_closed(result)
 }

@@ -1,0 +1,67 @@
+//! The expert store: a model's experts within a budget of memory. A [`Tier`] holds all of them; slots in memory hold
+//! those that are used; the cache decides which. A step leases the experts that a layer's tokens chose: those that
+//! lie in slots compute while the others are read. Results don't depend on what lay where.
+
+pub mod cache;
+mod store;
+#[cfg(test)]
+mod tests;
+mod tier;
+
+use std::sync::{Arc, OnceLock};
+
+pub use cache::{ExpertId, Lane};
+pub use store::{ExpertStore, Lease, StoreCounters};
+pub use tier::{FetchError, Tier};
+
+use crate::{
+    Error, Result,
+    nn::{FfnLayout, expert_bytes},
+};
+
+/// The experts of one layer that lie in a store. The store itself comes when all layers are known.
+#[derive(Clone)]
+pub struct StoredExperts {
+    layer: usize,
+    count: usize,
+    layout: FfnLayout,
+    store: Arc<OnceLock<ExpertStore>>,
+}
+
+impl StoredExperts {
+    /// `count` experts of layer `layer`, counted among the layers in the store, which `store` will hold.
+    #[must_use]
+    pub fn new(layer: usize, count: usize, layout: FfnLayout, store: Arc<OnceLock<ExpertStore>>) -> Self {
+        Self { layer, count, layout, store }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Their sizes.
+    #[must_use]
+    pub fn layout(&self) -> FfnLayout {
+        self.layout
+    }
+
+    /// Bytes of all.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.count * expert_bytes(&self.layout)
+    }
+
+    /// The store, and which of its layers this is.
+    pub(crate) fn place(&self) -> Result<(&ExpertStore, usize)> {
+        let store = self.store.get();
+        store.map(|store| (store, self.layer)).ok_or_else(|| Error::Config("the expert store was not opened".into()))
+    }
+}
+
+impl std::fmt::Debug for StoredExperts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoredExperts").field("layer", &self.layer).field("count", &self.count).finish_non_exhaustive()
+    }
+}

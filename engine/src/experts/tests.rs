@@ -1,0 +1,185 @@
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use cadre_kernels::buffer::AllocError;
+use candle_core::Device;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    Tensor,
+    compute::Compute,
+    nn::{Experts, Format},
+    ops::{Routes, grouped_ffn, stored_ffn},
+};
+
+const COUNT: usize = 7;
+const LAYOUT: FfnLayout = FfnLayout { format: Format::Q8_0, hidden: 64, intermediate: 48 };
+
+/// A tier in memory that can fail, stall and count.
+#[derive(Clone, Default)]
+struct Memory(Arc<MemoryState>);
+
+#[derive(Default)]
+struct MemoryState {
+    layers: Vec<Vec<u8>>,
+    broken: Mutex<HashSet<ExpertId>>,
+    panicking: Mutex<HashSet<ExpertId>>,
+    delay: Mutex<Duration>,
+    fetches: AtomicUsize,
+}
+
+impl Tier for Memory {
+    fn name(&self) -> &str {
+        "a test"
+    }
+
+    fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<(), FetchError> {
+        std::thread::sleep(*self.0.delay.lock().unwrap());
+        self.0.fetches.fetch_add(1, Ordering::Relaxed);
+        // What was there before must not matter.
+        out.fill(0xff);
+        assert!(!self.0.panicking.lock().unwrap().contains(&id), "as asked for");
+        if self.0.broken.lock().unwrap().contains(&id) {
+            return Err(FetchError { id, tier: self.name().to_owned(), reason: "as asked for".to_owned() });
+        }
+        let size = expert_bytes(&LAYOUT);
+        out[..size].copy_from_slice(&self.0.layers[id.layer as usize][id.expert as usize * size..][..size]);
+        Ok(())
+    }
+}
+
+/// Two layers in memory, and the same in a store.
+struct Rig {
+    compute: Compute,
+    resident: Vec<Experts>,
+    tier: Memory,
+    store: ExpertStore,
+    stored: Vec<StoredExperts>,
+}
+
+impl Rig {
+    fn new(slots: usize) -> Self {
+        let compute = Compute::new(2);
+        let resident: Vec<Experts> = (0..2_usize)
+            .map(|layer| {
+                Experts::from_rows(&compute, LAYOUT, COUNT, |expert, part, rows, out| {
+                    for (index, value) in out.iter_mut().enumerate() {
+                        let number = index + rows.start * 131 + expert * 977 + layer * 7919 + part as usize * 337;
+                        *value = (number * 2_654_435_761 % 1009) as f32 / 1009.0 - 0.5;
+                    }
+                    Ok::<(), AllocError>(())
+                })
+                .unwrap()
+            })
+            .collect();
+        let layers = resident.iter().map(|experts| experts.data().to_vec()).collect();
+        let tier = Memory(Arc::new(MemoryState { layers, ..MemoryState::default() }));
+        let slot_bytes = expert_bytes(&LAYOUT).next_multiple_of(4096);
+        let store = ExpertStore::new(Box::new(tier.clone()), slots, slot_bytes, &[COUNT, COUNT]).unwrap();
+        let cell = Arc::new(OnceLock::new());
+        assert!(cell.set(store.clone()).is_ok());
+        let stored = (0..2).map(|layer| StoredExperts::new(layer, COUNT, LAYOUT, Arc::clone(&cell))).collect();
+        Self { compute, resident, tier, store, stored }
+    }
+
+    /// Whether both give the same bits for these routes: two of the experts for each token.
+    fn agree(&self, layer: usize, choices: &[(usize, usize)], lane: Lane) -> crate::Result<bool> {
+        let mut routes = Routes { top_k: 2, experts: Vec::new(), weights: Vec::new() };
+        for &(first, second) in choices {
+            let (low, high) = if first == second { (first, (first + 1) % COUNT) } else { (first, second) };
+            routes.experts.extend([low.min(high) as u32, low.max(high) as u32]);
+            routes.weights.extend([0.3, 0.6]);
+        }
+        let x: Vec<f32> = (0..choices.len() * LAYOUT.hidden).map(|index| (index as f32 * 0.37).sin()).collect();
+        let x = Tensor::from_vec(x, (choices.len(), LAYOUT.hidden), &Device::Cpu)?;
+        let bits = |tensor: Tensor| -> crate::Result<Vec<u32>> {
+            Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+        };
+        let stored = bits(stored_ffn(&self.compute, &x, &self.stored[layer], &routes, lane)?)?;
+        Ok(stored == bits(grouped_ffn(&self.compute, &x, &self.resident[layer], &routes)?)?)
+    }
+}
+
+/// Every expert of a layer is used.
+const ALL: [(usize, usize); 6] = [(0, 1), (2, 3), (4, 5), (6, 0), (3, 1), (5, 2)];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn what_is_resident_never_changes_a_bit(
+        slots in 1..=2 * COUNT,
+        steps in prop::collection::vec(
+            (0..2_usize, prop::collection::vec((0..COUNT, 0..COUNT), 1..40), any::<bool>()), 1..12),
+    ) {
+        let rig = Rig::new(slots);
+        for (layer, choices, scan) in steps {
+            let lane = if scan { Lane::Scan } else { Lane::Decode };
+            prop_assert!(rig.agree(layer, &choices, lane).unwrap());
+        }
+    }
+}
+
+#[test]
+fn what_fits_is_fetched_once() {
+    let rig = Rig::new(2 * COUNT);
+    for _ in 0..5 {
+        assert!(rig.agree(0, &ALL, Lane::Decode).unwrap() && rig.agree(1, &ALL, Lane::Decode).unwrap());
+    }
+    let counters = rig.store.counters();
+    assert_eq!(rig.tier.0.fetches.load(Ordering::Relaxed), 2 * COUNT);
+    assert_eq!((counters.misses, counters.hits, counters.evictions), (2 * COUNT as u64, 8 * COUNT as u64, 0));
+    assert!(counters.fetched_bytes >= 2 * (COUNT * expert_bytes(&LAYOUT)) as u64);
+}
+
+#[test]
+fn an_expert_that_cannot_be_read_is_named_and_is_there_when_it_can() {
+    for (slots, panics) in [1, 2, 5, 14].into_iter().flat_map(|slots| [(slots, false), (slots, true)]) {
+        let rig = Rig::new(slots);
+        let faults = if panics { &rig.tier.0.panicking } else { &rig.tier.0.broken };
+        faults.lock().unwrap().insert(ExpertId { layer: 1, expert: 3 });
+        let error = rig.agree(1, &ALL, Lane::Decode).unwrap_err().to_string();
+        assert!(error.contains("expert 3 of layer 1") && error.contains("a test"), "{error}");
+        // Those who don't need it don't notice.
+        assert!(rig.agree(1, &[(0, 1), (2, 4)], Lane::Decode).unwrap());
+        assert!(rig.agree(0, &ALL, Lane::Decode).unwrap());
+        faults.lock().unwrap().clear();
+        assert!(rig.agree(1, &ALL, Lane::Decode).unwrap());
+    }
+}
+
+#[test]
+fn waiting_for_the_disk_is_counted() {
+    let rig = Rig::new(3);
+    *rig.tier.0.delay.lock().unwrap() = Duration::from_millis(30);
+    assert!(rig.agree(0, &ALL, Lane::Decode).unwrap());
+    assert!(rig.store.counters().stalled >= Duration::from_millis(30));
+}
+
+#[test]
+fn leases_hold_what_they_took_and_no_more() {
+    let rig = Rig::new(4);
+    let first = rig.store.lease(0, &[0, 1, 2], Lane::Decode);
+    let second = rig.store.lease(1, &[0, 1, 2], Lane::Decode);
+    assert_eq!((first.len(), second.len()), (3, 1));
+    // All are held: nothing is left to take, and nothing that is held goes.
+    assert!(rig.store.lease(1, &[4], Lane::Decode).is_empty());
+    assert_eq!(rig.store.lease(0, &[0, 1, 2], Lane::Decode).len(), 3);
+    drop((first, second));
+    assert_eq!(rig.store.lease(1, &[3, 4, 5, 6], Lane::Decode).len(), 4);
+}
+
+#[test]
+fn a_store_that_was_not_opened_is_an_error() {
+    let rig = Rig::new(1);
+    let unopened = StoredExperts::new(0, COUNT, LAYOUT, Arc::default());
+    let x = Tensor::zeros((1, LAYOUT.hidden), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let result = stored_ffn(&rig.compute, &x, &unopened, &Routes::dense(1), Lane::Decode);
+    assert!(result.unwrap_err().to_string().contains("not opened"));
+}
