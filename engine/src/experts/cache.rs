@@ -28,8 +28,9 @@ use crate::{Error, Result};
 /// What one use adds to an expert's count, so large that old counts differ after some halvings.
 const USE: u32 = 256;
 
-/// Uses per expert, on average over all, after which every count is halved.
-const ROUND_USES: u64 = 20;
+/// Uses per expert, on average over all, after which every count is halved. On made-up traces (`cache_simulator`) any
+/// choice from 3 to 60 gives the same hit rate within 2 points; more loses where topics change, less with batches.
+const ROUND_USES: u64 = 10;
 
 /// A routed expert of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
