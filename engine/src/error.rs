@@ -27,8 +27,13 @@ pub enum Error {
     #[error(transparent)]
     Memory(#[from] cadre_kernels::buffer::AllocError),
     /// An expert's weights could not be fetched.
-    #[error(transparent)]
-    Fetch(#[from] crate::experts::FetchError),
+    #[error("{error}")]
+    Fetch {
+        /// Which one, and why.
+        error: crate::experts::FetchError,
+        /// The rows of the step whose tokens need it, ascending.
+        rows: Vec<u32>,
+    },
     /// candle refused an operation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

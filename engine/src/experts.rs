@@ -2,7 +2,7 @@
 //! those that are used; the cache decides which. A step leases the experts that a layer's tokens chose: those that
 //! lie in slots compute while the others are read. Results don't depend on what lay where.
 
-pub mod cache;
+mod cache;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -10,7 +10,7 @@ mod tier;
 
 use std::sync::{Arc, OnceLock};
 
-pub use cache::{ExpertId, Lane};
+pub use cache::{ExpertId, Lane, SlotCache};
 pub use store::{ExpertStore, Lease, StoreCounters};
 pub use tier::{FetchError, Tier};
 

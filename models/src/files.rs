@@ -3,9 +3,9 @@
 
 use std::{
     borrow::Cow,
-    fs::{DirEntry, File, OpenOptions},
+    fs::{DirEntry, File},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::PathBuf,
 };
 
@@ -108,7 +108,6 @@ enum Bytes {
         file: File,
         /// The same file again, read past the page cache; `None` where that is not asked for or not possible.
         direct: Option<File>,
-        path: PathBuf,
     },
     Static(&'static [u8]),
 }
@@ -130,7 +129,7 @@ impl Source {
         }
         let file = File::open(path).map_err(failed)?;
         let len = file.metadata().map_err(failed)?.len();
-        Ok(Some(Self { label, len, bytes: Bytes::File { file, direct: None, path: path.to_owned() } }))
+        Ok(Some(Self { label, len, bytes: Bytes::File { file, direct: None } }))
     }
 
     /// How the file is called in messages.
@@ -146,8 +145,11 @@ impl Source {
     /// Has [`Source::read_direct`] go past the page cache, where the file system allows it.
     #[cfg(target_os = "linux")]
     pub(crate) fn bypass_page_cache(&mut self) {
-        if let Bytes::File { direct, path, .. } = &mut self.bytes {
-            *direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).ok();
+        use std::os::{fd::AsRawFd, unix::fs::OpenOptionsExt};
+        if let Bytes::File { file, direct } = &mut self.bytes {
+            // Not by its name, which may be another file's by now.
+            let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+            *direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(same).ok();
         }
     }
 

@@ -89,13 +89,23 @@ impl Tier for PackTier {
         &self.name
     }
 
-    fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<(), FetchError> {
+    fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<usize, FetchError> {
         let failed = |reason: String| FetchError { id, tier: self.name.clone(), reason };
         let layer = self.layers.get(id.layer as usize).ok_or_else(|| failed("there is no such layer".to_owned()))?;
         let tensor = layer.tensors.get(id.expert as usize).ok_or_else(|| failed("there is no such one".to_owned()))?;
         let bytes = PackedLayout::Expert(layer.layout).bytes() as usize;
         let room = out.len();
         let out = out.get_mut(..bytes).ok_or_else(|| failed(format!("it has {bytes} bytes, its slot {room}")))?;
-        self.tensors.read_direct(*tensor, out).map_err(|error| failed(error.to_string()))
+        self.tensors.read_direct(*tensor, out).map_err(|error| failed(error.to_string()))?;
+        let data = &out[..PackedLayout::Expert(layer.layout).data_bytes() as usize];
+        let (expected, found) = (self.tensors.info(*tensor).checksum, crc32fast::hash(data));
+        if expected == Some(found) {
+            return Ok(bytes);
+        }
+        let file = self.tensors.label(*tensor);
+        Err(failed(format!(
+            "{file} is damaged: expected checksum {:08x}, found {found:08x}; remove it and run `cadre pack` again",
+            expected.unwrap_or(0)
+        )))
     }
 }

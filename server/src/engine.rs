@@ -16,7 +16,8 @@ use cadre_engine::{
     runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport},
 };
 use cadre_models::{
-    ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Tokenizer, UnopenedExperts,
+    ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Summary, Tokenizer,
+    UnopenedExperts,
 };
 
 use crate::{
@@ -151,20 +152,27 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     // Small and quick to fail: read before the weights.
     checkpoint.tokenizer()?;
     checkpoint.chat_template()?;
-    let kv_bytes =
-        options.kv_memory.unwrap_or_else(|| options.memory.map_or(0, |bytes| DEFAULT_KV_BYTES.min(bytes / 8)));
-    let budget = Budget::new(options.memory, kv_bytes, &checkpoint.summary()?);
+    let summary = checkpoint.summary()?;
+    let budget = Budget::new(options.memory, other_bytes(options, &summary), &summary, &options.formats);
     let LoadedModel { model, formats, experts } = progress::weights("loading weights", |report| {
-        cadre_models::load(&checkpoint, &options.formats, budget.placement, &compute, report)
+        cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
-    let plan = KvPlan::new(options, budget.bytes, model.info(), formats)?;
-    let store = experts.map(|experts| open_experts(experts, budget, options, &plan, model.info())).transpose()?;
+    let info = model.info();
+    let held = Held::new(options, info, experts.as_ref());
+    let plan = KvPlan::new(options, budget.bytes().map(|bytes| held.leaves(bytes)), info, formats)?;
+    if let Budget::Resident { bytes: Some(bytes) } = budget {
+        memory::check(bytes, held.taken(&plan))?;
+    }
+    let slot_bytes = experts.as_ref().map_or(0, |experts| experts.slot_bytes() as u64);
+    let store = experts.map(|experts| open_experts(experts, budget, options, held, &plan)).transpose()?;
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
     );
     let name = served_names(options, &checkpoint).swap_remove(0);
-    let parts = [("weights", model.info().weight_bytes), ("kv", plan.bytes())];
+    let routed: u64 = info.moe_layers.iter().map(|layer| layer.experts as u64 * layer.expert_bytes).sum();
+    let experts = store.as_ref().map_or(routed, |store| store.slots() as u64 * slot_bytes);
+    let parts = [("weights", info.weight_bytes - routed), ("experts", experts), ("kv", plan.bytes())];
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
     let runtime = start_runtime(options, model, &plan, compute.clone(), meters.clone(), store.clone())?;
@@ -181,33 +189,79 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     })
 }
 
+/// What a process will hold besides weights, as far as that is known before they are loaded.
+fn other_bytes(options: &EngineOptions, model: &Summary) -> u64 {
+    let kv = options.kv_memory.unwrap_or_else(|| default_kv_bytes(options.memory));
+    let hidden_size = model.hidden_size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
+    let step = memory::step_bytes(hidden_size, 0, options.max_num_batched_tokens, options.max_num_seqs);
+    kv.saturating_add(step).saturating_add(host::rss_bytes().unwrap_or(0))
+}
+
+/// The KV cache's size within a budget, when no flag gives it: no more than an eighth.
+fn default_kv_bytes(budget: Option<u64>) -> u64 {
+    DEFAULT_KV_BYTES.min(budget.map_or(u64::MAX, |bytes| bytes / 8))
+}
+
+/// What a process holds besides keys and values, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    /// The process now, with the weights that it has loaded.
+    weights: u64,
+    /// What a step takes.
+    step: u64,
+    /// The fewest experts that the store may hold, and their bytes.
+    least_experts: u64,
+    least_expert_bytes: u64,
+}
+
+impl Held {
+    fn new(options: &EngineOptions, info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
+        let (tokens, sequences) = (options.max_num_batched_tokens, options.max_num_seqs);
+        // A token's experts of one layer.
+        let least_experts = info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1);
+        Self {
+            weights: host::rss_bytes().unwrap_or(info.dense_bytes),
+            step: memory::step_bytes(info.hidden_size, info.vocab_size, tokens, sequences),
+            least_experts,
+            least_expert_bytes: experts.map_or(0, |experts| least_experts * experts.slot_bytes() as u64),
+        }
+    }
+
+    /// All but experts in the store.
+    fn taken(self, plan: &KvPlan) -> u64 {
+        self.weights.saturating_add(self.step).saturating_add(plan.bytes())
+    }
+
+    /// The KV cache that a budget has room for, by default.
+    fn leaves(self, budget: u64) -> u64 {
+        let held = self.weights.saturating_add(self.step).saturating_add(self.least_expert_bytes);
+        // Half of it: experts are worth more than a long context.
+        default_kv_bytes(Some(budget)).min(budget.saturating_sub(held) / 2)
+    }
+}
+
 /// Opens the store of experts that didn't fit, with what the budget leaves beside all else.
 fn open_experts(
     experts: UnopenedExperts,
     budget: Budget,
     options: &EngineOptions,
+    held: Held,
     plan: &KvPlan,
-    info: &ModelInfo,
 ) -> Result<ExpertStore> {
-    let step_bytes = memory::step_bytes(info, options.max_num_batched_tokens, options.max_num_seqs);
-    let resident = host::rss_bytes().unwrap_or(info.dense_bytes);
-    let taken = resident + plan.bytes() + step_bytes;
-    let memory = ExpertMemory {
-        slot_bytes: experts.slot_bytes() as u64,
-        count: experts.count() as u64,
-        // A token's experts of one layer, and while they compute those of the next part.
-        least: info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1),
-    };
-    let bytes = budget.bytes.unwrap_or(u64::MAX);
-    let slots = memory.slots(bytes, taken)?;
+    let bytes = budget.bytes().context("experts stay on disk only within a budget")?;
+    let (slot_bytes, count) = (experts.slot_bytes() as u64, experts.count() as u64);
+    let slots = ExpertMemory { slot_bytes, count, least: held.least_experts }.slots(bytes, held.taken(plan))?;
+    if options.memory.is_none() {
+        tracing::warn!(budget_mib = bytes >> 20, "the model doesn't fit the free memory: a budget was chosen");
+    }
     tracing::info!(
         budget_mib = bytes >> 20,
-        resident_mib = resident >> 20,
+        weights_mib = held.weights >> 20,
         kv_mib = plan.bytes() >> 20,
-        step_mib = step_bytes >> 20,
+        step_mib = held.step >> 20,
         expert_slots = slots,
-        experts = memory.count,
-        "the model doesn't fit the memory: experts are read as they are needed"
+        experts = count,
+        "experts are read as they are needed"
     );
     Ok(experts.open(slots)?)
 }
@@ -281,7 +335,8 @@ struct KvPlan {
 }
 
 impl KvPlan {
-    fn new(options: &EngineOptions, budget: Option<u64>, info: &ModelInfo, formats: Formats) -> Result<Self> {
+    /// `room`: the most that it takes by default, where a budget limits that.
+    fn new(options: &EngineOptions, room: Option<u64>, info: &ModelInfo, formats: Formats) -> Result<Self> {
         let of_weights = if formats.dense == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
         let dtype = options.kv_dtype.unwrap_or(of_weights);
         let block_bytes = KvCache::block_bytes(info.num_layers, info.num_kv_heads, info.head_dim, dtype).max(1);
@@ -291,7 +346,8 @@ impl KvPlan {
             asked_bytes: options.kv_memory,
             asked_len: options.max_model_len,
             trained_len: info.max_position_embeddings,
-            free_bytes: host::free_memory_bytes().into_iter().chain(budget).min(),
+            free_bytes: host::free_memory_bytes(),
+            room_bytes: room,
         };
         let (blocks, max_model_len) = sizes.fit()?;
         Ok(Self { dtype, blocks, block_bytes, max_model_len })
@@ -311,6 +367,7 @@ struct KvSizes {
     asked_len: Option<usize>,
     trained_len: usize,
     free_bytes: Option<u64>,
+    room_bytes: Option<u64>,
 }
 
 impl KvSizes {
@@ -344,8 +401,8 @@ impl KvSizes {
         Ok((blocks, wanted_len.min(room)))
     }
 
-    /// As much as all sequences could use, but no more than the default and a quarter of the free memory;
-    /// one sequence of the length asked for may exceed the default.
+    /// As much as all sequences could use, but no more than the default, a quarter of the free memory and what a budget
+    /// leaves; one sequence of the length asked for may exceed the default.
     fn default_blocks(self, wanted_len: usize) -> usize {
         let one_sequence = wanted_len.div_ceil(BLOCK_SIZE);
         let useful = one_sequence.saturating_mul(self.max_num_seqs);
@@ -354,7 +411,9 @@ impl KvSizes {
         if self.asked_len.is_some() {
             default = default.max(one_sequence);
         }
-        useful.min(default).min(quarter)
+        // A budget with no room for a block is refused by those who know what it would need.
+        let room = self.room_bytes.map_or(usize::MAX, |bytes| self.blocks_in(bytes).max(1));
+        useful.min(default).min(quarter).min(room)
     }
 
     fn blocks_in(self, bytes: u64) -> usize {
@@ -378,6 +437,7 @@ mod tests {
         asked_len: None,
         trained_len: 1024,
         free_bytes: Some(16 << 30),
+        room_bytes: None,
     };
 
     #[test]
@@ -395,6 +455,13 @@ mod tests {
     fn never_more_than_a_quarter_of_the_free_memory() {
         let sizes = KvSizes { free_bytes: Some(400 << 20), ..SIZES };
         assert_eq!(sizes.fit().unwrap(), (100, 1024));
+    }
+
+    #[test]
+    fn never_more_than_a_budget_leaves() {
+        let sizes = KvSizes { room_bytes: Some(50 << 20), ..SIZES };
+        assert_eq!(sizes.fit().unwrap().0, 50);
+        assert_eq!(KvSizes { room_bytes: Some(0), ..SIZES }.fit().unwrap().0, 1);
     }
 
     #[test]

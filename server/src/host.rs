@@ -20,8 +20,17 @@ pub fn free_memory_bytes() -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok();
     let machine = meminfo.and_then(|text| kibibytes(&text, "MemAvailable:"));
     let read = |name| fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?.trim().parse::<u64>().ok();
-    let group = read("memory.max").zip(read("memory.current")).map(|(max, current)| max.saturating_sub(current));
+    // What the group has of the page cache makes room when it is needed.
+    let cached = fs::read_to_string("/sys/fs/cgroup/memory.stat").map_or(0, |text| cached_bytes(&text));
+    let used = read("memory.current").map(|current| current.saturating_sub(cached));
+    let group = read("memory.max").zip(used).map(|(max, used)| max.saturating_sub(used));
     machine.into_iter().chain(group).min()
+}
+
+/// The file pages of a control group's memory.stat, in bytes.
+fn cached_bytes(stat: &str) -> u64 {
+    let value = |key| stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
+    value("inactive_file ") + value("active_file ")
 }
 
 /// The memory that this process uses now; `None` where nobody tells.
@@ -62,6 +71,12 @@ mod tests {
         let text = "VmPeak:\t  99 kB\nVmHWM:\t    12 kB\n";
         assert_eq!(kibibytes(text, "VmHWM:"), Some(12 * 1024));
         assert_eq!(kibibytes(text, "VmSwap:"), None);
+    }
+
+    #[test]
+    fn file_pages_of_a_group_are_found() {
+        assert_eq!(cached_bytes("anon 5\ninactive_anon 9\ninactive_file 30\nactive_file 12\n"), 42);
+        assert_eq!(cached_bytes("anon 5\n"), 0);
     }
 
     #[test]

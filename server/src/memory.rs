@@ -1,8 +1,8 @@
 //! One budget for the whole process: what stays in memory, and how much of it the experts get.
 
 use anyhow::{Result, ensure};
-use cadre_engine::model::ModelInfo;
-use cadre_models::{Placement, Stored, Summary};
+use cadre_engine::nn::Format;
+use cadre_models::{FormatOptions, Placement, Stored, StoredType, Summary};
 
 use crate::host;
 
@@ -15,28 +15,44 @@ const SHARE_OF_FREE: f64 = 0.9;
 
 /// How much memory the process may use, and where that puts the experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Budget {
-    /// Bytes for everything; `None`: nothing is short.
-    pub bytes: Option<u64>,
-    /// Where routed experts go.
-    pub placement: Placement,
+pub enum Budget {
+    /// All weights go into memory; `bytes` for everything, if that is limited.
+    Resident { bytes: Option<u64> },
+    /// Experts that `bytes` for everything don't hold stay in the pack.
+    Stored { bytes: u64 },
 }
 
 impl Budget {
-    /// For a model: `asked` bytes, or if none are asked for what is free. `kv_bytes` are the KV cache's.
-    pub fn new(asked: Option<u64>, kv_bytes: u64, model: &Summary) -> Self {
-        let other_bytes = kv_bytes + BASE_BYTES + host::rss_bytes().unwrap_or(0);
-        Self::of(asked, host::free_memory_bytes(), other_bytes, model.total_bytes, is_pack(model))
+    /// For a model: `asked` bytes, or if none are asked for what is free. `other_bytes` is what is needed besides weights.
+    pub fn new(asked: Option<u64>, other_bytes: u64, model: &Summary, formats: &FormatOptions) -> Self {
+        Self::of(asked, host::free_memory_bytes(), other_bytes, weight_bytes(model, formats), is_pack(model))
     }
 
     fn of(asked: Option<u64>, free: Option<u64>, other_bytes: u64, weight_bytes: u64, is_pack: bool) -> Self {
         let needed = weight_bytes.saturating_add(other_bytes);
-        let stored = |bytes| Self { bytes: Some(bytes), placement: Placement::Stored };
         match (asked, free) {
-            (Some(asked), _) if needed > asked => stored(asked),
-            // A checkpoint that isn't packed may take less or more memory than its files, and can't be read in parts.
-            (None, Some(free)) if is_pack && needed > free => stored((free as f64 * SHARE_OF_FREE) as u64),
-            _ => Self { bytes: asked, placement: Placement::Resident },
+            (Some(bytes), _) if needed > bytes => Self::Stored { bytes },
+            // Others' sizes are estimates, and they can't be read in parts: nobody asked for a limit, so they are tried.
+            (None, Some(free)) if is_pack && needed > free => {
+                Self::Stored { bytes: (free as f64 * SHARE_OF_FREE) as u64 }
+            }
+            _ => Self::Resident { bytes: asked },
+        }
+    }
+
+    /// Bytes for everything, if they are limited.
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Resident { bytes } => bytes,
+            Self::Stored { bytes } => Some(bytes),
+        }
+    }
+
+    /// Where routed experts go.
+    pub fn placement(self) -> Placement {
+        match self {
+            Self::Resident { .. } => Placement::Resident,
+            Self::Stored { .. } => Placement::Stored,
         }
     }
 }
@@ -45,11 +61,45 @@ fn is_pack(model: &Summary) -> bool {
     model.types.iter().any(|(stored, _)| matches!(stored, Stored::Packed(_)))
 }
 
-/// What one step needs: activations of `tokens`, logits of `sequences`.
-pub fn step_bytes(info: &ModelInfo, tokens: usize, sequences: usize) -> u64 {
-    let hidden = (tokens * info.hidden_size * size_of::<f32>()) as u64;
-    let logits = (sequences * info.vocab_size * size_of::<f32>()) as u64;
-    STEP_COPIES * hidden + 2 * logits + BASE_BYTES
+/// What the weights take in memory: a pack's as much as on disk, others' by the format that they will have.
+fn weight_bytes(model: &Summary, formats: &FormatOptions) -> u64 {
+    if let Some(format) = formats.experts.or(formats.format).filter(|_| !is_pack(model)) {
+        return (model.total_parameters as f64 * bytes_per_weight(format)) as u64;
+    }
+    let in_memory = |(stored, bytes): &(Stored, u64)| match stored {
+        // Which nothing computes in: it becomes f32.
+        Stored::Plain(StoredType::F16) => bytes.saturating_mul(2),
+        _ => *bytes,
+    };
+    model.types.iter().map(in_memory).sum()
+}
+
+fn bytes_per_weight(format: Format) -> f64 {
+    const INPUTS: usize = 256;
+    const OUTPUTS: usize = 16;
+    format.panel_bytes(INPUTS) as f64 / (INPUTS * OUTPUTS) as f64
+}
+
+/// What a step of `tokens` tokens and `sequences` sequences needs: activations, logits, and what comes with them.
+pub fn step_bytes(hidden_size: usize, vocab_size: usize, tokens: usize, sequences: usize) -> u64 {
+    let floats = |rows: usize, width: usize| (rows as u64).saturating_mul(4 * width as u64);
+    let (activations, logits) = (floats(tokens, hidden_size), floats(sequences, vocab_size));
+    activations.saturating_mul(STEP_COPIES).saturating_add(logits.saturating_mul(2)).saturating_add(BASE_BYTES)
+}
+
+/// Whether a budget holds `needed` bytes.
+///
+/// # Errors
+/// When it doesn't.
+pub fn check(budget: u64, needed: u64) -> Result<()> {
+    ensure!(
+        needed <= budget,
+        "--memory is {}, but this model needs at least {}: allow more, or use a smaller format, --kv-memory or \
+         --max-num-batched-tokens",
+        mebibytes(budget),
+        mebibytes(needed)
+    );
+    Ok(())
 }
 
 /// The experts' part of a budget.
@@ -70,10 +120,10 @@ impl ExpertMemory {
     /// When there is room for too few.
     pub fn slots(self, budget: u64, taken: u64) -> Result<usize> {
         let room = budget.saturating_sub(taken) / self.slot_bytes.max(1);
-        let least = taken + self.least * self.slot_bytes;
+        let least = taken.saturating_add(self.least.saturating_mul(self.slot_bytes));
         ensure!(
             room >= self.least,
-            "--memory is {}, but this model needs at least {}: {} for dense weights, KV cache and activations, and {} for \
+            "the memory that may be used (--memory) is {}, but this model needs at least {}: {} for dense weights, KV cache and activations, and {} for \
              {} experts at a time; allow more, or use a smaller format, --kv-memory or --max-num-batched-tokens",
             mebibytes(budget),
             mebibytes(least),
@@ -98,14 +148,24 @@ mod tests {
     #[test]
     fn what_fits_is_resident_and_what_does_not_is_stored() {
         let of = |asked, free| Budget::of(asked, free, GIB, 8 * GIB, true);
-        assert_eq!(of(None, Some(16 * GIB)), Budget { bytes: None, placement: Placement::Resident });
-        assert_eq!(of(Some(9 * GIB), Some(GIB)), Budget { bytes: Some(9 * GIB), placement: Placement::Resident });
-        assert_eq!(of(Some(9 * GIB - 1), None).placement, Placement::Stored);
-        let chosen = of(None, Some(4 * GIB));
-        assert_eq!(chosen.placement, Placement::Stored);
-        assert!(chosen.bytes.is_some_and(|bytes| bytes < 4 * GIB && bytes > 3 * GIB));
+        assert_eq!(of(None, Some(16 * GIB)), Budget::Resident { bytes: None });
+        assert_eq!(of(Some(9 * GIB), Some(GIB)), Budget::Resident { bytes: Some(9 * GIB) });
+        assert_eq!(of(Some(9 * GIB - 1), None), Budget::Stored { bytes: 9 * GIB - 1 });
+        let Budget::Stored { bytes } = of(None, Some(4 * GIB)) else { panic!("it doesn't fit") };
+        assert!(bytes < 4 * GIB && bytes > 3 * GIB);
         // Not packed: nobody asked for a budget, so it is tried as ever.
-        assert_eq!(Budget::of(None, Some(GIB), 0, 8 * GIB, false).placement, Placement::Resident);
+        assert_eq!(Budget::of(None, Some(GIB), 0, 8 * GIB, false), Budget::Resident { bytes: None });
+    }
+
+    #[test]
+    fn formats_weigh_what_they_are_named_for() {
+        assert_eq!((bytes_per_weight(Format::F32), bytes_per_weight(Format::Bf16)), (4.0, 2.0));
+        assert!((bytes_per_weight(Format::Q4K) * 8.0 - 4.5).abs() < 0.2);
+    }
+
+    #[test]
+    fn a_step_without_limit_does_not_overflow() {
+        assert_eq!(step_bytes(1 << 20, 1 << 20, usize::MAX, usize::MAX), u64::MAX);
     }
 
     #[test]

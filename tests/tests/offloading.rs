@@ -27,7 +27,7 @@ fn pack(directory: &Path) -> PathBuf {
 
 fn generate<'a>(pack: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let args = ["generate", "--raw", "--prompt", "What is it that a budget changes?", "--max-tokens", "16"];
-    [&args, &["--temperature", "0", "--kv-memory", "4MiB", "--model", pack], more].concat()
+    [&args[..], &["--temperature", "0", "--kv-memory", "4MiB", "--threads", "2", "--model", pack], more].concat()
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn budgets_that_cannot_be_kept_are_refused_with_what_would_do() {
     let pack = pack(directory.path());
     let found = run(&generate(pack.to_str().unwrap(), &["--memory", "40MiB"]));
     assert_ne!(found.code, Some(0));
-    for word in ["--memory is 40 MiB", "needs at least", "--kv-memory"] {
+    for word in ["(--memory) is 40 MiB", "needs at least", "--kv-memory"] {
         assert!(found.stderr.contains(word), "{word} is missing in {}", found.stderr);
     }
     let source = directory.path().join("source");
@@ -74,11 +74,27 @@ fn budgets_that_cannot_be_kept_are_refused_with_what_would_do() {
 }
 
 #[test]
+fn a_damaged_expert_is_told_from_a_sound_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let pack = pack(directory.path());
+    // One bit in each half mebibyte of a layer's experts, which lie behind its header.
+    let shard = pack.join("model-00002-of-00005.safetensors");
+    let mut bytes = fs::read(&shard).unwrap();
+    bytes.iter_mut().skip(64 << 10).step_by(100 << 10).for_each(|byte| *byte ^= 1);
+    fs::write(&shard, bytes).unwrap();
+    let found = run(&generate(pack.to_str().unwrap(), &["--memory", "105MiB"]));
+    assert_ne!(found.code, Some(0));
+    for word in ["could not be read", "checksum", "cadre pack", "model-00002-of-00005.safetensors"] {
+        assert!(found.stderr.contains(word), "{word} is missing in {}", found.stderr);
+    }
+}
+
+#[test]
 fn a_file_that_is_cut_off_fails_those_who_need_it_until_it_is_whole_again() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
     let path = pack.to_str().unwrap();
-    let server = Server::start(&["--model", path, "--memory", "110MiB", "--kv-memory", "4MiB"]);
+    let server = Server::start(&["--model", path, "--memory", "110MiB", "--kv-memory", "4MiB", "--threads", "2"]);
     let body = json!({"model": MODEL, "prompt": "Who reads this?", "max_tokens": 8, "temperature": 0});
     let expected = server.client().post("/v1/completions", &body).ok();
     let shards: Vec<PathBuf> = fs::read_dir(&pack).unwrap().map(|entry| entry.unwrap().path()).collect();

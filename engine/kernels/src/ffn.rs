@@ -91,6 +91,8 @@ pub struct GroupedFfn<'a> {
     groups: &'a [&'a [WeightedRow]],
     /// Where each group's rows begin in `inner`.
     starts: Vec<usize>,
+    /// Whether a group's part of `inner` was computed.
+    done: Vec<bool>,
     /// silu(gate) · up of every row of every group, in the form that the down product takes.
     inner: Converted,
 }
@@ -124,6 +126,7 @@ impl<'a> GroupedFfn<'a> {
             activations: Activations::new(pool, isa, layout.format, x, layout.hidden),
             groups,
             starts,
+            done: vec![false; groups.len()],
             inner: Converted::zeroed(layout.format, total, layout.intermediate),
         }
     }
@@ -131,11 +134,14 @@ impl<'a> GroupedFfn<'a> {
     /// silu(gate) · up of the groups given by their index with their gate|up.
     ///
     /// # Panics
-    /// When there is no such group, or the weights have another layout.
+    /// When there is no such group, it has been given before, or the weights have another layout.
     pub fn gate_up(&mut self, weights: &[(usize, Packed<'_>)]) {
-        let Self { pool, isa, layout, activations, groups, starts, inner, .. } = self;
+        let Self { pool, isa, layout, activations, groups, starts, done, inner, .. } = self;
         let (isa, matrix) = (*isa, layout.gate_up());
         assert!(weights.iter().all(|(_, weights)| weights.layout() == matrix), "layout of gate|up");
+        for (group, _) in weights {
+            assert!(!std::mem::replace(&mut done[*group], true), "group {group} is given twice");
+        }
         let writer = inner.writer(isa);
         // Columns of the intermediate; what shares a scale stays together.
         let columns_per_task = (TASK_BYTES / (2 * matrix.panel_bytes()) * PANEL)
@@ -178,10 +184,11 @@ impl<'a> GroupedFfn<'a> {
     /// order, so no partial sums are kept.
     ///
     /// # Panics
-    /// When there is no such group, or the weights or `out` `[rows, hidden]` have another layout.
+    /// When there is no such group, its gate|up was not given, or the weights or `out` `[rows, hidden]` have another layout.
     pub fn add_down(&self, weights: &[(usize, Packed<'_>)], out: &mut [f32]) {
         let (matrix, hidden) = (self.layout.down(), self.layout.hidden);
         assert!(weights.iter().all(|(_, weights)| weights.layout() == matrix), "layout of down");
+        assert!(weights.iter().all(|(group, _)| self.done[*group]), "down before gate|up");
         assert_eq!(out.len(), self.rows * hidden, "outputs");
         let panels_per_task = panels_per_task(self.pool, &matrix);
         let target = SharedSlice::new(out);

@@ -224,8 +224,8 @@ impl Shared {
             });
             state = self.lock();
             state.contents[slot] = match fetched {
-                Ok(()) => {
-                    state.fetched_bytes += self.slots.slot_bytes() as u64;
+                Ok(bytes) => {
+                    state.fetched_bytes += bytes as u64;
                     Content::Ready
                 }
                 Err(error) => Content::Failed(error),

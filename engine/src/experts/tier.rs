@@ -5,12 +5,12 @@ pub trait Tier: Send + Sync {
     /// What it is called in messages.
     fn name(&self) -> &str;
 
-    /// Fills the front of `out` with the expert's packed bytes; the rest may be overwritten. Called from several threads
+    /// Fills the front of `out` with the expert's packed bytes, and says how many it read; the rest may be overwritten. Called from several threads
     /// at once. `out` begins at a multiple of 4 KiB in memory and has a multiple of 4 KiB bytes.
     ///
     /// # Errors
     /// When they can't be read.
-    fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<(), FetchError>;
+    fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<usize, FetchError>;
 }
 
 /// An expert's weights can't be had.

@@ -5,7 +5,7 @@ use cadre_kernels::{
 
 use super::{forward_only, output, rows_of, with_slice};
 use crate::{
-    Result, Tensor,
+    Error, Result, Tensor,
     compute::Compute,
     experts::{ExpertStore, Lane, Lease, StoredExperts},
     nn::{Experts, matrices},
@@ -80,6 +80,9 @@ pub fn grouped_ffn(compute: &Compute, x: &Tensor, experts: &Experts, routes: &Ro
     output(out, layout.hidden)
 }
 
+/// Experts of a prompt's step that are computed while as many others are read.
+const SCAN_PART: usize = 16;
+
 /// [`grouped_ffn`] of experts in the store, bit for bit: those that are in memory begin, the others follow as they are
 /// read. What doesn't fit at once comes in parts, one read while the one before computes.
 ///
@@ -99,8 +102,13 @@ pub fn stored_ffn(
     let rows = routes.by_expert(experts.count());
     let used: Vec<usize> = (0..rows.len()).filter(|&expert| !rows[expert].is_empty()).collect();
     let groups: Vec<&[WeightedRow]> = used.iter().map(|&expert| rows[expert].as_slice()).collect();
-    // Two parts are held at a time.
-    let part = if used.len() <= store.slots() { used.len() } else { store.slots() / 2 }.max(1);
+    // Two parts are held at a time; what a scan holds, it has taken from decode.
+    let part = match lane {
+        Lane::Decode if used.len() <= store.slots() => used.len(),
+        Lane::Decode => store.slots() / 2,
+        Lane::Scan => SCAN_PART.min(store.slots() / 2),
+    }
+    .max(1);
     let mut out = vec![0.0; tokens * layout.hidden];
     with_slice(x, |x| {
         let mut ffn = GroupedFfn::new(&compute.pool, compute.isa, layout, x, &groups);
@@ -115,7 +123,10 @@ pub fn stored_ffn(
                 next = Some(begin(store, layer, &used, &mut begun, part, lane));
             }
             loop {
-                let landed = lease.landed()?;
+                let landed = lease.landed().map_err(|error| {
+                    let needing = &rows[error.id.expert as usize];
+                    Error::Fetch { error, rows: needing.iter().map(|row| row.row).collect() }
+                })?;
                 if landed.is_empty() {
                     break;
                 }

@@ -12,8 +12,9 @@ use super::{StepReport, batch};
 use crate::{
     Error, Result,
     compute::Compute,
+    experts::FetchError,
     kv::{KvCache, blocks::PrefixCounters},
-    model::{self, Model, StepContext},
+    model::{self, Model, SequenceRows, StepBatch, StepContext},
     request::{Event, Request, RequestError, TokenLogprobs},
     sampler::{BatchSampler, SampleError, Sampled},
     scheduler::{Phase, Planned, Scheduler, StepPlan},
@@ -172,16 +173,12 @@ impl Engine {
         // read (KV blocks, working memory of the sampler).
         let failure = match outcome {
             Ok(Ok(())) => None,
-            Ok(Err(Error::Fetch(error))) => Some((error.to_string(), RequestError::Weights(error.id))),
-            Ok(Err(error)) => Some((error.to_string(), RequestError::Internal(error.to_string()))),
-            Err(panic) => {
-                let message = format!("panic: {}", panic_message(panic.as_ref()));
-                Some((message.clone(), RequestError::Internal(message)))
-            }
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(panic) => Some(format!("panic: {}", panic_message(panic.as_ref()))),
         };
-        if let Some((message, error)) = failure {
+        if let Some(message) = failure {
             tracing::error!(message, "a step failed");
-            self.fail_running(&error);
+            self.fail_running(&message);
         }
         self.report.step_seconds = start.elapsed().as_secs_f64();
         self.unreported = true;
@@ -200,7 +197,13 @@ impl Engine {
         self.announce(&plan);
         let batch = batch::of(&plan, &self.scheduler);
         let mut context = StepContext { compute: &self.compute, batch: &batch, kv: &mut self.kv };
-        let logits = model::forward(self.model.as_ref(), &mut context)?;
+        let logits = match model::forward(self.model.as_ref(), &mut context) {
+            Err(Error::Fetch { error, rows }) => {
+                self.fail_rows(&batch, &plan, &error, &rows);
+                return Ok(());
+            }
+            other => other?,
+        };
         self.report.scheduled_tokens += plan.num_tokens();
         self.report.prompt_tokens += plan.sequences.iter().map(|planned| planned.prompt_tokens).sum::<usize>();
         let vocab_size = self.model.info().vocab_size;
@@ -303,9 +306,24 @@ impl Engine {
         self.fail(request, failure);
     }
 
-    fn fail_running(&mut self, error: &RequestError) {
+    /// Fails the requests that need an expert which can't be read. The step counts for nothing: the others are planned
+    /// anew and write the same keys and values to the same places.
+    fn fail_rows(&mut self, batch: &StepBatch, plan: &StepPlan, error: &FetchError, rows: &[u32]) {
+        tracing::error!(%error, "requests failed");
+        let needs = |sequence: &SequenceRows| rows.iter().any(|&row| sequence.rows.contains(&(row as usize)));
+        let hit = plan.sequences.iter().zip(&batch.sequences).filter(|(_, sequence)| needs(sequence));
+        let mut requests: Vec<_> = hit.map(|(planned, _)| planned.id.request).collect();
+        requests.sort_unstable();
+        requests.dedup();
+        for request in requests {
+            self.scheduler.cancel(request);
+            self.fail(request, RequestError::Weights(error.id));
+        }
+    }
+
+    fn fail_running(&mut self, message: &str) {
         for request in self.scheduler.fail_running() {
-            self.fail(request, error.clone());
+            self.fail(request, RequestError::Internal(message.to_owned()));
         }
     }
 

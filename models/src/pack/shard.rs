@@ -64,6 +64,15 @@ impl Shard {
     }
 }
 
+/// What is known of a tensor when it lies in the file.
+#[derive(Clone, Default)]
+struct Written {
+    /// How far packing took it from its source.
+    error: PackingError,
+    /// CRC-32 of its data.
+    checksum: u32,
+}
+
 /// How a tensor is stored in the pack.
 fn stored(content: &PlannedContent, source: &TensorSet) -> Stored {
     match content {
@@ -89,43 +98,45 @@ impl Writing<'_> {
         write_safely(self.output, &shard.file, &mut |file| self.write_into(shard, file))
     }
 
-    /// The data first: what the header says of errors is known after it.
+    /// The data first: what the header says of it is known after it.
     fn write_into(&self, shard: &Shard, file: &mut File) -> Result<(), Stopped> {
-        let mut errors = vec![PackingError::default(); shard.tensors.len()];
-        let header = self.header(shard, &errors);
+        let mut written = vec![Written::default(); shard.tensors.len()];
+        let header = self.header(shard, &written);
         file.seek(SeekFrom::Start(header.len() as u64))?;
-        for (tensor, error) in shard.tensors.iter().zip(&mut errors) {
+        for (tensor, written) in shard.tensors.iter().zip(&mut written) {
             go_on(self.stop)?;
-            *error = self.write_tensor(tensor, file)?;
+            *written = self.write_tensor(tensor, file)?;
         }
         file.seek(SeekFrom::Start(0))?;
-        file.write_all(&self.header(shard, &errors))?;
+        file.write_all(&self.header(shard, &written))?;
         Ok(())
     }
 
-    /// Writes one tensor; returns how far packing took it from its source.
-    fn write_tensor(&self, tensor: &PlannedTensor, file: &mut File) -> Result<PackingError, Stopped> {
-        let error = match &tensor.content {
+    /// Writes one tensor.
+    fn write_tensor(&self, tensor: &PlannedTensor, file: &mut File) -> Result<Written, Stopped> {
+        let written = match &tensor.content {
             PlannedContent::Vector(index) => {
                 self.copy(*index, file)?;
-                PackingError::default()
+                Written::default()
             }
             PlannedContent::Matrix(layout, parts) => {
                 let matrix = self.loader.pack_matrix(*layout, parts)?;
                 file.write_all(matrix.data())?;
-                self.loader.matrix_error(&matrix, parts)?
+                let error = self.loader.matrix_error(&matrix, parts)?;
+                Written { error, checksum: crc32fast::hash(matrix.data()) }
             }
             PlannedContent::Expert(layout, tensors) => {
                 let expert = self.loader.pack_experts(*layout, std::slice::from_ref(tensors))?;
                 file.write_all(expert.data())?;
-                self.loader.experts_error(&expert, std::slice::from_ref(tensors))?
+                let error = self.loader.experts_error(&expert, std::slice::from_ref(tensors))?;
+                Written { error, checksum: crc32fast::hash(expert.data()) }
             }
         };
         if let Some(layout) = tensor.content.layout() {
             let padding = layout.bytes() - layout.data_bytes();
             io::copy(&mut io::Read::take(io::repeat(0), padding), file)?;
         }
-        Ok(error)
+        Ok(written)
     }
 
     fn copy(&self, index: usize, file: &mut File) -> Result<(), Stopped> {
@@ -139,15 +150,16 @@ impl Writing<'_> {
         Ok(())
     }
 
-    /// Length and header, with spaces up to the place where the data begins. Its size does not depend on the errors.
-    fn header(&self, shard: &Shard, errors: &[PackingError]) -> Vec<u8> {
+    /// Length and header, with spaces up to the place where the data begins. Its size does not depend on what was
+    /// written.
+    fn header(&self, shard: &Shard, written: &[Written]) -> Vec<u8> {
         let (mut metadata, mut entries) = (self.info.metadata(), Map::new());
         let mut begin = 0;
-        for (tensor, error) in shard.tensors.iter().zip(errors) {
+        for (tensor, Written { error, checksum }) in shard.tensors.iter().zip(written) {
             let stored = stored(&tensor.content, self.tensors);
             let (shape, bytes) = self.described(&tensor.content);
             if let Some(layout) = tensor.content.layout() {
-                let entry = PackedEntry { layout, error: *error };
+                let entry = PackedEntry { layout, error: *error, checksum: *checksum };
                 metadata.insert(tensor.name.clone(), Value::String(entry.to_string()));
             }
             let end = begin + bytes;

@@ -262,8 +262,8 @@ fn a_damaged_shard_is_written_again() {
         assert!(place.files() == whole, "{length} bytes");
     }
     // One of another version is sound, and is not this pack's.
-    place.change_header(shard, "\"cadre_pack\":\"1\"", "\"cadre_pack\":\"2\"");
-    refused(place.pack(&AUTO), &[shard, "is in the way", "version of the pack \"2\""]);
+    place.change_header(shard, "\"cadre_pack\":\"2\"", "\"cadre_pack\":\"3\"");
+    refused(place.pack(&AUTO), &[shard, "is in the way", "version of the pack \"3\""]);
 }
 
 /// A pack that lost a shard is an unfinished one until that is written again.
@@ -353,8 +353,8 @@ fn a_damaged_pack_is_refused() {
     damaged(&cut(LAYER, 20_000), &[LAYER, "expected", "found"]);
     damaged(&|place| fs::remove_file(place.output().join(LAYER)).unwrap(), &[INDEX_FILE, LAYER, "no such file"]);
 
-    let version = change(LAYER, "\"cadre_pack\":\"1\"".into(), "\"cadre_pack\":\"2\"".into());
-    damaged(&version, &[LAYER, "version of the pack", "expected \"1\"", "found \"2\""]);
+    let version = change(LAYER, "\"cadre_pack\":\"2\"".into(), "\"cadre_pack\":\"3\"".into());
+    damaged(&version, &[LAYER, "version of the pack", "expected \"2\"", "found \"3\""]);
     let format = change(REST, "\"dense_format\":\"bf16\"".into(), "\"dense_format\":\"int3\"".into());
     damaged(&format, &[REST, "dense_format", "int3"]);
     let other = change(LAYER, "\"dense_format\":\"bf16\"".into(), "\"dense_format\":\"f32\" ".into());
@@ -396,7 +396,7 @@ proptest! {
         bytes in sizes(),
     ) {
         let axes: Vec<_> = axes.iter().map(ToString::to_string).collect();
-        let text = format!("{format} {} 0 1", axes.join("x"));
+        let text = format!("{format} {} 0 1 00000000", axes.join("x"));
         if let Ok(entry) = PackedEntry::read("file", "tensor", &text, bytes) {
             prop_assert_eq!(entry.layout.bytes(), bytes);
         }

@@ -37,6 +37,8 @@ pub(crate) struct TensorInfo {
     pub bytes: u64,
     /// How far packing took it from its source.
     pub error: PackingError,
+    /// CRC-32 of a packed one's data.
+    pub checksum: Option<u32>,
 }
 
 /// What one file holds.
@@ -131,9 +133,10 @@ impl Entry {
         let offset = offset.ok_or_else(|| entry_error(file, name, "data_offsets", "a place in the file", from))?;
         let bytes = to - from;
         if let Some(packed) = packed {
-            let PackedEntry { layout, error } = PackedEntry::read(file, name, packed, bytes)?;
+            let PackedEntry { layout, error, checksum } = PackedEntry::read(file, name, packed, bytes)?;
             let (stored, shape, elements) = (Stored::Packed(layout.format()), layout.shape(), layout.parameters());
-            return Ok(TensorInfo { name: name.to_owned(), stored, shape, offset, elements, bytes, error });
+            let (name, checksum) = (name.to_owned(), Some(checksum));
+            return Ok(TensorInfo { name, stored, shape, offset, elements, bytes, error, checksum });
         }
         let dtype = StoredType::from_name(&self.dtype)
             .ok_or_else(|| entry_error(file, name, "dtype", "F32, F16 or BF16", &self.dtype))?;
@@ -149,7 +152,7 @@ impl Entry {
         let shape = self.shape.iter().map(|axis| usize::try_from(*axis)).collect::<Result<_, _>>();
         let shape = shape.map_err(|_| entry_error(file, name, "shape", "axes of this machine's word size", "more"))?;
         let (stored, error) = (Stored::Plain(dtype), PackingError::default());
-        Ok(TensorInfo { name: name.to_owned(), stored, shape, offset, elements, bytes, error })
+        Ok(TensorInfo { name: name.to_owned(), stored, shape, offset, elements, bytes, error, checksum: None })
     }
 }
 

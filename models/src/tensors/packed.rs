@@ -1,5 +1,6 @@
 //! What makes a safetensors file a part of a pack: entries of `__metadata__` that say which version it is, which
-//! formats it was made in and from what, and of each packed tensor its layout and how far it is from its source.
+//! formats it was made in and from what, and of each packed tensor its layout, how far it is from its source and a
+//! checksum.
 //!
 //! A packed tensor is a `U8` tensor to other readers. It begins at a multiple of 4 KiB of the file and is padded with
 //! zeros to the next one, so that it can be read without the page cache.
@@ -16,7 +17,7 @@ use crate::{Error, Result, formats::Formats};
 pub(crate) const ALIGNMENT: usize = 4096;
 /// The entry that makes a file a pack's, with the version as its value.
 const VERSION_KEY: &str = "cadre_pack";
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 /// More bytes than any packed tensor has.
 const LIMIT_BYTES: u64 = 1 << 50;
 
@@ -137,6 +138,8 @@ pub(crate) struct PackedEntry {
     pub layout: PackedLayout,
     /// How far it is from its source.
     pub error: PackingError,
+    /// CRC-32 of its data, without the padding.
+    pub checksum: u32,
 }
 
 impl PackedEntry {
@@ -144,7 +147,7 @@ impl PackedEntry {
     pub(crate) fn read(file: &str, name: &str, text: &str, bytes: u64) -> Result<Self> {
         let wrong = |what, expected: String, found: String| entry_error(file, name, what, expected, found);
         let entry = Self::parse(text).ok_or_else(|| {
-            let expected = "a format, a shape like 4096x2048 and two sums of squares";
+            let expected = "a format, a shape like 4096x2048, two sums of squares and a checksum";
             wrong("entry of the pack", expected.to_owned(), text.to_owned())
         })?;
         let layout = entry.layout;
@@ -167,7 +170,8 @@ impl PackedEntry {
         let shape: Vec<usize> = words.next()?.split('x').map(|axis| axis.parse().ok()).collect::<Option<_>>()?;
         let error =
             PackingError { squared_error: words.next()?.parse().ok()?, squared_weights: words.next()?.parse().ok()? };
-        Some(Self { layout: PackedLayout::of_shape(format, &shape)?, error })
+        let checksum = u32::from_str_radix(words.next()?, 16).ok()?;
+        Some(Self { layout: PackedLayout::of_shape(format, &shape)?, error, checksum })
     }
 }
 
@@ -176,6 +180,7 @@ impl fmt::Display for PackedEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shape: Vec<String> = self.layout.shape().iter().map(ToString::to_string).collect();
         let PackingError { squared_error, squared_weights } = self.error;
-        write!(f, "{} {} {squared_error:>13.6e} {squared_weights:>13.6e}", self.layout.format(), shape.join("x"))
+        let (format, shape, checksum) = (self.layout.format(), shape.join("x"), self.checksum);
+        write!(f, "{format} {shape} {squared_error:>13.6e} {squared_weights:>13.6e} {checksum:08x}")
     }
 }

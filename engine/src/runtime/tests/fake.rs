@@ -10,12 +10,15 @@ use candle_core::Device;
 
 use crate::{
     Error, Result, Tensor,
+    experts::{ExpertId, FetchError},
     kv::blocks::BLOCK_SIZE,
     model::{Model, ModelInfo, SequenceRows, StepContext},
     ops,
 };
 
 pub(super) const VOCAB: usize = 64;
+/// Rows with this token need an expert that can't be read.
+pub(super) const UNREADABLE: u32 = 60;
 /// A step with this token returns an error.
 pub(super) const FAILS: u32 = 61;
 /// A step with this token panics.
@@ -93,6 +96,13 @@ impl Model for Fake {
         let mut storage = self.storage.lock().expect("no step panics while it holds the lock");
         let states: Vec<f32> =
             step.batch.sequences.iter().flat_map(|sequence| Self::states(&mut storage, step, sequence)).collect();
+        let rows = (0..).zip(&step.batch.token_ids).filter(|(_, token)| **token == UNREADABLE);
+        let rows: Vec<u32> = rows.map(|(row, _)| row).collect();
+        if !rows.is_empty() {
+            let id = ExpertId { layer: 2, expert: 5 };
+            let error = FetchError { id, tier: "the fake model".to_owned(), reason: "as asked for".to_owned() };
+            return Err(Error::Fetch { error, rows });
+        }
         Ok(Tensor::from_vec(states, (step.batch.token_ids.len(), 2), &Device::Cpu)?)
     }
 
@@ -120,7 +130,7 @@ fn logits_of(state: &[f32]) -> Vec<f32> {
     let seed = state[0] as u64 | (state[1] as u64) << 16;
     let logit = |token: u64| if state[0].is_nan() { f32::NAN } else { (mix(seed << 8 | token) % 997) as f32 * 0.01 };
     // The tokens that make a step fail are never generated.
-    (0..VOCAB as u64).map(|token| logit(token) - if token >= u64::from(FAILS) { 1000.0 } else { 0.0 }).collect()
+    (0..VOCAB as u64).map(|token| logit(token) - if token >= u64::from(UNREADABLE) { 1000.0 } else { 0.0 }).collect()
 }
 
 fn mix(value: u64) -> u64 {

@@ -1,10 +1,10 @@
 //! Steps, sinks and observers that fail, and shutting down.
 
 use super::{
-    fake::{FAILS, Fake, PANICS, POISONS},
+    fake::{FAILS, Fake, PANICS, POISONS, UNREADABLE},
     *,
 };
-use crate::{kv::KvDtype, request::RequestError};
+use crate::{experts::ExpertId, kv::KvDtype, request::RequestError};
 
 /// A failing step with one request beside the culprit, and one in the queue.
 fn fail_a_step(culprit: u32, expected: &str) {
@@ -35,6 +35,24 @@ fn a_panic_in_a_step_fails_what_ran_and_nothing_else() {
 #[test]
 fn an_error_in_a_step_fails_what_ran_and_nothing_else() {
     fail_a_step(FAILS, "the fake model fails");
+}
+
+#[test]
+fn an_expert_that_cannot_be_read_fails_those_who_need_it_only() {
+    let mut rig = Rig::gated(RuntimeConfig { max_num_batched_tokens: 128, ..config() }, 32);
+    let running = rig.submit(request(&prompt(1, 40), 60)).started();
+    let failing = rig.submit(Request { n: 2, ..request(&[3, UNREADABLE, 4], 60) });
+    let beside = rig.submit(request(&prompt(2, 30), 60));
+    let also_failing = rig.submit(request(&[&prompt(1, 16)[..], &[UNREADABLE]].concat(), 60));
+    rig.open();
+    let unreadable = Some(RequestError::Weights(ExpertId { layer: 2, expert: 5 }));
+    for call in [failing, also_failing] {
+        assert_eq!(call.answer().failed, unreadable);
+    }
+    assert_eq!(running.answer().tokens, [greedy(&prompt(1, 40), 60)]);
+    assert_eq!(beside.answer().tokens, [greedy(&prompt(2, 30), 60)]);
+    let totals = rig.totals();
+    assert_eq!((totals.failed, totals.running, totals.waiting, totals.kv_blocks_used), (2, 0, 0, 0));
 }
 
 #[test]
