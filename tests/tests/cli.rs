@@ -128,8 +128,10 @@ fn bench_holds_figures_against_the_machine() {
     assert_eq!(lines.len(), 3);
     let number = |line: &Value, key: &str| line[key].as_f64().unwrap();
     for line in &lines {
-        let share = number(line, "tokens_per_second") / number(line, "bound_tokens_per_second");
-        assert!(share > 0.0 && (number(line, "share_of_bound") / share - 1.0).abs() < 1e-9, "{line}");
+        // The share and the bound are those of one of the repetitions.
+        let speed = number(line, "share_of_bound") * number(line, "bound_tokens_per_second");
+        let range = number(line, "tokens_per_second_min") * 0.999..=number(line, "tokens_per_second_max") * 1.001;
+        assert!(speed > 0.0 && range.contains(&speed), "{line}");
         assert!(
             number(line, "read_bytes_per_second") > 0.0 && number(line, "matrix_operations_per_second") > 0.0,
             "{line}"

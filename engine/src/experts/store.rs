@@ -109,7 +109,7 @@ impl ExpertStore {
     /// `experts_per_layer[l]` of them.
     ///
     /// # Errors
-    /// When the memory, or no thread to read with, can be had.
+    /// When memory, or a thread to read with, can't be had.
     pub fn new(
         tier: Box<dyn Tier>,
         slots: usize,
