@@ -36,7 +36,7 @@ fn a_budget_changes_the_memory_and_not_the_tokens() {
     let pack = pack(directory.path());
     let pack = pack.to_str().unwrap();
     let expected = output(&generate(pack, &[]));
-    for mebibytes in [120_u64, 105, 90] {
+    for mebibytes in [125_u64, 110, 100] {
         let budget = format!("{mebibytes}MiB");
         let small = ["--memory", &budget, "--max-num-batched-tokens", "64"];
         let args = generate(pack, &small);
@@ -94,7 +94,7 @@ fn a_file_that_is_cut_off_fails_those_who_need_it_until_it_is_whole_again() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
     let path = pack.to_str().unwrap();
-    let server = Server::start(&["--model", path, "--memory", "110MiB", "--kv-memory", "4MiB", "--threads", "2"]);
+    let server = Server::start(&["--model", path, "--memory", "125MiB", "--kv-memory", "4MiB", "--threads", "2"]);
     let body = json!({"model": MODEL, "prompt": "Who reads this?", "max_tokens": 8, "temperature": 0});
     let expected = server.client().post("/v1/completions", &body).ok();
     let shards: Vec<PathBuf> = fs::read_dir(&pack).unwrap().map(|entry| entry.unwrap().path()).collect();
