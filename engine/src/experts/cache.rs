@@ -17,13 +17,10 @@
 //!   that comes across it takes it out, and on release it comes back to the same end. So each pin is passed over at
 //!   most once, and every operation takes constant time on average.
 
-mod recency;
 #[cfg(test)]
 mod tests;
 
-use recency::Recency;
-
-use crate::{Error, Result};
+use crate::{Error, Result, recency::Recency};
 
 /// What one use adds to an expert's count, so large that old counts differ after some halvings.
 const USE: u32 = 256;

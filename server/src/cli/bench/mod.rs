@@ -80,9 +80,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
     let bounds = args.roofline.then(|| Bounds::new(engine, args.engine.max_num_batched_tokens));
-    let roofline = bounds.as_ref().map(Bounds::measure).transpose()?;
+    let mut before = bounds.as_ref().map(Bounds::measure).transpose()?;
     let printer = Printer::new(args.json, engine);
-    printer.head(roofline.as_ref())?;
+    printer.head(before.as_ref())?;
     let mut bench = Bench { served: engine.served.clone(), numbers: 0x9E37_79B9_7F4A_7C15 };
     bench.run(&Run { batch: 1, prompt: 8, tokens: 8 })?;
     let prefill = |&prompt| (Kind::Prefill, Run { batch: 1, prompt, tokens: 1 });
@@ -93,7 +93,6 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
             continue;
         }
         let (mut speeds, mut against) = (Vec::new(), Vec::new());
-        let mut before = bounds.as_ref().map(Bounds::measure).transpose()?;
         for _ in 0..args.repetitions {
             let speed = kind.speed(&run, &bench.run(&run)?);
             speeds.push(speed);
