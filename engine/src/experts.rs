@@ -1,18 +1,20 @@
 //! The expert store: a model's experts within a budget of memory. A [`Tier`] holds all of them; slots in memory hold
-//! those that are used; the cache decides which. A step leases the experts that a layer's tokens chose: those that
-//! lie in slots compute while the others are read. Results don't depend on what lay where.
+//! those that are used; the cache decides which. A step visits a layer with the experts that its tokens chose: those
+//! that lie in slots compute while the others are read. Results don't depend on what lay where.
 
 mod cache;
 mod store;
 #[cfg(test)]
 mod tests;
 mod tier;
+mod visit;
 
 use std::sync::{Arc, OnceLock};
 
 pub use cache::{ExpertId, Lane, SlotCache};
-pub use store::{ExpertStore, Lease, StoreCounters};
+pub use store::{ExpertStore, StoreCounters};
 pub use tier::{FetchError, Tier};
+pub use visit::Visit;
 
 use crate::{
     Error, Result,

@@ -19,7 +19,6 @@ pub mod kv;
 pub mod model;
 pub mod nn;
 pub mod ops;
-mod recency;
 pub mod request;
 pub mod runtime;
 pub mod sampler;

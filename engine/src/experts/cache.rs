@@ -1,33 +1,37 @@
 //! The books of the expert slots: which slot holds which expert, and which is given up next. No I/O, no weights, no
 //! locks.
 //!
-//! One pool of slots serves all layers. [`SlotCache::acquire`] finds an expert's slot or gives it one, and pins it
-//! until [`SlotCache::release`]; a pinned slot is never given up. Otherwise the expert goes whose last use in decode
-//! is longest ago, with two corrections:
+//! One pool of slots serves all layers. A layer of a step begins with [`SlotCache::begin`]; [`SlotCache::acquire`] then
+//! finds an expert's slot or gives it one, and pins it until [`SlotCache::release`]; a pinned slot is never given up.
+//! Otherwise the expert goes whose next use in decode is expected last: layers take turns, so one of the layer just
+//! computed is a whole step away, and one that decode uses in every fourth step is three steps further. How often it is
+//! used is known of every expert, in a slot or not, so a newcomer that is rarely used goes before what stood there
+//! before it: no other admission is needed, and a step that wants more experts than there are slots keeps those that it
+//! has instead of chasing through all.
 //!
-//! - *Admission.* Each expert has a count of its uses in decode, which ages and outlives its eviction. A newcomer that
-//!   is rarer than the one it replaces is the next to go; one that is as frequent stays as if it were always there.
-//! - *Scans.* A prompt or a scored text uses nearly every expert once and says little about what decode needs. Its
-//!   accesses move nothing and count nothing, and what they bring in is the next to go.
+//! A scan (a prompt or a scored text) uses nearly every expert once and says little about what decode needs. Its
+//! accesses count nothing, and what they bring in is the next to go.
 //!
 //! Invariants:
 //! - An expert is in at most one slot, and a slot holds at most one expert.
-//! - A slot is in exactly one of three places: free (empty and unpinned), in the recency list (it holds an expert), or
-//!   pinned outside of the list. A scan's pin leaves the slot in the list, so that it keeps its place there; an eviction
-//!   that comes across it takes it out, and on release it comes back to the same end. So each pin is passed over at
-//!   most once, and every operation takes constant time on average.
+//! - A slot is free exactly if it is empty and unpinned.
+//! - Every operation takes constant time, but for `begin` and `ahead`, which go through one layer's experts: the expert
+//!   that goes is the best of a random sample. Drawn badly, that costs a read, never a token.
 
+mod rate;
 #[cfg(test)]
 mod tests;
 
-use crate::{Error, Result, recency::Recency};
+use rate::Rate;
 
-/// What one use adds to an expert's count, so large that old counts differ after some halvings.
-const USE: u32 = 256;
+use crate::{Error, Result};
 
-/// Uses per expert, on average over all, after which every count is halved. On made-up traces (`cache_simulator`) any
-/// choice from 3 to 60 gives the same hit rate within 2 points; more loses where topics change, less with batches.
-const ROUND_USES: u64 = 10;
+/// Slots that are looked at for the one to give up. On made-up traces (`cache_simulator`) looking at all gains half a
+/// point of hit rate, looking at 16 loses one to three.
+const SAMPLE: usize = 64;
+
+/// Uses per step above which an expert of the next layer is read ahead: more likely needed than not.
+const AHEAD_RATE: f32 = 0.5;
 
 /// A routed expert of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -52,8 +56,8 @@ pub enum Lane {
 pub struct Acquired {
     /// The slot.
     pub slot: usize,
-    /// Whether the slot was already given to the expert. If not, the caller reads its weights into it.
-    pub hit: bool,
+    /// Whether the caller must see to it that the expert's weights are read into it.
+    pub is_new: bool,
 }
 
 /// Accesses of one layer.
@@ -61,7 +65,7 @@ pub struct Acquired {
 pub struct LayerCounters {
     /// Those that found the expert in a slot.
     pub hits: u64,
-    /// Those that gave it one.
+    /// Those for which it was read, when it was wanted or ahead of that.
     pub misses: u64,
 }
 
@@ -72,6 +76,10 @@ pub struct Counters {
     pub layers: Vec<LayerCounters>,
     /// Experts that lost their slot to another.
     pub evictions: u64,
+    /// Misses whose expert had been read ahead.
+    pub ahead_used: u64,
+    /// Experts that were read ahead and lost their slot before they were used.
+    pub ahead_wasted: u64,
 }
 
 impl Counters {
@@ -81,38 +89,20 @@ impl Counters {
         self.layers.iter().map(|layer| layer.hits).sum()
     }
 
-    /// Accesses that gave the expert a slot.
+    /// Accesses for which the expert was read.
     #[must_use]
     pub fn misses(&self) -> u64 {
         self.layers.iter().map(|layer| layer.misses).sum()
     }
 }
 
-/// A count that ages: `count` as it stood in round `round`, and half of it in each round after.
-#[derive(Debug, Clone, Copy, Default)]
-struct Frequency {
-    count: u32,
-    round: u64,
-}
-
-impl Frequency {
-    fn in_round(self, round: u64) -> u32 {
-        u32::try_from(round - self.round).ok().and_then(|rounds| self.count.checked_shr(rounds)).unwrap_or(0)
-    }
-}
-
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Expert {
+    layer: u32,
     slot: Option<u32>,
-    frequency: Frequency,
-}
-
-/// The end of the recency list to which a slot comes back.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum End {
-    #[default]
-    Oldest,
-    Newest,
+    rate: Rate,
+    /// The number of the last [`SlotCache::begin`] that wanted it, until it was acquired.
+    wanted_in: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -120,9 +110,12 @@ struct Slot {
     /// The index of the expert that it holds.
     expert: Option<usize>,
     pins: u32,
-    listed: bool,
-    /// Where it goes on the last release if it is not in the list.
-    returns_to: End,
+    /// A scan brought its expert in, and decode has not used it.
+    scanned: bool,
+    /// It stands in the stack of those that scans brought in, rightly or not.
+    stacked: bool,
+    /// Its expert was read ahead, and nobody has used it.
+    ahead: bool,
 }
 
 /// The books of all expert slots.
@@ -133,9 +126,15 @@ pub struct SlotCache {
     experts: Vec<Expert>,
     slots: Vec<Slot>,
     free: Vec<u32>,
-    recency: Recency,
-    /// Accesses of [`Lane::Decode`]: the clock by which counts age.
-    uses: u64,
+    /// Slots that scans brought in, the last one on top; those that are no longer are passed over.
+    scanned: Vec<u32>,
+    /// Steps of decode that each layer has seen: the clock of its experts' rates.
+    steps: Vec<u32>,
+    /// The layer that is being computed.
+    layer: u32,
+    /// How often [`SlotCache::begin`] was called.
+    begun: u64,
+    random: u64,
     counters: Counters,
 }
 
@@ -145,18 +144,41 @@ impl SlotCache {
     pub fn new(slots: usize, experts_per_layer: &[usize]) -> Self {
         let ids = 0..u32::try_from(slots).unwrap_or(u32::MAX);
         let mut first_expert = vec![0];
-        first_expert.extend(experts_per_layer.iter().scan(0, |end, experts| {
-            *end += experts;
-            Some(*end)
-        }));
+        let mut experts = Vec::new();
+        for (layer, &count) in experts_per_layer.iter().enumerate() {
+            let expert = Expert { layer: layer as u32, slot: None, rate: Rate::default(), wanted_in: 0 };
+            experts.extend(std::iter::repeat_n(expert, count));
+            first_expert.push(experts.len());
+        }
+        let layers = vec![LayerCounters::default(); experts_per_layer.len()];
         Self {
             first_expert,
-            experts: vec![Expert::default(); experts_per_layer.iter().sum()],
+            experts,
             slots: vec![Slot::default(); ids.len()],
-            free: ids.clone().rev().collect(),
-            recency: Recency::new(ids.len()),
-            uses: 0,
-            counters: Counters { layers: vec![LayerCounters::default(); experts_per_layer.len()], evictions: 0 },
+            free: ids.rev().collect(),
+            scanned: Vec::new(),
+            steps: vec![0; experts_per_layer.len()],
+            layer: 0,
+            begun: 0,
+            random: 1,
+            counters: Counters { layers, ..Counters::default() },
+        }
+    }
+
+    /// A step comes to a layer, and wants these experts of it.
+    pub fn begin(&mut self, layer: u32, experts: &[usize], lane: Lane) {
+        self.layer = layer;
+        self.begun += 1;
+        let step = &mut self.steps[layer as usize];
+        if lane == Lane::Decode {
+            *step = step.saturating_add(1);
+        }
+        for &expert in experts {
+            let expert = &mut self.experts[self.first_expert[layer as usize] + expert];
+            expert.wanted_in = self.begun;
+            if lane == Lane::Decode {
+                expert.rate.count_use(*step);
+            }
         }
     }
 
@@ -165,27 +187,29 @@ impl SlotCache {
     pub fn acquire(&mut self, id: ExpertId, lane: Lane) -> Option<Acquired> {
         let index = self.index(id);
         let held = self.experts[index].slot;
-        let hit = held.is_some();
-        let (slot, evicted) = match held {
-            Some(slot) => (slot, None),
-            None => self.take_slot()?,
+        let slot = match held {
+            Some(slot) => slot,
+            None => {
+                let slot = self.take_slot(None)?;
+                self.give(slot, index, lane);
+                slot
+            }
         };
+        self.experts[index].wanted_in = 0;
+        let entry = &mut self.slots[slot as usize];
+        entry.pins += 1;
+        if lane == Lane::Decode {
+            entry.scanned = false;
+        }
+        let was_ahead = std::mem::take(&mut entry.ahead);
         let layer = &mut self.counters.layers[id.layer as usize];
-        if hit {
+        if held.is_some() && !was_ahead {
             layer.hits += 1;
         } else {
             layer.misses += 1;
-            self.experts[index].slot = Some(slot);
-            self.slots[slot as usize] = Slot { expert: Some(index), ..Slot::default() };
+            self.counters.ahead_used += u64::from(was_ahead);
         }
-        if lane == Lane::Decode {
-            self.count_use(index);
-            self.unlist(slot);
-            let rarer = evicted.is_some_and(|evicted| self.frequency(index) < self.frequency(evicted));
-            self.slots[slot as usize].returns_to = if rarer { End::Oldest } else { End::Newest };
-        }
-        self.slots[slot as usize].pins += 1;
-        Some(Acquired { slot: slot as usize, hit })
+        Some(Acquired { slot: slot as usize, is_new: held.is_none() })
     }
 
     /// Takes back one pin of a slot.
@@ -193,25 +217,49 @@ impl SlotCache {
         let entry = &mut self.slots[slot];
         debug_assert!(entry.pins > 0, "slot {slot} is released but nobody pins it");
         entry.pins = entry.pins.saturating_sub(1);
-        if entry.pins > 0 || entry.listed {
+        if entry.pins > 0 {
             return;
         }
-        entry.listed = entry.expert.is_some();
-        match (entry.expert, entry.returns_to) {
-            (None, _) => self.free.push(slot as u32),
-            (Some(_), End::Oldest) => self.recency.push_oldest(slot as u32),
-            (Some(_), End::Newest) => self.recency.push_newest(slot as u32),
+        if entry.expert.is_none() {
+            self.free.push(slot as u32);
+        } else if entry.scanned && !std::mem::replace(&mut entry.stacked, true) {
+            self.scanned.push(slot as u32);
         }
     }
 
-    /// Empties a pinned slot because its weights could not be read: its expert is missing again at once, and the slot
-    /// is free after its last release. Those who share it may each say so.
+    /// Empties a pinned slot because its weights could not be read, or are not wanted any more: its expert is missing
+    /// again at once, and the slot is free after its last release. Those who share it may each say so.
     pub fn discard(&mut self, slot: usize) {
         debug_assert!(self.slots[slot].pins > 0, "slot {slot} is discarded but nobody pins it");
-        self.unlist(slot as u32);
-        if let Some(index) = self.slots[slot].expert.take() {
+        let entry = &mut self.slots[slot];
+        (entry.scanned, entry.ahead) = (false, false);
+        if let Some(index) = entry.expert.take() {
             self.experts[index].slot = None;
         }
+    }
+
+    /// Experts of a layer that comes next, to be read before it says what it wants: in decode those that it uses more
+    /// often than not, most used first; in a scan all. At most `most` that are not in a slot get one, as far as what
+    /// they displace is wanted later; each is pinned until its weights are there.
+    pub fn ahead(&mut self, layer: u32, lane: Lane, most: usize) -> Vec<(ExpertId, usize)> {
+        let first = self.first_expert[layer as usize];
+        let missing =
+            (first..self.first_expert[layer as usize + 1]).filter(|&index| self.experts[index].slot.is_none());
+        let mut wanted: Vec<(f32, usize)> = missing.map(|index| (self.rate(index), index)).collect();
+        if lane == Lane::Decode {
+            wanted.retain(|(rate, _)| *rate > AHEAD_RATE);
+            wanted.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+        }
+        let mut taken = Vec::new();
+        for (_, index) in wanted.into_iter().take(most) {
+            let no_sooner = (lane == Lane::Decode).then(|| self.steps_to_use(index));
+            let Some(slot) = self.take_slot(no_sooner) else { break };
+            self.give(slot, index, lane);
+            let entry = &mut self.slots[slot as usize];
+            (entry.ahead, entry.pins) = (true, 1);
+            taken.push((ExpertId { layer, expert: (index - first) as u32 }, slot as usize));
+        }
+        taken
     }
 
     /// Whether an expert has a slot.
@@ -226,14 +274,16 @@ impl SlotCache {
         &self.counters
     }
 
-    /// How often decode used each expert, aged, as `[layer][expert]`: what [`seed`](Self::seed) takes at the next start.
+    /// How often decode uses each expert, in uses per 65,536 steps, as `[layer][expert]`: what [`seed`](Self::seed)
+    /// takes at the next start.
     #[must_use]
     pub fn profile(&self) -> Vec<Vec<u32>> {
-        let layer = |range: &[usize]| (range[0]..range[1]).map(|index| self.frequency(index)).collect();
+        let of = |index: usize| self.experts[index].rate.lasting(self.steps[self.experts[index].layer as usize]);
+        let layer = |range: &[usize]| (range[0]..range[1]).map(|index| (of(index) * PROFILE_STEPS) as u32).collect();
         self.first_expert.windows(2).map(layer).collect()
     }
 
-    /// Sets the counts of all experts.
+    /// Sets how often decode uses each expert.
     ///
     /// # Errors
     /// If `profile` is of a model with other layers or numbers of experts.
@@ -243,9 +293,8 @@ impl SlotCache {
         if found != expected {
             return Err(Error::Shape { what: "a routing profile's experts by layer".into(), expected, found });
         }
-        let round = self.round();
-        for (expert, &count) in self.experts.iter_mut().zip(profile.iter().flatten()) {
-            expert.frequency = Frequency { count, round };
+        for (expert, &uses) in self.experts.iter_mut().zip(profile.iter().flatten()) {
+            expert.rate = Rate::known(uses as f32 / PROFILE_STEPS, self.steps[expert.layer as usize]);
         }
         Ok(())
     }
@@ -254,46 +303,100 @@ impl SlotCache {
         self.first_expert[id.layer as usize] + id.expert as usize
     }
 
-    /// Counts age by the uses of all experts together, not by steps: a step of a large batch tells more.
-    fn round(&self) -> u64 {
-        self.uses / (ROUND_USES * self.experts.len() as u64)
+    /// Uses per step of decode.
+    fn rate(&self, index: usize) -> f32 {
+        let expert = &self.experts[index];
+        expert.rate.at(self.steps[expert.layer as usize])
     }
 
-    fn frequency(&self, index: usize) -> u32 {
-        self.experts[index].frequency.in_round(self.round())
-    }
-
-    fn count_use(&mut self, index: usize) {
-        self.uses += 1;
-        let count = self.frequency(index).saturating_add(USE);
-        self.experts[index].frequency = Frequency { count, round: self.round() };
-    }
-
-    /// An unpinned slot outside of the list and the expert that lost it, if one did.
-    fn take_slot(&mut self) -> Option<(u32, Option<usize>)> {
-        if let Some(slot) = self.free.pop() {
-            return Some((slot, None));
+    /// Steps until decode is expected to use an expert: the way to its layer, and the steps in which it is not used.
+    fn steps_to_use(&self, index: usize) -> f32 {
+        let expert = &self.experts[index];
+        if expert.wanted_in == self.begun && self.begun > 0 {
+            return 0.0;
         }
-        while let Some(slot) = self.recency.oldest() {
-            self.unlist(slot);
+        let layers = self.steps.len() as u32;
+        let way = (expert.layer + layers - self.layer - 1) % layers + 1;
+        way as f32 / layers as f32 + 1.0 / self.rate(index).max(f32::EPSILON) - 1.0
+    }
+
+    fn give(&mut self, slot: u32, index: usize, lane: Lane) {
+        self.experts[index].slot = Some(slot);
+        let entry = &mut self.slots[slot as usize];
+        (entry.expert, entry.scanned, entry.ahead) = (Some(index), lane == Lane::Scan, false);
+    }
+
+    /// An empty, unpinned slot, which is no longer free. If another must go for it, its next use is later than
+    /// `no_sooner`, in steps.
+    fn take_slot(&mut self, no_sooner: Option<f32>) -> Option<u32> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        let slot = match self.pop_scanned() {
+            Some(slot) => slot,
+            None => {
+                let (slot, steps) = self.latest_used()?;
+                if no_sooner.is_some_and(|least| steps <= least) {
+                    return None;
+                }
+                slot
+            }
+        };
+        let entry = &mut self.slots[slot as usize];
+        self.counters.evictions += 1;
+        self.counters.ahead_wasted += u64::from(entry.ahead);
+        if let Some(index) = entry.expert.take() {
+            self.experts[index].slot = None;
+        }
+        Some(slot)
+    }
+
+    fn pop_scanned(&mut self) -> Option<u32> {
+        while let Some(slot) = self.scanned.pop() {
             let entry = &mut self.slots[slot as usize];
-            if entry.pins > 0 {
-                entry.returns_to = End::Oldest;
-                continue;
+            entry.stacked = false;
+            // Pinned ones come back with their release.
+            if entry.scanned && entry.pins == 0 && entry.expert.is_some() {
+                return Some(slot);
             }
-            let evicted = entry.expert.take();
-            if let Some(index) = evicted {
-                self.experts[index].slot = None;
-                self.counters.evictions += 1;
-            }
-            return Some((slot, evicted));
         }
         None
     }
 
-    fn unlist(&mut self, slot: u32) {
-        if std::mem::take(&mut self.slots[slot as usize].listed) {
-            self.recency.remove(slot);
+    /// Of a sample of the unpinned slots that hold an expert, the one that is expected to be used last, and in how many
+    /// steps.
+    fn latest_used(&mut self) -> Option<(u32, f32)> {
+        let mut latest = None;
+        let count = self.slots.len();
+        if count > 2 * SAMPLE {
+            for _ in 0..SAMPLE {
+                let slot = self.draw(count);
+                self.consider(slot, &mut latest);
+            }
+        }
+        if latest.is_none() {
+            (0..count).for_each(|slot| self.consider(slot, &mut latest));
+        }
+        latest
+    }
+
+    fn consider(&self, slot: usize, latest: &mut Option<(u32, f32)>) {
+        let entry = &self.slots[slot];
+        let Some(index) = entry.expert.filter(|_| entry.pins == 0) else { return };
+        let steps = self.steps_to_use(index);
+        if latest.is_none_or(|(_, other)| steps > other) {
+            *latest = Some((slot as u32, steps));
         }
     }
+
+    /// A number below `end`, by xorshift (Marsaglia 2003).
+    fn draw(&mut self, end: usize) -> usize {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random % end as u64) as usize
+    }
 }
+
+/// A profile's uses are counted over so many steps.
+const PROFILE_STEPS: f32 = 65536.0;

@@ -1,4 +1,4 @@
-//! The slots, the threads that fill them, and leases on them.
+//! The slots, and the threads that fill them.
 
 use std::{
     collections::VecDeque,
@@ -6,16 +6,13 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use cadre_kernels::{
-    buffer::AllocError,
-    slots::{SlotReader, Slots},
-};
+use cadre_kernels::{buffer::AllocError, slots::Slots};
 
 use super::{
-    ExpertId, FetchError, Tier,
+    ExpertId, FetchError, Tier, Visit,
     cache::{Lane, SlotCache},
 };
 
@@ -45,6 +42,10 @@ pub struct StoreCounters {
     pub misses: u64,
     /// Experts that made room for others.
     pub evictions: u64,
+    /// Misses whose expert was being read, or had been, before it was wanted.
+    pub ahead_used: u64,
+    /// Experts that were read ahead for nothing.
+    pub ahead_wasted: u64,
     /// Bytes fetched.
     pub fetched_bytes: u64,
     /// Time that computing waited for them.
@@ -73,29 +74,41 @@ impl fmt::Display for StoreCounters {
     }
 }
 
-struct Shared {
+pub(super) struct Shared {
     tier: Box<dyn Tier>,
-    slots: Slots,
+    pub(super) slots: Slots,
     state: Mutex<State>,
     /// Something is in the queue, or the store ends.
-    wanted: Condvar,
+    pub(super) wanted: Condvar,
     /// A slot is no longer being filled.
     landed: Condvar,
 }
 
-struct State {
-    cache: SlotCache,
+pub(super) struct State {
+    pub(super) cache: SlotCache,
+    pub(super) experts_per_layer: Vec<usize>,
     /// What each slot is good for.
-    contents: Vec<Content>,
-    /// Misses that no reader has begun with.
-    queue: VecDeque<(ExpertId, usize)>,
+    pub(super) contents: Vec<Content>,
+    /// What is wanted now and no reader has begun with.
+    pub(super) wanted: VecDeque<Fetch>,
+    /// What will likely be wanted soon, for readers that have nothing else to do.
+    pub(super) ahead: VecDeque<Fetch>,
     fetched_bytes: u64,
-    stalled: Duration,
+    pub(super) stalled: Duration,
     stop: bool,
 }
 
+/// An expert to be read into a slot.
+#[derive(Clone, Copy)]
+pub(super) struct Fetch {
+    pub(super) id: ExpertId,
+    pub(super) slot: usize,
+    /// Its slot is pinned until it has landed, whoever else pins it.
+    pub(super) is_ahead: bool,
+}
+
 #[derive(Clone)]
-enum Content {
+pub(super) enum Content {
     /// Of the expert that the cache says, if it says one.
     Ready,
     /// A reader fills it, or will.
@@ -122,8 +135,10 @@ impl ExpertStore {
             slots: Slots::zeroed(slots, slot_bytes)?,
             state: Mutex::new(State {
                 cache: SlotCache::new(slots, experts_per_layer),
+                experts_per_layer: experts_per_layer.to_vec(),
                 contents: vec![Content::Ready; slots],
-                queue: VecDeque::new(),
+                wanted: VecDeque::new(),
+                ahead: VecDeque::new(),
                 fetched_bytes: 0,
                 stalled: Duration::ZERO,
                 stop: false,
@@ -163,28 +178,18 @@ impl ExpertStore {
             hits: counters.hits(),
             misses: counters.misses(),
             evictions: counters.evictions,
+            ahead_used: counters.ahead_used,
+            ahead_wasted: counters.ahead_wasted,
             fetched_bytes: state.fetched_bytes,
             stalled: state.stalled,
         }
     }
 
-    /// Takes as many of `experts` of `layer`, from the first on, as there are slots that nobody holds, and begins to fetch
-    /// those that are not there. While a lease lives, its experts stay. At least one is taken if no other lease lives.
+    /// A step comes to `layer` and wants these experts of it, in ascending order: takes as many as there is room for, those
+    /// in memory first, and begins to fetch the others.
     #[must_use]
-    pub fn lease(&self, layer: usize, experts: &[usize], lane: Lane) -> Lease<'_> {
-        let mut state = self.shared.lock();
-        let mut held = Vec::with_capacity(experts.len());
-        for &expert in experts {
-            let id = ExpertId { layer: layer as u32, expert: expert as u32 };
-            let Some(acquired) = state.cache.acquire(id, lane) else { break };
-            if !acquired.hit {
-                state.contents[acquired.slot] = Content::Coming;
-                state.queue.push_back((id, acquired.slot));
-                self.shared.wanted.notify_one();
-            }
-            held.push(Held { slot: acquired.slot, given: false });
-        }
-        Lease { shared: &self.shared, held }
+    pub fn visit<'a>(&'a self, layer: usize, experts: &'a [usize], lane: Lane) -> Visit<'a> {
+        Visit::new(&self.shared, layer, experts, lane)
     }
 }
 
@@ -199,10 +204,48 @@ impl Drop for Readers {
     }
 }
 
+impl State {
+    /// A step has come to `layer` and wants these experts of it: what was to be read ahead is wanted now, or no longer.
+    pub(super) fn settle_ahead(&mut self, layer: usize, experts: &[usize]) {
+        for fetch in std::mem::take(&mut self.ahead) {
+            if fetch.id.layer as usize == layer && experts.contains(&(fetch.id.expert as usize)) {
+                self.wanted.push_back(fetch);
+            } else {
+                self.contents[fetch.slot] = Content::Ready;
+                self.cache.discard(fetch.slot);
+                self.cache.release(fetch.slot);
+            }
+        }
+    }
+
+    fn land(&mut self, Fetch { slot, is_ahead, .. }: Fetch, fetched: Result<usize, FetchError>) {
+        match fetched {
+            Ok(bytes) => {
+                self.fetched_bytes += bytes as u64;
+                self.contents[slot] = Content::Ready;
+            }
+            Err(error) => {
+                self.contents[slot] = Content::Failed(error);
+                if is_ahead {
+                    self.cache.discard(slot);
+                }
+            }
+        }
+        if is_ahead {
+            self.cache.release(slot);
+        }
+    }
+}
+
 impl Shared {
     /// The lock; every change under it is whole before anything in it can panic.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until a slot is no longer being filled.
+    pub(super) fn wait_for_landing<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.landed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What a reader does.
@@ -212,106 +255,20 @@ impl Shared {
             if state.stop {
                 return;
             }
-            let Some((id, slot)) = state.queue.pop_front() else {
+            let Some(fetch) = state.wanted.pop_front().or_else(|| state.ahead.pop_front()) else {
                 state = self.wanted.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             drop(state);
+            let Fetch { id, slot, .. } = fetch;
             // A panic in a tier is one failed fetch: nobody waits for ever.
             let fetched = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(id, &mut self.slots.write(slot))));
             let fetched = fetched.unwrap_or_else(|_| {
                 Err(FetchError { id, tier: self.tier.name().to_owned(), reason: "the reader panicked".to_owned() })
             });
             state = self.lock();
-            state.contents[slot] = match fetched {
-                Ok(bytes) => {
-                    state.fetched_bytes += bytes as u64;
-                    Content::Ready
-                }
-                Err(error) => Content::Failed(error),
-            };
+            state.land(fetch, fetched);
             self.landed.notify_all();
-        }
-    }
-}
-
-/// Experts of one layer that stay in memory, or are on their way there, while this lives.
-pub struct Lease<'a> {
-    shared: &'a Shared,
-    held: Vec<Held>,
-}
-
-struct Held {
-    slot: usize,
-    /// Whether [`Lease::landed`] has named it.
-    given: bool,
-}
-
-impl Lease<'_> {
-    /// How many were taken.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.held.len()
-    }
-
-    /// Whether none was.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
-    }
-
-    /// The experts, by their place in the lease, that are there and were not named before; waits until there is one. None:
-    /// all have been named.
-    ///
-    /// # Errors
-    /// When one of them can't be fetched.
-    pub fn landed(&mut self) -> Result<Vec<usize>, FetchError> {
-        let mut state = self.shared.lock();
-        let mut waited_since = None;
-        loop {
-            let mut landed = Vec::new();
-            for (index, held) in self.held.iter_mut().enumerate().filter(|(_, held)| !held.given) {
-                match &state.contents[held.slot] {
-                    Content::Coming => {}
-                    Content::Failed(error) => return Err(error.clone()),
-                    Content::Ready => {
-                        held.given = true;
-                        landed.push(index);
-                    }
-                }
-            }
-            if !landed.is_empty() || self.held.iter().all(|held| held.given) {
-                state.stalled += waited_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
-                return Ok(landed);
-            }
-            waited_since.get_or_insert_with(Instant::now);
-            state = self.shared.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// The packed bytes of the expert at this place in the lease, and what its slot holds after them; waits while they
-    /// are being fetched.
-    ///
-    /// # Panics
-    /// When there is no such place.
-    #[must_use]
-    pub fn bytes(&self, index: usize) -> SlotReader<'_> {
-        self.shared.slots.read(self.held[index].slot)
-    }
-}
-
-impl Drop for Lease<'_> {
-    fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        for Held { slot, .. } in &self.held {
-            // A slot that is being filled may not become another expert's.
-            while matches!(state.contents[*slot], Content::Coming) {
-                state = self.shared.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-            if matches!(state.contents[*slot], Content::Failed(_)) {
-                state.cache.discard(*slot);
-            }
-            state.cache.release(*slot);
         }
     }
 }

@@ -163,16 +163,42 @@ fn waiting_for_the_disk_is_counted() {
 }
 
 #[test]
-fn leases_hold_what_they_took_and_no_more() {
+fn what_is_wanted_next_is_read_while_nothing_else_is() {
+    // A scan that uses all of layer 0 will want all of layer 1.
+    let rig = Rig::new(2 * COUNT);
+    assert!(rig.agree(0, &ALL, Lane::Scan).unwrap());
+    assert!(rig.agree(1, &ALL, Lane::Scan).unwrap());
+    let counters = rig.store.counters();
+    assert!(counters.ahead_used > 0, "{counters:?}");
+    assert_eq!((counters.misses, counters.ahead_wasted), (2 * COUNT as u64, 0));
+    assert_eq!(rig.tier.0.fetches.load(Ordering::Relaxed), 2 * COUNT, "once each");
+}
+
+#[test]
+fn reading_ahead_in_vain_fails_nobody() {
+    let rig = Rig::new(2 * COUNT);
+    rig.tier.0.broken.lock().unwrap().extend((0..COUNT as u32).map(|expert| ExpertId { layer: 1, expert }));
+    assert!(rig.agree(0, &ALL, Lane::Scan).unwrap());
+    assert!(rig.agree(1, &ALL, Lane::Scan).is_err());
+    rig.tier.0.broken.lock().unwrap().clear();
+    assert!(rig.agree(1, &ALL, Lane::Scan).unwrap());
+}
+
+#[test]
+fn a_visit_holds_what_it_took_until_it_releases_it() {
     let rig = Rig::new(4);
-    let first = rig.store.lease(0, &[0, 1, 2], Lane::Decode);
-    let second = rig.store.lease(1, &[0, 1, 2], Lane::Decode);
-    assert_eq!((first.len(), second.len()), (3, 1));
-    // All are held: nothing is left to take, and nothing that is held goes.
-    assert!(rig.store.lease(1, &[4], Lane::Decode).is_empty());
-    assert_eq!(rig.store.lease(0, &[0, 1, 2], Lane::Decode).len(), 3);
-    drop((first, second));
-    assert_eq!(rig.store.lease(1, &[3, 4, 5, 6], Lane::Decode).len(), 4);
+    let mut first = rig.store.visit(0, &[0, 1, 2], Lane::Decode);
+    while !first.landed().unwrap().is_empty() {}
+    let before = [0, 1, 2].map(|index| first.bytes(index).to_vec());
+    {
+        let mut second = rig.store.visit(1, &[0, 1, 2], Lane::Decode);
+        for index in 0..3 {
+            assert_eq!(second.landed().unwrap(), [index], "one slot is left, and each waits for the one before");
+            second.release(index..index + 1);
+        }
+        assert!(second.landed().unwrap().is_empty());
+    }
+    assert_eq!([0, 1, 2].map(|index| first.bytes(index).to_vec()), before);
 }
 
 #[test]

@@ -11,12 +11,13 @@
 //! - A content is cached at most once; [`BlockPool::register`] answers with the block that holds it.
 //! - A block that is shared (`refs > 1`) is full and is never written again.
 
+mod recency;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
 
-use crate::recency::Recency;
+use recency::Recency;
 
 /// Tokens that one KV block holds.
 pub const BLOCK_SIZE: usize = 16;

@@ -1,14 +1,16 @@
 use cadre_kernels::{
     ffn::{GroupedFfn, WeightedRow},
+    format::Packed,
     router::{self, RouterOptions},
+    slots::SlotReader,
 };
 
 use super::{forward_only, output, rows_of, with_slice};
 use crate::{
     Error, Result, Tensor,
     compute::Compute,
-    experts::{ExpertStore, Lane, Lease, StoredExperts},
-    nn::{Experts, matrices},
+    experts::{Lane, StoredExperts, Visit},
+    nn::{Experts, FfnLayout, matrices},
 };
 
 /// Which experts each token uses: `[tokens, top_k]`, a token's experts in ascending index.
@@ -80,11 +82,8 @@ pub fn grouped_ffn(compute: &Compute, x: &Tensor, experts: &Experts, routes: &Ro
     output(out, layout.hidden)
 }
 
-/// Experts of a prompt's step that are computed while as many others are read.
-const SCAN_PART: usize = 16;
-
 /// [`grouped_ffn`] of experts in the store, bit for bit: those that are in memory begin, the others follow as they are
-/// read. What doesn't fit at once comes in parts, one read while the one before computes.
+/// read.
 ///
 /// # Errors
 /// When an expert can't be read; and as for [`grouped_ffn`].
@@ -102,63 +101,39 @@ pub fn stored_ffn(
     let rows = routes.by_expert(experts.count());
     let used: Vec<usize> = (0..rows.len()).filter(|&expert| !rows[expert].is_empty()).collect();
     let groups: Vec<&[WeightedRow]> = used.iter().map(|&expert| rows[expert].as_slice()).collect();
-    // Two parts are held at a time; what a scan holds, it has taken from decode.
-    let part = match lane {
-        Lane::Decode if used.len() <= store.slots() => used.len(),
-        Lane::Decode => store.slots() / 2,
-        Lane::Scan => SCAN_PART.min(store.slots() / 2),
-    }
-    .max(1);
     let mut out = vec![0.0; tokens * layout.hidden];
     with_slice(x, |x| {
         let mut ffn = GroupedFfn::new(&compute.pool, compute.isa, layout, x, &groups);
-        let mut begun = 0;
-        let mut next = None;
-        while begun < used.len() || next.is_some() {
-            let (start, mut lease) = match next.take() {
-                Some(begun) => begun,
-                None => begin(store, layer, &used, &mut begun, part, lane),
-            };
-            if begun < used.len() && part < used.len() {
-                next = Some(begin(store, layer, &used, &mut begun, part, lane));
+        let mut visit = store.visit(layer, &used, lane);
+        // Those whose first half is computed; the sums follow in the experts' order.
+        let mut computed = vec![false; used.len()];
+        let mut summed = 0;
+        loop {
+            let landed = visit.landed().map_err(|error| {
+                let needing = &rows[error.id.expert as usize];
+                Error::Fetch { error, rows: needing.iter().map(|row| row.row).collect() }
+            })?;
+            if landed.is_empty() {
+                break;
             }
-            loop {
-                let landed = lease.landed().map_err(|error| {
-                    let needing = &rows[error.id.expert as usize];
-                    Error::Fetch { error, rows: needing.iter().map(|row| row.row).collect() }
-                })?;
-                if landed.is_empty() {
-                    break;
-                }
-                let bytes: Vec<_> = landed.iter().map(|&index| lease.bytes(index)).collect();
-                let weights: Vec<_> = landed
-                    .iter()
-                    .zip(&bytes)
-                    .map(|(&index, bytes)| (start + index, matrices(&layout, bytes)[0]))
-                    .collect();
-                ffn.gate_up(&weights);
-            }
-            let bytes: Vec<_> = (0..lease.len()).map(|index| lease.bytes(index)).collect();
-            let weights: Vec<_> =
-                bytes.iter().enumerate().map(|(index, bytes)| (start + index, matrices(&layout, bytes)[1])).collect();
-            ffn.add_down(&weights, &mut out);
+            ffn.gate_up(&weights(&layout, &held(&visit, &landed), 0));
+            landed.iter().for_each(|&index| computed[index] = true);
+            let next: Vec<usize> = (summed..used.len()).take_while(|&index| computed[index]).collect();
+            ffn.add_down(&weights(&layout, &held(&visit, &next), 1), &mut out);
+            visit.release(summed..summed + next.len());
+            summed += next.len();
         }
         Ok(())
     })?;
     output(out, layout.hidden)
 }
 
-/// Leases up to `part` more of the experts in `used`; says with which it begins.
-fn begin<'a>(
-    store: &'a ExpertStore,
-    layer: usize,
-    used: &[usize],
-    begun: &mut usize,
-    part: usize,
-    lane: Lane,
-) -> (usize, Lease<'a>) {
-    let start = *begun;
-    let lease = store.lease(layer, &used[start..used.len().min(start + part)], lane);
-    *begun += lease.len();
-    (start, lease)
+/// The bytes of experts that have landed, by their index in the visit.
+fn held<'a>(visit: &'a Visit<'_>, indices: &[usize]) -> Vec<(usize, SlotReader<'a>)> {
+    indices.iter().map(|&index| (index, visit.bytes(index))).collect()
+}
+
+/// gate|up (part 0) or down (part 1) of packed experts.
+fn weights<'a>(layout: &FfnLayout, experts: &'a [(usize, SlotReader<'_>)], part: usize) -> Vec<(usize, Packed<'a>)> {
+    experts.iter().map(|(index, bytes)| (*index, matrices(layout, bytes)[part])).collect()
 }

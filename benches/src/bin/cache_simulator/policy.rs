@@ -1,4 +1,4 @@
-//! Replays a trace against a policy. The experts of a layer are wanted all at once, so none of them can go for another.
+//! Replays a trace against a policy. Of a layer's experts those that are there are used first, so none of them goes for another.
 
 use std::{cmp::Reverse, collections::BTreeSet};
 
@@ -116,26 +116,24 @@ impl Replay<'_> {
     }
 }
 
+/// As a visit of the engine does: those that are there are taken first, the others in ascending order.
 fn slot_cache_hits(cache: &mut SlotCache, access: &Access) -> usize {
-    // A scan goes through the experts one after the other; a decode step wants a layer's all at once, or as many as fit.
-    let most_pinned = if access.lane == Lane::Scan { 1 } else { usize::MAX };
-    let (mut hits, mut pinned) = (0, Vec::new());
-    for &expert in access.experts {
-        let id = ExpertId { layer: access.layer as u32, expert };
-        if pinned.len() >= most_pinned {
-            pinned.drain(..).for_each(|slot| cache.release(slot));
-        }
-        let acquired = cache.acquire(id, access.lane).or_else(|| {
-            pinned.drain(..).for_each(|slot| cache.release(slot));
-            cache.acquire(id, access.lane)
-        });
-        if let Some(acquired) = acquired {
-            hits += usize::from(acquired.hit);
-            pinned.push(acquired.slot);
+    let wanted: Vec<usize> = access.experts.iter().map(|&expert| expert as usize).collect();
+    let layer = access.layer as u32;
+    cache.begin(layer, &wanted, access.lane);
+    let (present, missing): (Vec<_>, Vec<_>) =
+        access.experts.iter().map(|&expert| ExpertId { layer, expert }).partition(|&id| cache.contains(id));
+    // One by one, so that nothing but what is there is held against those that come.
+    let mut held: Vec<usize> = present.iter().filter_map(|&id| Some(cache.acquire(id, access.lane)?.slot)).collect();
+    for id in missing {
+        if let Some(acquired) = cache.acquire(id, access.lane) {
+            cache.release(acquired.slot);
+        } else if let Some(slot) = held.pop() {
+            cache.release(slot);
         }
     }
-    pinned.drain(..).for_each(|slot| cache.release(slot));
-    hits
+    held.into_iter().for_each(|slot| cache.release(slot));
+    present.len()
 }
 
 /// The lowest goes first: how often, when.
@@ -155,32 +153,45 @@ impl Ranked {
         Self { policy, slots, order: BTreeSet::new(), ranks: vec![None; experts], uses: vec![0; experts] }
     }
 
-    /// Uses experts, given with the step of their next use; how many of them were there.
+    /// Uses experts, given with the step of their next use; how many of them were there. Those are held until the others have
+    /// come, one after the other.
     fn hits(&mut self, step: usize, wanted: &[(usize, usize)]) -> usize {
-        let mut hits = 0;
-        for &(expert, _) in wanted {
+        let (mut held, missing): (Vec<_>, Vec<_>) =
+            wanted.iter().copied().partition(|&(expert, _)| self.ranks[expert].is_some());
+        for &(expert, _) in &held {
             if let Some(rank) = self.ranks[expert] {
                 self.order.remove(&(rank, expert));
-                hits += 1;
-            } else if self.policy != Policy::LfuGhosts {
+            }
+        }
+        for &(expert, _) in &missing {
+            if self.policy != Policy::LfuGhosts {
                 self.uses[expert] = 0;
             }
+        }
+        for &(expert, _) in wanted {
             self.uses[expert] += 1;
         }
-        // What is wanted stands outside of the order here, so that none of it goes for another.
-        let room = self.slots.saturating_sub(wanted.len());
-        self.shrink(room);
-        for &(expert, next_use) in wanted {
-            let rank = match self.policy {
-                Policy::Belady => (0, Reverse(next_use), step),
-                Policy::Lfu | Policy::LfuGhosts => (self.uses[expert], Reverse(0), step),
-                Policy::Lru | Policy::SlotCache => (0, Reverse(0), step),
-            };
-            self.ranks[expert] = Some(rank);
-            self.order.insert((rank, expert));
+        let hits = held.len();
+        for new in missing {
+            if held.len() == self.slots {
+                held.pop().into_iter().for_each(|kept| self.enter(step, kept));
+            }
+            self.shrink(self.slots - held.len() - 1);
+            self.enter(step, new);
         }
-        self.shrink(self.slots); // Only where a layer wants more than all slots.
+        held.into_iter().for_each(|kept| self.enter(step, kept));
         hits
+    }
+
+    /// Puts an expert, given with the step of its next use, into its place in the order.
+    fn enter(&mut self, step: usize, (expert, next_use): (usize, usize)) {
+        let rank = match self.policy {
+            Policy::Belady => (0, Reverse(next_use), step),
+            Policy::Lfu | Policy::LfuGhosts => (self.uses[expert], Reverse(0), step),
+            Policy::Lru | Policy::SlotCache => (0, Reverse(0), step),
+        };
+        self.ranks[expert] = Some(rank);
+        self.order.insert((rank, expert));
     }
 
     fn shrink(&mut self, most: usize) {
@@ -227,7 +238,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_not_counted_and_flushes_lru_but_not_the_slot_cache() {
-        let prompt: &[u32] = &[0, 1, 2, 3, 4, 5, 6, 7];
+        let prompt: &[u32] = &[2, 3, 4, 5, 6, 7];
         let steps = [(1, &[0, 1][..]), (1, &[0, 1]), (9, prompt), (1, &[0, 1])];
         let [lru, .., slot_cache, belady] = hit_rates(&trace(&steps), 3);
         assert_eq!((lru, slot_cache, belady), (2.0 / 6.0, 4.0 / 6.0, 4.0 / 6.0));

@@ -1,0 +1,208 @@
+//! A step's visit to the experts of one layer.
+
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
+
+use cadre_kernels::slots::SlotReader;
+
+use super::{
+    ExpertId, FetchError,
+    cache::Lane,
+    store::{Content, Fetch, Shared, State},
+};
+
+/// Experts that are fetched, or were and are not yet released, at a time: enough to keep a disk busy while others
+/// compute. More would displace what later steps use.
+const WINDOW: usize = 16;
+
+/// Experts of the next layer that are fetched while nothing else is.
+const AHEAD: usize = 8;
+
+/// In a scan, a layer of which so large a part is used says that the next one's experts will be too.
+const SCAN_ALL: f64 = 0.75;
+
+/// Experts of one layer that a step wants. Those that it holds stay in memory until they are released or it ends.
+///
+/// Those in memory are held from the start, those to be fetched follow in ascending order as room is made; so whoever
+/// releases in ascending order is never left waiting. Several visits at a time may wait for each other's releases.
+pub struct Visit<'a> {
+    shared: &'a Shared,
+    layer: usize,
+    lane: Lane,
+    experts: &'a [usize],
+    places: Vec<Place>,
+    /// All before this one have, or had, a slot.
+    next: usize,
+    /// Slots held by those that were not taken at the start.
+    followers: usize,
+    looked_ahead: bool,
+}
+
+/// How far an expert of the visit is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Waiting,
+    Held { slot: usize, follower: bool, named: bool },
+    Released,
+}
+
+impl<'a> Visit<'a> {
+    pub(super) fn new(shared: &'a Shared, layer: usize, experts: &'a [usize], lane: Lane) -> Self {
+        let mut visit = Self {
+            shared,
+            layer,
+            lane,
+            experts,
+            places: vec![Place::Waiting; experts.len()],
+            next: 0,
+            followers: 0,
+            looked_ahead: false,
+        };
+        let mut state = shared.lock();
+        state.cache.begin(layer as u32, experts, lane);
+        state.settle_ahead(layer, experts);
+        visit.hold_present(&mut state);
+        visit.follow(&mut state);
+        drop(state);
+        visit
+    }
+
+    fn id(&self, index: usize) -> ExpertId {
+        ExpertId { layer: self.layer as u32, expert: self.experts[index] as u32 }
+    }
+
+    /// Holds those that have a slot, but for the room that the others need.
+    fn hold_present(&mut self, state: &mut State) {
+        let present: Vec<usize> =
+            (0..self.experts.len()).filter(|&index| state.cache.contains(self.id(index))).collect();
+        let room =
+            self.shared.slots.count() - (self.experts.len() - present.len()).min(WINDOW).min(self.shared.slots.count());
+        for index in present.into_iter().take(room) {
+            self.hold(state, index, false);
+        }
+    }
+
+    /// Takes as many of the others as there is room for; then the reading is free for the next layer.
+    fn follow(&mut self, state: &mut State) {
+        while self.next < self.experts.len() {
+            if self.places[self.next] == Place::Waiting
+                && (self.followers == WINDOW || !self.hold(state, self.next, true))
+            {
+                return;
+            }
+            self.next += 1;
+        }
+        if !std::mem::replace(&mut self.looked_ahead, true) {
+            self.look_ahead(state);
+        }
+    }
+
+    /// Holds one; false if there is no slot for it.
+    fn hold(&mut self, state: &mut State, index: usize, follower: bool) -> bool {
+        let id = self.id(index);
+        let Some(acquired) = state.cache.acquire(id, self.lane) else { return false };
+        if acquired.is_new {
+            state.contents[acquired.slot] = Content::Coming;
+            state.wanted.push_back(Fetch { id, slot: acquired.slot, is_ahead: false });
+            self.shared.wanted.notify_one();
+        }
+        self.places[index] = Place::Held { slot: acquired.slot, follower, named: false };
+        self.followers += usize::from(follower);
+        true
+    }
+
+    fn look_ahead(&self, state: &mut State) {
+        let layers = state.experts_per_layer.len();
+        let next = (self.layer + 1) % layers;
+        let goes_on = match self.lane {
+            Lane::Decode => layers > 1,
+            // Whether another part of the prompt follows is not known here.
+            Lane::Scan => {
+                next > 0 && self.experts.len() as f64 >= SCAN_ALL * state.experts_per_layer[self.layer] as f64
+            }
+        };
+        if !goes_on {
+            return;
+        }
+        for (id, slot) in state.cache.ahead(next as u32, self.lane, AHEAD.min(self.shared.slots.count() / 4)) {
+            state.contents[slot] = Content::Coming;
+            state.ahead.push_back(Fetch { id, slot, is_ahead: true });
+            self.shared.wanted.notify_one();
+        }
+    }
+
+    /// The experts, by their index in the visit, that are there and were not named before; waits until there is one. None:
+    /// all have been named.
+    ///
+    /// # Errors
+    /// When one of them can't be fetched.
+    pub fn landed(&mut self) -> Result<Vec<usize>, FetchError> {
+        let mut state = self.shared.lock();
+        let mut waited_since = None;
+        loop {
+            self.follow(&mut state);
+            let mut landed = Vec::new();
+            for (index, place) in self.places.iter_mut().enumerate() {
+                let Place::Held { slot, named: named @ false, .. } = place else { continue };
+                match &state.contents[*slot] {
+                    Content::Coming => {}
+                    Content::Failed(error) => return Err(error.clone()),
+                    Content::Ready => {
+                        *named = true;
+                        landed.push(index);
+                    }
+                }
+            }
+            let all_named = |place: &Place| matches!(place, Place::Held { named: true, .. } | Place::Released);
+            if !landed.is_empty() || self.places.iter().all(all_named) {
+                state.stalled += waited_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
+                return Ok(landed);
+            }
+            waited_since.get_or_insert_with(Instant::now);
+            state = self.shared.wait_for_landing(state);
+        }
+    }
+
+    /// The packed bytes of an expert that has landed, and what its slot holds after them.
+    ///
+    /// # Panics
+    /// When it has not, or is released.
+    #[must_use]
+    pub fn bytes(&self, index: usize) -> SlotReader<'_> {
+        let place = self.places[index];
+        assert!(matches!(place, Place::Held { named: true, .. }), "expert {index} of the visit is {place:?}");
+        let slot = if let Place::Held { slot, .. } = place { slot } else { usize::MAX };
+        self.shared.slots.read(slot)
+    }
+
+    /// Gives back experts that are no longer needed, and takes others in their place.
+    pub fn release(&mut self, indices: Range<usize>) {
+        let mut state = self.shared.lock();
+        for place in &mut self.places[indices] {
+            if let Place::Held { slot, follower, .. } = std::mem::replace(place, Place::Released) {
+                self.followers -= usize::from(follower);
+                state.cache.release(slot);
+            }
+        }
+        self.follow(&mut state);
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        for place in &self.places {
+            let Place::Held { slot, .. } = *place else { continue };
+            // A slot that is being filled may not become another expert's.
+            while matches!(state.contents[slot], Content::Coming) {
+                state = self.shared.wait_for_landing(state);
+            }
+            if matches!(state.contents[slot], Content::Failed(_)) {
+                state.cache.discard(slot);
+            }
+            state.cache.release(slot);
+        }
+    }
+}
