@@ -6,13 +6,15 @@ mod cache;
 mod store;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod tier;
 
 use std::sync::{Arc, OnceLock};
 
 pub use cache::{ExpertId, Lane, SlotCache};
 pub use store::{ExpertStore, Lease, StoreCounters};
-pub use tier::{FetchError, Tier};
+pub use threads::{BlockingTier, Threads};
+pub use tier::{Fetch, FetchError, Tier};
 
 use crate::{
     Error, Result,

@@ -1,11 +1,10 @@
-//! The slots, the threads that fill them, and leases on them.
+//! The slots, what is to be fetched into them, and leases on them.
 
 use std::{
     collections::VecDeque,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -15,25 +14,14 @@ use cadre_kernels::{
 };
 
 use super::{
-    ExpertId, FetchError, Tier,
+    ExpertId, Fetch, FetchError, Tier,
     cache::{Lane, SlotCache},
 };
-
-/// Reads in flight: enough to keep a solid-state disk busy with records of some megabytes.
-const READERS: usize = 4;
 
 /// A model's experts within a fixed number of slots in memory, the rest in a [`Tier`]. Clones are the same store.
 #[derive(Clone)]
 pub struct ExpertStore {
     shared: Arc<Shared>,
-    /// They end with the last clone.
-    _readers: Arc<Readers>,
-}
-
-/// The threads that fetch.
-struct Readers {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 /// What a store has done since it began.
@@ -75,10 +63,8 @@ impl fmt::Display for StoreCounters {
 
 struct Shared {
     tier: Box<dyn Tier>,
-    slots: Slots,
+    slots: Arc<Slots>,
     state: Mutex<State>,
-    /// Something is in the queue, or the store ends.
-    wanted: Condvar,
     /// A slot is no longer being filled.
     landed: Condvar,
 }
@@ -87,18 +73,21 @@ struct State {
     cache: SlotCache,
     /// What each slot is good for.
     contents: Vec<Content>,
-    /// Misses that no reader has begun with.
+    /// Misses that the tier has not been given yet.
     queue: VecDeque<(ExpertId, usize)>,
+    /// Those that it works on.
+    fetching: usize,
+    /// Whether a thread is giving it some.
+    giving: bool,
     fetched_bytes: u64,
     stalled: Duration,
-    stop: bool,
 }
 
 #[derive(Clone)]
 enum Content {
     /// Of the expert that the cache says, if it says one.
     Ready,
-    /// A reader fills it, or will.
+    /// The tier fills it, or will.
     Coming,
     /// The last one could not.
     Failed(FetchError),
@@ -109,7 +98,7 @@ impl ExpertStore {
     /// `experts_per_layer[l]` of them.
     ///
     /// # Errors
-    /// When memory, or a thread to read with, can't be had.
+    /// When memory can't be had.
     pub fn new(
         tier: Box<dyn Tier>,
         slots: usize,
@@ -117,35 +106,20 @@ impl ExpertStore {
         experts_per_layer: &[usize],
     ) -> Result<Self, AllocError> {
         let slots = slots.max(1);
-        let shared = Arc::new(Shared {
-            tier,
-            slots: Slots::zeroed(slots, slot_bytes)?,
-            state: Mutex::new(State {
-                cache: SlotCache::new(slots, experts_per_layer),
-                contents: vec![Content::Ready; slots],
-                queue: VecDeque::new(),
-                fetched_bytes: 0,
-                stalled: Duration::ZERO,
-                stop: false,
-            }),
-            wanted: Condvar::new(),
-            landed: Condvar::new(),
-        });
-        let mut threads = Vec::new();
-        for index in 0..READERS {
-            let shared = Arc::clone(&shared);
-            let builder = std::thread::Builder::new().name(format!("cadre-reader-{index}"));
-            match builder.spawn(move || shared.serve()) {
-                Ok(thread) => threads.push(thread),
-                // Fewer threads only cost speed.
-                Err(error) if threads.is_empty() => {
-                    return Err(AllocError { bytes: 0, reason: format!("no thread to read experts with: {error}") });
-                }
-                Err(_) => break,
-            }
+        let memory = Arc::new(Slots::zeroed(slots, slot_bytes)?);
+        if let Err(error) = memory.lock() {
+            tracing::debug!(%error, "expert slots are not locked in memory: the system may swap them out");
         }
-        let readers = Readers { shared: Arc::clone(&shared), threads };
-        Ok(Self { shared, _readers: Arc::new(readers) })
+        let state = Mutex::new(State {
+            cache: SlotCache::new(slots, experts_per_layer),
+            contents: vec![Content::Ready; slots],
+            queue: VecDeque::new(),
+            fetching: 0,
+            giving: false,
+            fetched_bytes: 0,
+            stalled: Duration::ZERO,
+        });
+        Ok(Self { shared: Arc::new(Shared { tier, slots: memory, state, landed: Condvar::new() }) })
     }
 
     /// How many slots there are.
@@ -180,22 +154,11 @@ impl ExpertStore {
             if !acquired.hit {
                 state.contents[acquired.slot] = Content::Coming;
                 state.queue.push_back((id, acquired.slot));
-                self.shared.wanted.notify_one();
             }
             held.push(Held { slot: acquired.slot, given: false });
         }
+        self.shared.give(state);
         Lease { shared: &self.shared, held }
-    }
-}
-
-impl Drop for Readers {
-    fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.wanted.notify_all();
-        for thread in self.threads.drain(..) {
-            // One that panicked has nothing left to give back.
-            let _ = thread.join();
-        }
     }
 }
 
@@ -205,33 +168,40 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a reader does.
-    fn serve(&self) {
-        let mut state = self.lock();
-        loop {
-            if state.stop {
-                return;
-            }
-            let Some((id, slot)) = state.queue.pop_front() else {
-                state = self.wanted.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            drop(state);
-            // A panic in a tier is one failed fetch: nobody waits for ever.
-            let fetched = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(id, &mut self.slots.write(slot))));
-            let fetched = fetched.unwrap_or_else(|_| {
-                Err(FetchError { id, tier: self.tier.name().to_owned(), reason: "the reader panicked".to_owned() })
-            });
-            state = self.lock();
-            state.contents[slot] = match fetched {
-                Ok(bytes) => {
-                    state.fetched_bytes += bytes as u64;
-                    Content::Ready
-                }
-                Err(error) => Content::Failed(error),
-            };
-            self.landed.notify_all();
+    /// Gives the tier what waits in the queue, as much as it works on at once. One thread does it at a time: the others leave
+    /// it to that one, and a tier that finishes at once doesn't come back here from within.
+    fn give<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
+        if state.giving {
+            return;
         }
+        state.giving = true;
+        while state.fetching < self.tier.depth() {
+            let Some((id, slot)) = state.queue.pop_front() else { break };
+            state.fetching += 1;
+            drop(state);
+            let shared = Arc::clone(self);
+            let arrived = move |result| shared.arrived(slot, result);
+            let fetch = Fetch::new(id, self.tier.name(), self.slots.write(slot), arrived);
+            // After a panic the fetch is dropped, and so has failed.
+            let _ = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(fetch)));
+            state = self.lock();
+        }
+        state.giving = false;
+    }
+
+    /// A fetch into `slot` has ended.
+    fn arrived(self: &Arc<Self>, slot: usize, result: Result<usize, FetchError>) {
+        let mut state = self.lock();
+        state.fetching -= 1;
+        state.contents[slot] = match result {
+            Ok(bytes) => {
+                state.fetched_bytes += bytes as u64;
+                Content::Ready
+            }
+            Err(error) => Content::Failed(error),
+        };
+        self.landed.notify_all();
+        self.give(state);
     }
 }
 
