@@ -6,6 +6,7 @@ mod cache;
 mod store;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod tier;
 mod visit;
 
@@ -13,7 +14,8 @@ use std::sync::{Arc, OnceLock};
 
 pub use cache::{ExpertId, Lane, SlotCache};
 pub use store::{ExpertStore, StoreCounters};
-pub use tier::{FetchError, Tier};
+pub use threads::{BlockingTier, Threads};
+pub use tier::{Fetch, FetchError, Tier};
 pub use visit::Visit;
 
 use crate::{

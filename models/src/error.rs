@@ -37,6 +37,18 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// `CADRE_IO` names no way of reading.
+    #[error("CADRE_IO is `{name}`: expected `pread` or `io_uring`; or leave it unset")]
+    NoSuchIo {
+        /// What it is.
+        name: String,
+    },
+    /// The way of reading that `CADRE_IO` asks for can't be had.
+    #[error("CADRE_IO asks for io_uring, which this system refuses ({source}): leave it unset, or set it to `pread`")]
+    IoUring {
+        /// What the system said.
+        source: io::Error,
+    },
     /// A text file is larger than any real one.
     #[error("{file} has {found_bytes} bytes: expected at most {limit_bytes}; it is not the file that its name says")]
     FileTooLarge {

@@ -7,6 +7,7 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::PathBuf,
+    sync::Arc,
 };
 
 use crate::{Error, Result};
@@ -67,7 +68,7 @@ impl Files {
         }
         match source.bytes {
             Bytes::Static(bytes) => Ok(Some(Cow::Borrowed(bytes))),
-            Bytes::File { .. } => {
+            Bytes::File(_) => {
                 let mut bytes = vec![0; usize::try_from(source.len).unwrap_or(0)];
                 source.read_exact_at(0, &mut bytes)?;
                 Ok(Some(Cow::Owned(bytes)))
@@ -104,12 +105,17 @@ pub(crate) struct Source {
 
 #[derive(Debug)]
 enum Bytes {
-    File {
-        file: File,
-        /// The same file again, read past the page cache; `None` where that is not asked for or not possible.
-        direct: Option<File>,
-    },
+    File(Arc<OpenFile>),
     Static(&'static [u8]),
+}
+
+/// A file on disk.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    /// Read through the page cache.
+    pub(crate) plain: File,
+    /// The same file again, read past it; `None` where that is not asked for or not possible.
+    pub(crate) direct: Option<File>,
 }
 
 impl Source {
@@ -127,9 +133,9 @@ impl Source {
                 "expected a file, found a directory or device",
             )));
         }
-        let file = File::open(path).map_err(failed)?;
-        let len = file.metadata().map_err(failed)?.len();
-        Ok(Some(Self { label, len, bytes: Bytes::File { file, direct: None } }))
+        let plain = File::open(path).map_err(failed)?;
+        let len = plain.metadata().map_err(failed)?.len();
+        Ok(Some(Self { label, len, bytes: Bytes::File(Arc::new(OpenFile { plain, direct: None })) }))
     }
 
     /// How the file is called in messages.
@@ -146,10 +152,12 @@ impl Source {
     #[cfg(target_os = "linux")]
     pub(crate) fn bypass_page_cache(&mut self) {
         use std::os::{fd::AsRawFd, unix::fs::OpenOptionsExt};
-        if let Bytes::File { file, direct } = &mut self.bytes {
+        if let Bytes::File(file) = &mut self.bytes
+            && let Some(file) = Arc::get_mut(file)
+        {
             // Not by its name, which may be another file's by now.
-            let same = format!("/proc/self/fd/{}", file.as_raw_fd());
-            *direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(same).ok();
+            let same = format!("/proc/self/fd/{}", file.plain.as_raw_fd());
+            file.direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(same).ok();
         }
     }
 
@@ -157,10 +165,18 @@ impl Source {
     #[cfg(not(target_os = "linux"))]
     pub(crate) fn bypass_page_cache(&mut self) {}
 
+    /// The file, for those who read it by other ways; `None` if it is inside of this binary.
+    pub(crate) fn file(&self) -> Option<&Arc<OpenFile>> {
+        match &self.bytes {
+            Bytes::File(file) => Some(file),
+            Bytes::Static(_) => None,
+        }
+    }
+
     /// Fills `out` from the bytes that begin at `offset`, past the page cache if it can; `offset`, the length of `out` and
     /// its place in memory should be multiples of 4 KiB.
     pub(crate) fn read_direct(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        if let Bytes::File { direct: Some(direct), .. } = &self.bytes {
+        if let Some(direct) = self.file().and_then(|file| file.direct.as_ref()) {
             match direct.read_at(out, offset) {
                 Ok(count) if count == out.len() => return Ok(()),
                 // A part, or a file system that has more to ask: the plain way decides, and says what is wrong.
@@ -173,22 +189,24 @@ impl Source {
     /// Fills `out` from the bytes that begin at `offset`.
     pub(crate) fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let result = match &self.bytes {
-            Bytes::File { file, .. } => file.read_exact_at(out, offset),
+            Bytes::File(file) => file.plain.read_exact_at(out, offset),
             Bytes::Static(bytes) => copy_at(bytes, offset, out),
         };
-        result.map_err(|source| Error::Read {
+        result.map_err(|source| self.read_error(offset, out.len(), source))
+    }
+
+    /// What it means that `bytes` bytes at `offset` could not be read.
+    pub(crate) fn read_error(&self, offset: u64, bytes: usize, source: io::Error) -> Error {
+        Error::Read {
             file: self.label.clone(),
             source: match source.kind() {
                 io::ErrorKind::UnexpectedEof => io::Error::new(
                     io::ErrorKind::UnexpectedEof,
-                    format!(
-                        "expected {} bytes at offset {offset}, but the file ends before: it was cut off",
-                        out.len()
-                    ),
+                    format!("expected {bytes} bytes at offset {offset}, but the file ends before: it was cut off"),
                 ),
                 _ => source,
             },
-        })
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     checkpoint::Checkpoint,
     formats::{FormatOptions, Formats},
     registry,
-    stored_experts::UnopenedExperts,
+    stored_experts::{Io, UnopenedExperts},
     weights::{LoadProgress, Loader},
 };
 
@@ -35,7 +35,8 @@ pub enum Placement {
 ///
 /// # Errors
 /// When a tensor is missing, left over, of another shape than the configuration asks for, or cannot be read; when the
-/// checkpoint is a pack in other formats than those asked for, or no pack and its experts should stay in it.
+/// checkpoint is a pack in other formats than those asked for, or no pack and its experts should stay in it; when `CADRE_IO`
+/// is no way of reading.
 pub fn load(
     checkpoint: &Checkpoint,
     options: &FormatOptions,
@@ -43,6 +44,7 @@ pub fn load(
     compute: &Compute,
     on_bytes: &(dyn Fn(LoadProgress) + Sync),
 ) -> Result<LoadedModel> {
+    let io = Io::asked()?;
     let architecture = registry::find(checkpoint.config())?;
     let tensors = checkpoint.tensors()?;
     let formats = match tensors.pack() {
@@ -63,7 +65,7 @@ pub fn load(
     let model = (architecture.build)(checkpoint.config(), &loader.root())?;
     loader.finish()?;
     let left = loader.take_left();
-    Ok(LoadedModel { model: Box::new(model), formats, experts: left.map(|left| left.unopened(tensors)) })
+    Ok(LoadedModel { model: Box::new(model), formats, experts: left.map(|left| left.unopened(tensors, io)) })
 }
 
 /// Whether a pack in `formats` has all that `options` ask for.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use cadre_tests::{
-    binary::{output, run},
+    binary::{Run, command, output, run},
     checkpoint::Qwen3Moe,
     peak::peak_of,
     server::{MODEL, Server},
@@ -28,6 +28,41 @@ fn pack(directory: &Path) -> PathBuf {
 fn generate<'a>(pack: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let args = ["generate", "--raw", "--prompt", "What is it that a budget changes?", "--max-tokens", "16"];
     [&args[..], &["--temperature", "0", "--kv-memory", "4MiB", "--threads", "2", "--model", pack], more].concat()
+}
+
+/// The ways of reading that this system has.
+fn ways(pack: &str) -> Vec<&'static str> {
+    let mut ways = vec!["pread", "io_uring"];
+    ways.retain(|way| {
+        let found = run_reading_by(way, &generate(pack, &["--memory", "110MiB"]));
+        let refused = found.code != Some(0);
+        if refused {
+            assert!(*way == "io_uring" && found.stderr.contains("CADRE_IO asks for io_uring"), "{}", found.stderr);
+            eprintln!("this system has no io_uring: not tested");
+        }
+        !refused
+    });
+    ways
+}
+
+fn run_reading_by(way: &str, args: &[&str]) -> Run {
+    let output = command(args).env("CADRE_IO", way).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+#[test]
+fn ways_of_reading_change_no_token() {
+    let directory = tempfile::tempdir().unwrap();
+    let pack = pack(directory.path());
+    let pack = pack.to_str().unwrap();
+    let expected = output(&generate(pack, &[]));
+    for way in ways(pack) {
+        let found = run_reading_by(way, &generate(pack, &["--memory", "110MiB"]));
+        assert_eq!(found.stdout, expected, "{way}");
+    }
+    let found = run_reading_by("mmap", &generate(pack, &[]));
+    assert!(found.code != Some(0) && found.stderr.contains("CADRE_IO is `mmap`: expected"), "{}", found.stderr);
 }
 
 #[test]
@@ -77,15 +112,18 @@ fn budgets_that_cannot_be_kept_are_refused_with_what_would_do() {
 fn a_damaged_expert_is_told_from_a_sound_one() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
+    let ways = ways(pack.to_str().unwrap());
     // One bit in each half mebibyte of a layer's experts, which lie behind its header.
     let shard = pack.join("model-00002-of-00005.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     bytes.iter_mut().skip(64 << 10).step_by(100 << 10).for_each(|byte| *byte ^= 1);
     fs::write(&shard, bytes).unwrap();
-    let found = run(&generate(pack.to_str().unwrap(), &["--memory", "105MiB"]));
-    assert_ne!(found.code, Some(0));
-    for word in ["could not be read", "checksum", "cadre pack", "model-00002-of-00005.safetensors"] {
-        assert!(found.stderr.contains(word), "{word} is missing in {}", found.stderr);
+    for way in ways {
+        let found = run_reading_by(way, &generate(pack.to_str().unwrap(), &["--memory", "105MiB"]));
+        assert_ne!(found.code, Some(0), "{way}");
+        for word in ["could not be read", "checksum", "cadre pack", "model-00002-of-00005.safetensors"] {
+            assert!(found.stderr.contains(word), "{way}: {word} is missing in {}", found.stderr);
+        }
     }
 }
 
@@ -93,11 +131,20 @@ fn a_damaged_expert_is_told_from_a_sound_one() {
 fn a_file_that_is_cut_off_fails_those_who_need_it_until_it_is_whole_again() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
+    for way in ways(pack.to_str().unwrap()) {
+        cut_off_while_serving(&pack, way);
+    }
+}
+
+fn cut_off_while_serving(pack: &Path, way: &str) {
     let path = pack.to_str().unwrap();
-    let server = Server::start(&["--model", path, "--memory", "125MiB", "--kv-memory", "4MiB", "--threads", "2"]);
+    let args = ["--model", path, "--memory", "125MiB", "--kv-memory", "4MiB", "--threads", "2"];
+    let args = [&["--served-model-name", MODEL], &args[..]].concat();
+    let mut server = Server::spawn(&args, &[("CADRE_IO", way)]);
+    server.wait_until_ready();
     let body = json!({"model": MODEL, "prompt": "Who reads this?", "max_tokens": 8, "temperature": 0});
     let expected = server.client().post("/v1/completions", &body).ok();
-    let shards: Vec<PathBuf> = fs::read_dir(&pack).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let shards: Vec<PathBuf> = fs::read_dir(pack).unwrap().map(|entry| entry.unwrap().path()).collect();
     let shards: Vec<_> =
         shards.into_iter().filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
     let whole: Vec<Vec<u8>> = shards.iter().map(|path| fs::read(path).unwrap()).collect();

@@ -162,7 +162,7 @@ fn the_scheduler_decides_purely() {
 
 #[test]
 fn unsafe_code_is_in_the_kernels_only() {
-    let allowed: &[(&str, &str)] = &[];
+    let allowed = [("models/src/stored_experts/uring.rs", "gives the kernel a buffer to write into while others work")];
     let outside = |source: &Source| !source.path.starts_with("engine/kernels/");
     let excepted = |source: &Source| allowed.iter().any(|(path, _reason)| source.path == *path);
     let sources: Vec<Source> = all_rust().into_iter().filter(|source| outside(source) && !excepted(source)).collect();

@@ -1,6 +1,7 @@
 //! Memory for weights and caches: anonymous, 64-byte aligned, in huge pages where the system gives them.
 
 use std::{
+    io,
     ops::{Deref, DerefMut},
     ptr::NonNull,
 };
@@ -77,6 +78,19 @@ impl<T: Plain> Buffer<T> {
         }
         let start = NonNull::new(start.cast()).ok_or_else(|| refused("a mapping at address zero".into()))?;
         Ok(Self { start, len })
+    }
+
+    /// Keeps pages out of the swap space from when they are first written.
+    pub(crate) fn lock(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if self.len > 0 {
+            let bytes = self.len * size_of::<T>();
+            // SAFETY: the range is the mapping of `zeroed`, and locking changes no byte.
+            if unsafe { libc::mlock2(self.start.as_ptr().cast(), bytes, libc::MLOCK_ONFAULT) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
     }
 }
 

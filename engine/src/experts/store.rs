@@ -1,36 +1,24 @@
-//! The slots, and the threads that fill them.
+//! The slots, and what is to be fetched into them.
 
 use std::{
     collections::VecDeque,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread::JoinHandle,
     time::Duration,
 };
 
 use cadre_kernels::{buffer::AllocError, slots::Slots};
 
 use super::{
-    ExpertId, FetchError, Tier, Visit,
+    ExpertId, Fetch, FetchError, Tier, Visit,
     cache::{Lane, SlotCache},
 };
-
-/// Reads in flight: enough to keep a solid-state disk busy with records of some megabytes.
-const READERS: usize = 4;
 
 /// A model's experts within a fixed number of slots in memory, the rest in a [`Tier`]. Clones are the same store.
 #[derive(Clone)]
 pub struct ExpertStore {
     shared: Arc<Shared>,
-    /// They end with the last clone.
-    _readers: Arc<Readers>,
-}
-
-/// The threads that fetch.
-struct Readers {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 /// What a store has done since it began.
@@ -76,12 +64,10 @@ impl fmt::Display for StoreCounters {
 
 pub(super) struct Shared {
     tier: Box<dyn Tier>,
-    pub(super) slots: Slots,
+    pub(super) slots: Arc<Slots>,
     state: Mutex<State>,
-    /// Something is in the queue, or the store ends.
-    pub(super) wanted: Condvar,
-    /// A slot is no longer being filled.
-    landed: Condvar,
+    /// A slot is no longer being filled, or held.
+    changed: Condvar,
 }
 
 pub(super) struct State {
@@ -89,18 +75,21 @@ pub(super) struct State {
     pub(super) experts_per_layer: Vec<usize>,
     /// What each slot is good for.
     pub(super) contents: Vec<Content>,
-    /// What is wanted now and no reader has begun with.
-    pub(super) wanted: VecDeque<Fetch>,
-    /// What will likely be wanted soon, for readers that have nothing else to do.
-    pub(super) ahead: VecDeque<Fetch>,
+    /// What is wanted now and the tier has not been given yet.
+    pub(super) wanted: VecDeque<Missing>,
+    /// What will likely be wanted soon, for a tier that has nothing else to do.
+    pub(super) ahead: VecDeque<Missing>,
+    /// How many the tier works on.
+    fetching: usize,
+    /// Whether a thread is giving it some.
+    giving: bool,
     fetched_bytes: u64,
     pub(super) stalled: Duration,
-    stop: bool,
 }
 
-/// An expert to be read into a slot.
+/// An expert to be fetched into a slot.
 #[derive(Clone, Copy)]
-pub(super) struct Fetch {
+pub(super) struct Missing {
     pub(super) id: ExpertId,
     pub(super) slot: usize,
     /// Its slot is pinned until it has landed, whoever else pins it.
@@ -111,7 +100,7 @@ pub(super) struct Fetch {
 pub(super) enum Content {
     /// Of the expert that the cache says, if it says one.
     Ready,
-    /// A reader fills it, or will.
+    /// The tier fills it, or will.
     Coming,
     /// The last one could not.
     Failed(FetchError),
@@ -122,7 +111,7 @@ impl ExpertStore {
     /// `experts_per_layer[l]` of them.
     ///
     /// # Errors
-    /// When memory, or a thread to read with, can't be had.
+    /// When memory can't be had.
     pub fn new(
         tier: Box<dyn Tier>,
         slots: usize,
@@ -130,37 +119,22 @@ impl ExpertStore {
         experts_per_layer: &[usize],
     ) -> Result<Self, AllocError> {
         let slots = slots.max(1);
-        let shared = Arc::new(Shared {
-            tier,
-            slots: Slots::zeroed(slots, slot_bytes)?,
-            state: Mutex::new(State {
-                cache: SlotCache::new(slots, experts_per_layer),
-                experts_per_layer: experts_per_layer.to_vec(),
-                contents: vec![Content::Ready; slots],
-                wanted: VecDeque::new(),
-                ahead: VecDeque::new(),
-                fetched_bytes: 0,
-                stalled: Duration::ZERO,
-                stop: false,
-            }),
-            wanted: Condvar::new(),
-            landed: Condvar::new(),
-        });
-        let mut threads = Vec::new();
-        for index in 0..READERS {
-            let shared = Arc::clone(&shared);
-            let builder = std::thread::Builder::new().name(format!("cadre-reader-{index}"));
-            match builder.spawn(move || shared.serve()) {
-                Ok(thread) => threads.push(thread),
-                // Fewer threads only cost speed.
-                Err(error) if threads.is_empty() => {
-                    return Err(AllocError { bytes: 0, reason: format!("no thread to read experts with: {error}") });
-                }
-                Err(_) => break,
-            }
+        let memory = Arc::new(Slots::zeroed(slots, slot_bytes)?);
+        if let Err(error) = memory.lock() {
+            tracing::debug!(%error, "expert slots are not locked in memory: the system may swap them out");
         }
-        let readers = Readers { shared: Arc::clone(&shared), threads };
-        Ok(Self { shared, _readers: Arc::new(readers) })
+        let state = Mutex::new(State {
+            cache: SlotCache::new(slots, experts_per_layer),
+            experts_per_layer: experts_per_layer.to_vec(),
+            contents: vec![Content::Ready; slots],
+            wanted: VecDeque::new(),
+            ahead: VecDeque::new(),
+            fetching: 0,
+            giving: false,
+            fetched_bytes: 0,
+            stalled: Duration::ZERO,
+        });
+        Ok(Self { shared: Arc::new(Shared { tier, slots: memory, state, changed: Condvar::new() }) })
     }
 
     /// How many slots there are.
@@ -193,33 +167,23 @@ impl ExpertStore {
     }
 }
 
-impl Drop for Readers {
-    fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.wanted.notify_all();
-        for thread in self.threads.drain(..) {
-            // One that panicked has nothing left to give back.
-            let _ = thread.join();
-        }
-    }
-}
-
 impl State {
     /// A step has come to `layer` and wants these experts of it: what was to be read ahead is wanted now, or no longer.
     pub(super) fn settle_ahead(&mut self, layer: usize, experts: &[usize]) {
-        for fetch in std::mem::take(&mut self.ahead) {
-            if fetch.id.layer as usize == layer && experts.contains(&(fetch.id.expert as usize)) {
-                self.wanted.push_back(fetch);
+        for missing in std::mem::take(&mut self.ahead) {
+            if missing.id.layer as usize == layer && experts.contains(&(missing.id.expert as usize)) {
+                self.wanted.push_back(missing);
             } else {
-                self.contents[fetch.slot] = Content::Ready;
-                self.cache.discard(fetch.slot);
-                self.cache.release(fetch.slot);
+                self.contents[missing.slot] = Content::Ready;
+                self.cache.discard(missing.slot);
+                self.cache.release(missing.slot);
             }
         }
     }
 
-    fn land(&mut self, Fetch { slot, is_ahead, .. }: Fetch, fetched: Result<usize, FetchError>) {
-        match fetched {
+    fn land(&mut self, Missing { slot, is_ahead, .. }: Missing, result: Result<usize, FetchError>) {
+        self.fetching -= 1;
+        match result {
             Ok(bytes) => {
                 self.fetched_bytes += bytes as u64;
                 self.contents[slot] = Content::Ready;
@@ -243,32 +207,43 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until a slot is no longer being filled.
-    pub(super) fn wait_for_landing<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.landed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    /// Waits until a slot is no longer being filled, or held.
+    pub(super) fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a reader does.
-    fn serve(&self) {
-        let mut state = self.lock();
-        loop {
-            if state.stop {
-                return;
-            }
-            let Some(fetch) = state.wanted.pop_front().or_else(|| state.ahead.pop_front()) else {
-                state = self.wanted.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            drop(state);
-            let Fetch { id, slot, .. } = fetch;
-            // A panic in a tier is one failed fetch: nobody waits for ever.
-            let fetched = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(id, &mut self.slots.write(slot))));
-            let fetched = fetched.unwrap_or_else(|_| {
-                Err(FetchError { id, tier: self.tier.name().to_owned(), reason: "the reader panicked".to_owned() })
-            });
-            state = self.lock();
-            state.land(fetch, fetched);
-            self.landed.notify_all();
+    /// Tells those who wait that slots are no longer held.
+    pub(super) fn let_go(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Gives the tier what it is to fetch, as much as it works on at once. One thread does it at a time: the others leave
+    /// it to that one, and a tier that finishes at once doesn't come back here from within.
+    pub(super) fn give<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        if state.giving {
+            return state;
         }
+        state.giving = true;
+        while state.fetching < self.tier.depth() {
+            let Some(missing) = state.wanted.pop_front().or_else(|| state.ahead.pop_front()) else { break };
+            state.fetching += 1;
+            drop(state);
+            let shared = Arc::clone(self);
+            let arrived = move |result| shared.arrived(missing, result);
+            let fetch = Fetch::new(missing.id, self.tier.name(), self.slots.write(missing.slot), arrived);
+            // After a panic the fetch is dropped, and so has failed.
+            let _ = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(fetch)));
+            state = self.lock();
+        }
+        state.giving = false;
+        state
+    }
+
+    /// A fetch has ended.
+    fn arrived(self: &Arc<Self>, missing: Missing, result: Result<usize, FetchError>) {
+        let mut state = self.lock();
+        state.land(missing, result);
+        self.changed.notify_all();
+        drop(self.give(state));
     }
 }

@@ -1,7 +1,7 @@
 use std::{
     collections::HashSet,
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, Condvar, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -20,9 +20,10 @@ use crate::{
 };
 
 const COUNT: usize = 7;
+const THREADS: usize = 4;
 const LAYOUT: FfnLayout = FfnLayout { format: Format::Q8_0, hidden: 64, intermediate: 48 };
 
-/// A tier in memory that can fail, stall and count.
+/// A tier in memory that can fail, be slow, stall and count.
 #[derive(Clone, Default)]
 struct Memory(Arc<MemoryState>);
 
@@ -32,10 +33,34 @@ struct MemoryState {
     broken: Mutex<HashSet<ExpertId>>,
     panicking: Mutex<HashSet<ExpertId>>,
     delay: Mutex<Duration>,
+    stall: Mutex<Stall>,
+    changed: Condvar,
     fetches: AtomicUsize,
 }
 
-impl Tier for Memory {
+/// Experts whose reading doesn't come to an end, and how many wait for that.
+#[derive(Default)]
+struct Stall {
+    experts: HashSet<ExpertId>,
+    waiting: usize,
+}
+
+impl Memory {
+    fn stall(&self, layer: u32, experts: impl IntoIterator<Item = u32>) {
+        self.0.stall.lock().unwrap().experts.extend(experts.into_iter().map(|expert| ExpertId { layer, expert }));
+    }
+
+    fn wait_until_stalled(&self, reads: usize) {
+        drop(self.0.changed.wait_while(self.0.stall.lock().unwrap(), |stall| stall.waiting < reads).unwrap());
+    }
+
+    fn go_on(&self) {
+        self.0.stall.lock().unwrap().experts.clear();
+        self.0.changed.notify_all();
+    }
+}
+
+impl BlockingTier for Memory {
     fn name(&self) -> &str {
         "a test"
     }
@@ -43,6 +68,12 @@ impl Tier for Memory {
     fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<usize, FetchError> {
         std::thread::sleep(*self.0.delay.lock().unwrap());
         self.0.fetches.fetch_add(1, Ordering::Relaxed);
+        let mut stall = self.0.stall.lock().unwrap();
+        stall.waiting += 1;
+        self.0.changed.notify_all();
+        stall = self.0.changed.wait_while(stall, |stall| stall.experts.contains(&id)).unwrap();
+        stall.waiting -= 1;
+        drop(stall);
         // What was there before must not matter.
         out.fill(0xff);
         assert!(!self.0.panicking.lock().unwrap().contains(&id), "as asked for");
@@ -82,7 +113,8 @@ impl Rig {
         let layers = resident.iter().map(|experts| experts.data().to_vec()).collect();
         let tier = Memory(Arc::new(MemoryState { layers, ..MemoryState::default() }));
         let slot_bytes = expert_bytes(&LAYOUT).next_multiple_of(4096);
-        let store = ExpertStore::new(Box::new(tier.clone()), slots, slot_bytes, &[COUNT, COUNT]).unwrap();
+        let threads = Threads::start(tier.clone(), THREADS).unwrap();
+        let store = ExpertStore::new(Box::new(threads), slots, slot_bytes, &[COUNT, COUNT]).unwrap();
         let cell = Arc::new(OnceLock::new());
         assert!(cell.set(store.clone()).is_ok());
         let stored = (0..2).map(|layer| StoredExperts::new(layer, COUNT, LAYOUT, Arc::clone(&cell))).collect();
@@ -182,6 +214,131 @@ fn reading_ahead_in_vain_fails_nobody() {
     assert!(rig.agree(1, &ALL, Lane::Scan).is_err());
     rig.tier.0.broken.lock().unwrap().clear();
     assert!(rig.agree(1, &ALL, Lane::Scan).unwrap());
+}
+
+#[test]
+fn a_stalled_read_holds_up_only_those_who_need_it() {
+    let rig = Rig::new(2 * COUNT);
+    rig.tier.stall(0, [0]);
+    std::thread::scope(|scope| {
+        let stalled = scope.spawn(|| rig.agree(0, &[(0, 1), (2, 3)], Lane::Decode).unwrap());
+        rig.tier.wait_until_stalled(1);
+        assert!(rig.agree(1, &ALL, Lane::Decode).unwrap());
+        assert!(rig.agree(0, &[(1, 2), (3, 4), (5, 6)], Lane::Decode).unwrap());
+        assert!(!stalled.is_finished());
+        rig.tier.go_on();
+        assert!(stalled.join().unwrap());
+    });
+}
+
+#[test]
+fn all_goes_on_after_a_stall_of_the_whole_disk() {
+    let rig = Rig::new(COUNT);
+    rig.tier.stall(0, 0..COUNT as u32);
+    rig.tier.stall(1, 0..COUNT as u32);
+    std::thread::scope(|scope| {
+        let steps = [0, 1].map(|layer| {
+            let rig = &rig;
+            scope.spawn(move || rig.agree(layer, &[(0, 1), (2, 3)], Lane::Decode).unwrap())
+        });
+        rig.tier.wait_until_stalled(THREADS);
+        rig.tier.go_on();
+        assert!(steps.into_iter().all(|step| step.join().unwrap()));
+    });
+    assert!(rig.agree(0, &ALL, Lane::Decode).unwrap() && rig.agree(1, &ALL, Lane::Decode).unwrap());
+}
+
+#[test]
+fn who_misses_the_same_expert_shares_one_read() {
+    let rig = Rig::new(3);
+    rig.tier.stall(0, [4]);
+    let visits: Vec<_> = (0..3).map(|_| rig.store.visit(0, &[4], Lane::Decode)).collect();
+    std::thread::scope(|scope| {
+        let landed: Vec<_> = visits.into_iter().map(|mut visit| scope.spawn(move || visit.landed().unwrap())).collect();
+        rig.tier.wait_until_stalled(1);
+        rig.tier.go_on();
+        assert!(landed.into_iter().all(|landed| landed.join().unwrap() == [0]));
+    });
+    assert_eq!(rig.tier.0.fetches.load(Ordering::Relaxed), 1);
+}
+
+/// A tier that keeps what it is given for a test to finish.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<Fetch>>>);
+
+impl Tier for Kept {
+    fn name(&self) -> &str {
+        "a test"
+    }
+
+    fn depth(&self) -> usize {
+        2
+    }
+
+    fn fetch(&self, fetch: Fetch) {
+        self.0.lock().unwrap().push(fetch);
+    }
+}
+
+#[test]
+fn a_tier_is_given_as_much_as_it_works_on_in_the_order_of_the_visit() {
+    let tier = Kept::default();
+    let store = ExpertStore::new(Box::new(tier.clone()), 8, 4096, &[COUNT]).unwrap();
+    let mut visit = store.visit(0, &[0, 1, 3, 5, 6], Lane::Decode);
+    let mut order = Vec::new();
+    loop {
+        let mut given = std::mem::take(&mut *tier.0.lock().unwrap());
+        assert!(given.len() <= 2, "{}", given.len());
+        // The newest comes first.
+        let Some(newest) = given.pop() else { break };
+        order.push(newest.id().expert);
+        tier.0.lock().unwrap().append(&mut given);
+        newest.finish(Ok(1));
+    }
+    assert_eq!(order, [1, 3, 5, 6, 0]);
+    assert_eq!(visit.landed().unwrap(), [0, 1, 2, 3, 4]);
+}
+
+/// A tier that does at once what it does: it gives up every third expert, panics for the next, and has the next.
+struct Rude;
+
+impl Tier for Rude {
+    fn name(&self) -> &str {
+        "a test"
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+
+    fn fetch(&self, mut fetch: Fetch) {
+        match fetch.id().expert % 3 {
+            0 => drop(fetch),
+            1 => panic!("as asked for"),
+            _ => {
+                fetch.buffer().fill(7);
+                fetch.finish(Ok(4096));
+            }
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_fetch_that_was_dropped() {
+    let store = ExpertStore::new(Box::new(Rude), 6, 4096, &[6]).unwrap();
+    let wanted: Vec<_> = (0..6).map(|expert| [expert]).collect();
+    let mut visits: Vec<_> = wanted.iter().map(|wanted| store.visit(0, wanted, Lane::Decode)).collect();
+    for (expert, visit) in visits.iter_mut().enumerate() {
+        match visit.landed() {
+            Ok(landed) => assert!(expert % 3 == 2 && landed == [0] && visit.bytes(0)[4095] == 7, "{expert}"),
+            Err(error) => assert!(expert % 3 < 2 && error.tier == "a test" && error.id.expert as usize == expert),
+        }
+    }
+    drop(visits);
+    // What failed is asked for again.
+    assert_eq!(store.counters().misses, 6);
+    assert!(store.visit(0, &[0], Lane::Decode).landed().is_err());
+    assert_eq!(store.counters().misses, 7);
 }
 
 #[test]

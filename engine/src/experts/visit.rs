@@ -2,6 +2,7 @@
 
 use std::{
     ops::Range,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,7 +11,7 @@ use cadre_kernels::slots::SlotReader;
 use super::{
     ExpertId, FetchError,
     cache::Lane,
-    store::{Content, Fetch, Shared, State},
+    store::{Content, Missing, Shared, State},
 };
 
 /// Experts that are fetched, or were and are not yet released, at a time: enough to keep a disk busy while others
@@ -28,7 +29,7 @@ const SCAN_ALL: f64 = 0.75;
 /// Those in memory are held from the start, those to be fetched follow in ascending order as room is made; so whoever
 /// releases in ascending order is never left waiting. Several visits at a time may wait for each other's releases.
 pub struct Visit<'a> {
-    shared: &'a Shared,
+    shared: &'a Arc<Shared>,
     layer: usize,
     lane: Lane,
     experts: &'a [usize],
@@ -49,7 +50,7 @@ enum Place {
 }
 
 impl<'a> Visit<'a> {
-    pub(super) fn new(shared: &'a Shared, layer: usize, experts: &'a [usize], lane: Lane) -> Self {
+    pub(super) fn new(shared: &'a Arc<Shared>, layer: usize, experts: &'a [usize], lane: Lane) -> Self {
         let mut visit = Self {
             shared,
             layer,
@@ -65,7 +66,7 @@ impl<'a> Visit<'a> {
         state.settle_ahead(layer, experts);
         visit.hold_present(&mut state);
         visit.follow(&mut state);
-        drop(state);
+        drop(shared.give(state));
         visit
     }
 
@@ -105,8 +106,7 @@ impl<'a> Visit<'a> {
         let Some(acquired) = state.cache.acquire(id, self.lane) else { return false };
         if acquired.is_new {
             state.contents[acquired.slot] = Content::Coming;
-            state.wanted.push_back(Fetch { id, slot: acquired.slot, is_ahead: false });
-            self.shared.wanted.notify_one();
+            state.wanted.push_back(Missing { id, slot: acquired.slot, is_ahead: false });
         }
         self.places[index] = Place::Held { slot: acquired.slot, follower, named: false };
         self.followers += usize::from(follower);
@@ -128,8 +128,7 @@ impl<'a> Visit<'a> {
         }
         for (id, slot) in state.cache.ahead(next as u32, self.lane, AHEAD.min(self.shared.slots.count() / 4)) {
             state.contents[slot] = Content::Coming;
-            state.ahead.push_back(Fetch { id, slot, is_ahead: true });
-            self.shared.wanted.notify_one();
+            state.ahead.push_back(Missing { id, slot, is_ahead: true });
         }
     }
 
@@ -143,6 +142,7 @@ impl<'a> Visit<'a> {
         let mut waited_since = None;
         loop {
             self.follow(&mut state);
+            state = self.shared.give(state);
             let mut landed = Vec::new();
             for (index, place) in self.places.iter_mut().enumerate() {
                 let Place::Held { slot, named: named @ false, .. } = place else { continue };
@@ -161,7 +161,7 @@ impl<'a> Visit<'a> {
                 return Ok(landed);
             }
             waited_since.get_or_insert_with(Instant::now);
-            state = self.shared.wait_for_landing(state);
+            state = self.shared.wait(state);
         }
     }
 
@@ -186,7 +186,9 @@ impl<'a> Visit<'a> {
                 state.cache.release(slot);
             }
         }
+        self.shared.let_go();
         self.follow(&mut state);
+        drop(self.shared.give(state));
     }
 }
 
@@ -197,12 +199,13 @@ impl Drop for Visit<'_> {
             let Place::Held { slot, .. } = *place else { continue };
             // A slot that is being filled may not become another expert's.
             while matches!(state.contents[slot], Content::Coming) {
-                state = self.shared.wait_for_landing(state);
+                state = self.shared.wait(state);
             }
             if matches!(state.contents[slot], Content::Failed(_)) {
                 state.cache.discard(slot);
             }
             state.cache.release(slot);
         }
+        self.shared.let_go();
     }
 }

@@ -124,15 +124,15 @@ impl TensorSet {
         self.files[*file].read_exact_at(info.offset + offset, out)
     }
 
-    /// Has [`TensorSet::read_direct`] go past the page cache, where the file system allows it.
+    /// Has [`Source::read_direct`] go past the page cache, where the file system allows it.
     pub(crate) fn bypass_page_cache(&mut self) {
         self.files.iter_mut().for_each(Source::bypass_page_cache);
     }
 
-    /// Fills `out` with the first bytes of tensor number `index`, past the page cache if it can.
-    pub(crate) fn read_direct(&self, index: usize, out: &mut [u8]) -> Result<()> {
+    /// Where tensor number `index` lies: its file, and the offset there.
+    pub(crate) fn place(&self, index: usize) -> (&Source, u64) {
         let Located { info, file } = &self.tensors[index];
-        self.files[*file].read_direct(info.offset, out)
+        (&self.files[*file], info.offset)
     }
 
     /// A number that tells this checkpoint from others: of the tensors' names, types and shapes, and of samples
