@@ -11,6 +11,7 @@ mod http;
 mod memory;
 mod metrics;
 mod progress;
+mod routing_trace;
 #[cfg(test)]
 mod testing;
 

@@ -51,6 +51,10 @@ pub struct ServeArgs {
     #[arg(long, help_heading = "Engine")]
     no_prefix_caching: bool,
 
+    /// Answers that aren't streamed say which experts each token was routed to, as vLLM's do (`routed_experts`)
+    #[arg(long)]
+    enable_return_routed_experts: bool,
+
     /// Refuse requests with fields that nobody knows, in place of ignoring them
     #[arg(long)]
     strict_params: bool,
@@ -64,6 +68,7 @@ impl ServeArgs {
         EngineOptions {
             served_names: self.served_model_name.clone(),
             prefix_caching: !self.no_prefix_caching,
+            return_routed_experts: self.enable_return_routed_experts,
             ..self.engine.options(self.max_num_seqs)
         }
     }
