@@ -26,6 +26,7 @@ use crate::{
     host,
     memory::{self, Budget, ExpertMemory},
     metrics::{self, ExpertMeters, Meters},
+    profile::KeptProfile,
     progress,
     routing_trace::RoutingTrace,
 };
@@ -82,6 +83,8 @@ pub struct Engine {
     pub kv_block_tokens: usize,
     /// The experts that don't fit the memory.
     pub store: Option<ExpertStore>,
+    /// What is kept of their routing for the next run.
+    pub profile: Option<KeptProfile>,
 }
 
 /// A model that answers: what HTTP routes and the terminal need of it.
@@ -182,6 +185,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     }
     let slot_bytes = experts.as_ref().map_or(0, |experts| experts.slot_bytes() as u64);
     let store = experts.map(|experts| open_experts(experts, budget, options, held, &plan)).transpose()?;
+    let profile = store.as_ref().and_then(|store| KeptProfile::open(store, &checkpoint));
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
@@ -205,6 +209,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         kv_blocks: plan.blocks,
         kv_block_tokens: BLOCK_SIZE,
         store,
+        profile,
     })
 }
 

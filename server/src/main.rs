@@ -10,6 +10,7 @@ mod host;
 mod http;
 mod memory;
 mod metrics;
+mod profile;
 mod progress;
 mod routing_trace;
 #[cfg(test)]

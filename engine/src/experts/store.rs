@@ -168,6 +168,20 @@ impl ExpertStore {
         }
     }
 
+    /// How often decode used each expert, aged, as `[layer][expert]`: what [`seed`](Self::seed) takes at the next start.
+    #[must_use]
+    pub fn profile(&self) -> Vec<Vec<u32>> {
+        self.shared.lock().cache.profile()
+    }
+
+    /// Begins with the uses of an earlier run.
+    ///
+    /// # Errors
+    /// If `profile` is of a model with other layers or numbers of experts.
+    pub fn seed(&self, profile: &[Vec<u32>]) -> crate::Result<()> {
+        self.shared.lock().cache.seed(profile)
+    }
+
     /// Takes as many of `experts` of `layer`, from the first on, as there are slots that nobody holds, and begins to fetch
     /// those that are not there. While a lease lives, its experts stay. At least one is taken if no other lease lives.
     #[must_use]

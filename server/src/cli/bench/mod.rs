@@ -75,6 +75,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         eprintln!("{}", store.counters());
     }
     engine.runtime.shutdown(Duration::ZERO);
+    if let Some(profile) = engine.profile {
+        profile.keep();
+    }
     unless_pipe_closed(result)
 }
 
