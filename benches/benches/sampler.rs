@@ -24,7 +24,15 @@ fn sequence(sampling: SamplingParams, logprobs: Option<u32>) -> Sequence {
         ignore_eos: false,
         stop_token_ids: Vec::new(),
     };
-    let request = Request { prompt: vec![5; 100], n: 1, sampling, stop, logprobs, prompt_logprobs: None };
+    let request = Request {
+        prompt: vec![5; 100],
+        n: 1,
+        sampling,
+        stop,
+        logprobs,
+        prompt_logprobs: None,
+        routed_experts_from: None,
+    };
     Sequence::new(SequenceId { request: 1, choice: 0 }, Arc::new(request))
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Result, Tensor, compute::Compute, experts::Lane, kv::KvCache};
+use crate::{Result, Tensor, compute::Compute, experts::Lane, kv::KvCache, ops::Routes};
 
 /// A decoder-only language model. Serving walks it batch by batch; a layer-major caller walks one layer over many batches.
 pub trait Model: Send {
@@ -140,6 +140,17 @@ pub struct StepContext<'a> {
     pub batch: &'a StepBatch,
     /// Keys and values of earlier tokens, and the place for this step's.
     pub kv: &'a mut KvCache,
+    /// Where routers note what they chose, layer after layer; `None` if nobody wants to know.
+    pub routes: Option<&'a mut Vec<LayerRoutes>>,
+}
+
+/// What the router of one layer chose in a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerRoutes {
+    /// The layer's number among all layers.
+    pub layer: usize,
+    /// Its choice for each token of the step.
+    pub routes: Routes,
 }
 
 #[cfg(test)]

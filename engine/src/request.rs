@@ -19,6 +19,9 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Also report the log-probabilities of the prompt's tokens and of this many most likely ones at each place.
     pub prompt_logprobs: Option<u32>,
+    /// Also report the experts that tokens were routed to, from this position of the prompt on. Those tokens of the prompt
+    /// are computed, even if the prefix cache holds them.
+    pub routed_experts_from: Option<u32>,
 }
 
 /// How the next token is chosen from the logits. The order of application is that of vLLM's v1 sampler:
@@ -95,6 +98,16 @@ pub enum Event {
     /// The prompt's log-probabilities, once, before the first token; only if they were asked for.
     /// Entry 0 is `None`: nothing precedes the first token.
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
+    /// The experts of further tokens that went through the model, before the token that follows them; only if they were
+    /// asked for. All together give each token once, in order: for choice 0 from the position asked for on, for other
+    /// choices, which have the same prompt, from the first generated token on.
+    RoutedExperts {
+        /// Which of the `n` choices.
+        choice: u32,
+        /// `[tokens, layers, top_k]`, a token's experts of a layer in ascending order; zeros for layers without routed
+        /// experts.
+        experts: Vec<u32>,
+    },
     /// One generated token. Also sent for a token that ends the continuation.
     Token {
         /// Which of the `n` choices.

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use engine::{Deadline, Engine, Message};
+use engine::{Deadline, Engine, Message, Observing};
 pub use report::{Cancelled, StepReport};
 
 use crate::{
@@ -50,6 +50,8 @@ pub struct RuntimeConfig {
     pub max_model_len: usize,
     /// Whether requests share the keys and values of equal prefixes.
     pub enable_prefix_caching: bool,
+    /// Whether reports say what the routers chose.
+    pub report_routes: bool,
 }
 
 /// A running engine. Dropping it fails what is under way and waits for the thread; see [`shutdown`](Self::shutdown).
@@ -74,7 +76,8 @@ impl Runtime {
         let info = model.info().clone();
         let scheduler = scheduler_for(&config, &info, kv.num_blocks())?;
         let (sender, inbox) = mpsc::channel();
-        let engine = Engine::new(model, kv, compute, scheduler, inbox, Box::new(observer));
+        let observing = Observing { observer: Box::new(observer), routes: config.report_routes };
+        let engine = Engine::new(model, kv, compute, scheduler, inbox, observing);
         let thread = thread::Builder::new()
             .name("cadre-engine".into())
             .stack_size(STACK_BYTES)

@@ -17,7 +17,8 @@
 //!   sequence of `max_model_len` tokens. So it ends, and nothing starves.
 //! - Requests are first admitted in the order of arrival. A request's further choices wait until the first one has
 //!   computed the prompt, then share its full blocks; only they may be overtaken, and only while they wait for that.
-//! - A prompt's hit in the prefix cache leaves at least its last token to be computed.
+//! - A prompt's hit in the prefix cache leaves at least its last token to be computed, and every token whose experts are
+//!   still to be told.
 
 #[cfg(test)]
 mod check;
@@ -330,7 +331,8 @@ impl Scheduler {
     fn start(&mut self, mut sequence: Sequence, chunk: usize, plan: &mut StepPlan) {
         let first_time = !std::mem::replace(&mut sequence.started, true);
         let cached_tokens = sequence.computed;
-        if first_time && self.config.enable_prefix_caching && sequence.unscored().is_empty() {
+        let may_be_cached = reusable(&sequence) + 1 == sequence.tokens().len();
+        if first_time && self.config.enable_prefix_caching && may_be_cached {
             self.pool.count_query(sequence.prompt_len(), cached_tokens);
         }
         let chunk = grow(&mut self.pool, &mut sequence, chunk);
@@ -368,12 +370,13 @@ fn missing(sequence: &Sequence) -> usize {
     blocks_for(sequence.tokens().len()).saturating_sub(sequence.block_table.len())
 }
 
-/// Leading tokens that may come from the prefix cache: not the last one, whose logits are wanted, and no prompt
-/// position that is still to be scored.
+/// Leading tokens that may come from the prefix cache: not the last one, whose logits are wanted, no prompt position
+/// that is still to be scored, and none whose experts are still to be told.
 fn reusable(sequence: &Sequence) -> usize {
     let unscored = sequence.unscored();
     let last = sequence.tokens().len() - 1;
-    if unscored.is_empty() { last } else { last.min(unscored.start) }
+    let scored = if unscored.is_empty() { last } else { unscored.start };
+    last.min(scored).min(sequence.unrouted().unwrap_or(last))
 }
 
 fn register_full_blocks(pool: &mut BlockPool, scope: u64, sequence: &mut Sequence) {

@@ -28,6 +28,8 @@ pub struct Sequence {
     counts: TokenCounts,
     /// `None` if they aren't asked of this choice.
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    /// The first position whose experts were not told; `None` if nobody asks.
+    unrouted: Option<usize>,
     /// Leading tokens whose keys and values are in the cache.
     pub(crate) computed: usize,
     /// The blocks that hold them, and the place for the next step's.
@@ -49,6 +51,10 @@ impl Sequence {
             tokens: request.prompt.clone(),
             counts: TokenCounts::new(&request),
             prompt_logprobs: scores_prompt.then(|| vec![None]),
+            // So are its experts.
+            unrouted: request
+                .routed_experts_from
+                .map(|from| if id.choice == 0 { from as usize } else { request.prompt.len() }),
             request,
             computed: 0,
             block_table: Vec::new(),
@@ -149,6 +155,18 @@ impl Sequence {
         if self.prompt_is_computed() && self.unscored().is_empty() { self.prompt_logprobs.take() } else { None }
     }
 
+    /// The first position whose experts were not told; `None` if nobody asks. It stays when the sequence is preempted:
+    /// each position is told once.
+    #[must_use]
+    pub fn unrouted(&self) -> Option<usize> {
+        self.unrouted
+    }
+
+    /// Notes that the experts of all positions before `end` were told.
+    pub fn told_routes(&mut self, end: usize) {
+        self.unrouted = self.unrouted.map(|start| start.max(end));
+    }
+
     /// Appends a generated token.
     pub fn push_token(&mut self, token: u32) {
         self.tokens.push(token);
@@ -221,7 +239,15 @@ mod tests {
     use crate::request::{SamplingParams, StopParams};
 
     fn sequence(sampling: SamplingParams, stop: StopParams, prompt_logprobs: Option<u32>) -> Sequence {
-        let request = Request { prompt: vec![5, 3, 5], n: 1, sampling, stop, logprobs: None, prompt_logprobs };
+        let request = Request {
+            prompt: vec![5, 3, 5],
+            n: 1,
+            sampling,
+            stop,
+            logprobs: None,
+            prompt_logprobs,
+            routed_experts_from: None,
+        };
         Sequence::new(SequenceId { request: 1, choice: 0 }, Arc::new(request))
     }
 

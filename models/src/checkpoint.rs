@@ -12,6 +12,7 @@ use crate::{
     files::Files,
     hub::{self, DownloadProgress, HubSettings},
     json, registry,
+    routing_profile::RoutingProfile,
     summary::Summary,
     tensors::TensorSet,
     tokenizer::Tokenizer,
@@ -151,6 +152,16 @@ impl Checkpoint {
     #[must_use]
     pub fn config(&self) -> &ConfigFile {
         &self.config
+    }
+
+    /// Where its routing profile is kept; `None` if it is no pack in a directory.
+    ///
+    /// # Errors
+    /// When the headers cannot be read.
+    pub fn routing_profile(&self) -> Result<Option<RoutingProfile>> {
+        let Files::Directory(directory) = &self.files else { return Ok(None) };
+        let tensors = self.tensors()?;
+        Ok(tensors.pack().map(|pack| RoutingProfile::new(directory.clone(), pack.to_string())))
     }
 
     /// The small files: configuration, tokenizer, chat template.

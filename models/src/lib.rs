@@ -13,6 +13,7 @@
 //! | `registry` | the table from `model_type` to the file that builds it |
 //! | `qwen3_moe`, `olmoe`, `bailing_moe`, `bailing_moe_v2` | the architectures |
 //! | [`load`](mod@load) | from a checkpoint to a model |
+//! | `routing_profile` | how often a pack's experts were used, kept beside it |
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
 //! | [`chat_template`] | a conversation to a prompt |
 //! | [`summary`] | what a checkpoint holds, from its headers |
@@ -40,6 +41,7 @@ mod olmoe;
 pub mod pack;
 mod qwen3_moe;
 mod registry;
+mod routing_profile;
 mod stored_experts;
 pub mod summary;
 mod tensors;
@@ -57,6 +59,7 @@ pub use formats::{FormatOptions, Formats};
 pub use hub::DownloadProgress;
 pub use load::{LoadedModel, Placement, load};
 pub use registry::architectures;
+pub use routing_profile::RoutingProfile;
 pub use stored_experts::UnopenedExperts;
 pub use summary::Summary;
 pub use tensors::{Stored, StoredType};

@@ -165,7 +165,7 @@ fn index(shards: &[Shard]) -> Value {
 }
 
 /// Writes the file `name`, which is there whole or not at all.
-fn write_whole(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_whole(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     shard::write_safely(directory, name, &mut |file| file.write_all(bytes).map_err(Into::into))
 }
 

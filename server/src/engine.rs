@@ -1,6 +1,7 @@
 //! From flags to a running engine: checkpoint, weights, KV cache, runtime. Every subcommand starts here.
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -21,11 +22,13 @@ use cadre_models::{
 };
 
 use crate::{
-    generation::{Backend, Machine},
+    generation::{Backend, Machine, RoutedShape},
     host,
     memory::{self, Budget, ExpertMemory},
     metrics::{self, ExpertMeters, Meters},
+    profile::KeptProfile,
     progress,
+    routing_trace::RoutingTrace,
 };
 
 /// The KV cache's size when no flag gives one.
@@ -56,6 +59,10 @@ pub struct EngineOptions {
     pub kv_dtype: Option<KvDtype>,
     /// Reuse the KV blocks of equal prefixes.
     pub prefix_caching: bool,
+    /// The file that gets each step's routing, if it is wanted.
+    pub trace_routing: Option<PathBuf>,
+    /// Let requests ask for the experts that their tokens were routed to.
+    pub return_routed_experts: bool,
 }
 
 /// A running engine.
@@ -76,6 +83,8 @@ pub struct Engine {
     pub kv_block_tokens: usize,
     /// The experts that don't fit the memory.
     pub store: Option<ExpertStore>,
+    /// What is kept of their routing for the next run.
+    pub profile: Option<KeptProfile>,
 }
 
 /// A model that answers: what HTTP routes and the terminal need of it.
@@ -103,6 +112,8 @@ pub struct Served {
     pub max_model_len: usize,
     /// Counts and times.
     pub meters: Arc<Meters>,
+    /// How the experts of tokens are told, if requests may ask for them.
+    pub routed: Option<RoutedShape>,
 }
 
 impl Served {
@@ -113,7 +124,12 @@ impl Served {
 
     /// What a generation needs.
     pub fn machine(&self) -> Machine {
-        Machine { backend: self.backend.clone(), tokenizer: self.tokenizer.clone(), meters: self.meters.clone() }
+        Machine {
+            backend: self.backend.clone(),
+            tokenizer: self.tokenizer.clone(),
+            meters: self.meters.clone(),
+            routed: self.routed,
+        }
     }
 
     fn new(
@@ -123,7 +139,9 @@ impl Served {
         meters: Arc<Meters>,
     ) -> Result<Self> {
         let defaults = checkpoint.generation_config();
+        let routed = options.return_routed_experts.then(|| RoutedShape::of(handle.info()));
         Ok(Self {
+            routed: routed.transpose().context("--enable-return-routed-experts")?,
             names: served_names(options, checkpoint),
             root: options.model.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
@@ -146,6 +164,7 @@ impl Served {
 pub fn start(options: &EngineOptions) -> Result<Engine> {
     ensure!(options.max_num_seqs > 0, "--max-num-seqs must be at least 1");
     ensure!(options.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
+    let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
     let threads = options.threads.unwrap_or_else(host::physical_cores).max(1);
     let compute = Compute::new(threads);
     let checkpoint = open(options.model.as_deref())?;
@@ -158,6 +177,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
     let info = model.info();
+    ensure!(trace.is_none() || !info.moe_layers.is_empty(), "--trace-routing: this model has no routed experts");
     let held = Held::new(options, info, experts.as_ref());
     let plan = KvPlan::new(options, budget.bytes().map(|bytes| held.leaves(bytes)), info, formats)?;
     if let Budget::Resident { bytes: Some(bytes) } = budget {
@@ -165,6 +185,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     }
     let slot_bytes = experts.as_ref().map_or(0, |experts| experts.slot_bytes() as u64);
     let store = experts.map(|experts| open_experts(experts, budget, options, held, &plan)).transpose()?;
+    let profile = store.as_ref().and_then(|store| KeptProfile::open(store, &checkpoint));
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
@@ -175,7 +196,9 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let parts = [("weights", info.weight_bytes - routed), ("experts", experts), ("kv", plan.bytes())];
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
-    let runtime = start_runtime(options, model, &plan, compute.clone(), meters.clone(), store.clone())?;
+    let observer =
+        Observer { meters: meters.clone(), experts: store.clone().map(|store| (store, ExpertMeters::new())), trace };
+    let runtime = start_runtime(options, model, &plan, compute.clone(), observer)?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
     Ok(Engine {
         runtime,
@@ -186,6 +209,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         kv_blocks: plan.blocks,
         kv_block_tokens: BLOCK_SIZE,
         store,
+        profile,
     })
 }
 
@@ -271,8 +295,7 @@ fn start_runtime(
     model: Box<dyn Model>,
     plan: &KvPlan,
     compute: Compute,
-    meters: Arc<Meters>,
-    store: Option<ExpertStore>,
+    mut observer: Observer,
 ) -> Result<Runtime> {
     let info = model.info();
     let kv = KvCache::new(info.num_layers, info.num_kv_heads, info.head_dim, plan.blocks, plan.dtype)?;
@@ -281,15 +304,28 @@ fn start_runtime(
         max_num_batched_tokens: options.max_num_batched_tokens,
         max_model_len: plan.max_model_len,
         enable_prefix_caching: options.prefix_caching,
+        report_routes: observer.trace.is_some(),
     };
-    let experts = store.map(|store| (store, ExpertMeters::new()));
-    let observe = move |report: &StepReport| {
-        meters.step(report);
-        if let Some((store, meters)) = &experts {
+    Ok(Runtime::start(model, kv, compute, config, move |report| observer.see(report))?)
+}
+
+/// Who wants to know about each step.
+struct Observer {
+    meters: Arc<Meters>,
+    experts: Option<(ExpertStore, ExpertMeters)>,
+    trace: Option<RoutingTrace>,
+}
+
+impl Observer {
+    fn see(&mut self, report: &StepReport) {
+        self.meters.step(report);
+        if let Some((store, meters)) = &self.experts {
             meters.show(&store.counters());
         }
-    };
-    Ok(Runtime::start(model, kv, compute, config, observe)?)
+        if let Some(trace) = &mut self.trace {
+            trace.note(report);
+        }
+    }
 }
 
 /// Opens a checkpoint, downloading it if need be.
@@ -494,6 +530,8 @@ mod tests {
             formats: FormatOptions::default(),
             kv_dtype: None,
             prefix_caching: true,
+            trace_routing: None,
+            return_routed_experts: false,
         };
         let engine = start(&options).unwrap();
         let served = &engine.served;
@@ -512,6 +550,7 @@ mod tests {
             },
             logprobs: Some(1),
             prompt_logprobs: None,
+            routed_experts_from: None,
         };
         let mut generation = Generation::start(&served.machine(), vec![request], OutputOptions::default()).unwrap();
         let completed = generation.collect().await.unwrap();

@@ -10,7 +10,9 @@ mod host;
 mod http;
 mod memory;
 mod metrics;
+mod profile;
 mod progress;
+mod routing_trace;
 #[cfg(test)]
 mod testing;
 

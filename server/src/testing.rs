@@ -186,12 +186,13 @@ pub fn served(backend: Arc<Fake>) -> Arc<Served> {
         vocab_size: VOCAB_SIZE,
         max_model_len: MAX_MODEL_LEN,
         meters: Arc::new(Meters::new("fake")),
+        routed: None,
     })
 }
 
 /// The same for generations alone.
 pub fn machine(backend: Arc<Fake>) -> Machine {
-    Machine { backend, tokenizer: tokenizer(), meters: Arc::new(Meters::new("fake")) }
+    Machine { backend, tokenizer: tokenizer(), meters: Arc::new(Meters::new("fake")), routed: None }
 }
 
 /// An object from a literal.

@@ -4,6 +4,7 @@
 //! - [`server`]: a `cadre serve` on a free port, ended when it is dropped.
 //! - [`client`]: plain HTTP, and server-sent events.
 //! - [`metrics`]: what `/metrics` says.
+//! - [`npy`]: NumPy's files.
 //! - [`heldout`]: questions and answers for the embedded model.
 //! - [`checkpoint`]: random checkpoints, written on the fly.
 //! - [`peak`]: how much memory a run takes.
@@ -19,6 +20,7 @@ pub mod checkpoint;
 pub mod client;
 pub mod heldout;
 pub mod metrics;
+pub mod npy;
 pub mod peak;
 pub mod python;
 pub mod server;

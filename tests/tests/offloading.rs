@@ -5,6 +5,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use cadre_tests::{
@@ -13,7 +14,7 @@ use cadre_tests::{
     peak::peak_of,
     server::{MODEL, Server},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A pack of about 85 MiB, in a directory.
 fn pack(directory: &Path) -> PathBuf {
@@ -171,4 +172,74 @@ fn cut_off_while_serving(pack: &Path, way: &str) {
     let tier = [("tier", "disk")];
     assert!(metrics.value("cadre_expert_misses_total", &tier) > 0.0);
     assert!(metrics.value("cadre_expert_read_bytes_total", &tier) > 0.0);
+}
+
+#[test]
+fn a_routing_trace_has_a_line_a_step_whether_experts_are_stored_or_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let pack = pack(directory.path());
+    let trace = |name: &str, more: &[&str]| {
+        let path = directory.path().join(name);
+        let flags = [&["--trace-routing", path.to_str().unwrap(), "--max-num-batched-tokens", "8"], more].concat();
+        output(&generate(pack.to_str().unwrap(), &flags));
+        fs::read_to_string(path).unwrap()
+    };
+    let resident = trace("resident", &[]);
+    assert_eq!(trace("stored", &["--memory", "105MiB"]), resident);
+    let steps: Vec<Value> = resident.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let tokens: Vec<u64> = steps.iter().map(|step| step["tokens"].as_u64().unwrap()).collect();
+    assert!(tokens.len() > 16 && tokens[0] == 8 && tokens[tokens.len() - 15..] == [1; 15], "{tokens:?}");
+    for step in steps {
+        let layers: Vec<Vec<u64>> = serde_json::from_value(step["experts"].clone()).unwrap();
+        let tokens = step["tokens"].as_u64().unwrap() as usize;
+        let fine = |layer: &Vec<u64>| {
+            (4..=4 * tokens).contains(&layer.len()) && layer.is_sorted_by(|a, b| a < b) && layer.iter().all(|&e| e < 48)
+        };
+        assert!(layers.len() == 4 && layers.iter().all(fine), "{step}");
+    }
+    let nowhere = run(&generate(pack.to_str().unwrap(), &["--trace-routing", "/nowhere/trace"]));
+    assert!(nowhere.code != Some(0) && nowhere.stderr.contains("/nowhere/trace"), "{}", nowhere.stderr);
+}
+
+#[test]
+fn the_routing_of_a_run_is_kept_for_the_next_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let pack = pack(directory.path());
+    let file = pack.join("routing_profile.json");
+    let flags = ["--memory", "105MiB", "--kv-memory", "4MiB", "--threads", "2", "--model", pack.to_str().unwrap()];
+    let serve = || {
+        let mut server = Server::start(&flags);
+        let answer = server.complete("Who reads this?", json!({"max_tokens": 8, "temperature": 0})).ok();
+        server.terminate();
+        assert_eq!(server.wait_for_exit(Duration::from_secs(5)).code(), Some(0));
+        (answer["choices"].clone(), server.log())
+    };
+    let (expected, log) = serve();
+    assert!(!log.contains("profile") && !log.contains("earlier runs"), "{log}");
+    let profile: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let uses: Vec<Vec<u64>> = serde_json::from_value(profile["uses"].clone()).unwrap();
+    assert!(
+        uses.len() == 4 && uses.iter().all(|layer| layer.len() == 48 && layer.iter().sum::<u64>() > 0),
+        "{profile}"
+    );
+
+    let (found, log) = serve();
+    assert!(found == expected && log.contains("earlier runs are known"), "{log}");
+    let more: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let sum = |profile: &Value| -> u64 {
+        let uses: Vec<Vec<u64>> = serde_json::from_value(profile["uses"].clone()).unwrap();
+        uses.iter().flatten().sum()
+    };
+    assert!(sum(&more) > sum(&profile), "it goes on from what was known");
+
+    // Of another pack, and damaged: said, ignored and replaced.
+    for text in [fs::read_to_string(&file).unwrap().replace("checkpoint ", "checkpoint 7"), "{\"version\"".to_owned()] {
+        fs::write(&file, text).unwrap();
+        let (found, log) = serve();
+        assert!(found == expected && log.contains("the routing profile is ignored"), "{log}");
+        assert_eq!(sum(&serde_json::from_slice(&fs::read(&file).unwrap()).unwrap()), sum(&profile));
+    }
+    fs::remove_file(&file).unwrap();
+    output(&generate(pack.to_str().unwrap(), &["--memory", "105MiB"]));
+    assert!(file.exists(), "generate keeps it too");
 }

@@ -109,7 +109,8 @@ fn logits(model: &dyn Model, compute: &Compute) -> Vec<u32> {
         token_ids: ids,
     };
     let mut bits = Vec::new();
-    let logits = forward(model, &mut StepContext { compute, batch: &batch, kv: &mut kv }).unwrap().unwrap();
+    let logits =
+        forward(model, &mut StepContext { compute, batch: &batch, kv: &mut kv, routes: None }).unwrap().unwrap();
     let collect = |values: &[f32]| {
         bits.extend(values.iter().map(|value| value.to_bits()));
         Ok(())

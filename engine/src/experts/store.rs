@@ -159,6 +159,20 @@ impl ExpertStore {
         }
     }
 
+    /// How often decode used each expert, aged, as `[layer][expert]`: what [`seed`](Self::seed) takes at the next start.
+    #[must_use]
+    pub fn profile(&self) -> Vec<Vec<u32>> {
+        self.shared.lock().cache.profile()
+    }
+
+    /// Begins with the uses of an earlier run.
+    ///
+    /// # Errors
+    /// If `profile` is of a model with other layers or numbers of experts.
+    pub fn seed(&self, profile: &[Vec<u32>]) -> crate::Result<()> {
+        self.shared.lock().cache.seed(profile)
+    }
+
     /// A step comes to `layer` and wants these experts of it, in ascending order: takes as many as there is room for, those
     /// in memory first, and begins to fetch the others.
     #[must_use]

@@ -116,7 +116,7 @@ impl Model for Decoder {
         let attended = layer.attention.forward(step, &self.parts.rope, index, &normed)?;
         let hidden = ops::add(&hidden, &attended)?;
         let normed = layer.ffn_norm.forward(step.compute, &hidden)?;
-        ops::add(&hidden, &layer.ffn.forward(step.compute, &normed, step.batch.lane())?)
+        ops::add(&hidden, &layer.ffn.forward(step, index, &normed)?)
     }
 
     fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor> {

@@ -2,8 +2,8 @@ use super::{Experts, FfnLayout, Matrix, RouterOptions};
 use crate::{
     Result, Tensor,
     compute::Compute,
-    experts::{Lane, StoredExperts},
-    model::MoeLayerInfo,
+    experts::StoredExperts,
+    model::{LayerRoutes, MoeLayerInfo, StepContext},
     ops::{self, Routes},
 };
 
@@ -71,11 +71,11 @@ impl RoutedExperts {
 }
 
 impl Ffn {
-    /// `[tokens, hidden]` to the same. `lane` is for experts in the store.
-    pub(crate) fn forward(&self, compute: &Compute, x: &Tensor, lane: Lane) -> Result<Tensor> {
+    /// `[tokens, hidden]` to the same; `layer` is the number of the layer that it is part of.
+    pub(crate) fn forward(&self, step: &mut StepContext<'_>, layer: usize, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(ffn) => ffn.forward(compute, x),
-            Self::Moe(ffn) => ffn.forward(compute, x, lane),
+            Self::Dense(ffn) => ffn.forward(step.compute, x),
+            Self::Moe(ffn) => ffn.forward(step, layer, x),
         }
     }
 
@@ -131,13 +131,17 @@ impl DenseFfn {
 }
 
 impl MoeFfn {
-    fn forward(&self, compute: &Compute, x: &Tensor, lane: Lane) -> Result<Tensor> {
+    fn forward(&self, step: &mut StepContext<'_>, layer: usize, x: &Tensor) -> Result<Tensor> {
+        let compute = step.compute;
         let logits = ops::linear(compute, x, &self.router, None)?;
         let routes = ops::route(&logits, &self.options)?;
         let routed = match &self.experts {
             RoutedExperts::Resident(experts) => ops::grouped_ffn(compute, x, experts, &routes)?,
-            RoutedExperts::Stored(experts) => ops::stored_ffn(compute, x, experts, &routes, lane)?,
+            RoutedExperts::Stored(experts) => ops::stored_ffn(compute, x, experts, &routes, step.batch.lane())?,
         };
+        if let Some(noted) = &mut step.routes {
+            noted.push(LayerRoutes { layer, routes });
+        }
         match &self.shared {
             Some(shared) => ops::add(&routed, &shared.forward(compute, x)?),
             None => Ok(routed),

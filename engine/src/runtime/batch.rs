@@ -1,8 +1,10 @@
 //! A plan's tensors: the batch that goes into the model, and the rows of logits that come out.
 
+use std::ops::Range;
+
 use crate::{
     Error, Result, Tensor,
-    model::{SequenceRows, StepBatch},
+    model::{LayerRoutes, SequenceRows, StepBatch},
     ops,
     sampler::{SampleRow, ScoreRow},
     scheduler::{Scheduler, StepPlan},
@@ -62,6 +64,19 @@ pub(super) fn deal<'a>(
         dealt.sample.extend(last.map(|logits| SampleRow { logits, sequence }));
     }
     Ok(dealt)
+}
+
+/// The experts of these rows, `[rows, num_layers, top_k]`, with zeros for layers that route nothing.
+pub(super) fn experts(routes: &[LayerRoutes], num_layers: usize, rows: Range<usize>) -> Vec<u32> {
+    let top_k = routes.iter().map(|layer| layer.routes.top_k).max().unwrap_or(0);
+    let mut experts = vec![0; rows.len() * num_layers * top_k];
+    for LayerRoutes { layer, routes } in routes {
+        let chosen = routes.experts.chunks_exact(routes.top_k).skip(rows.start);
+        for (token, chosen) in experts.chunks_exact_mut(num_layers * top_k).zip(chosen) {
+            token[layer * top_k..][..routes.top_k].copy_from_slice(chosen);
+        }
+    }
+    experts
 }
 
 /// Calls `read` with the logits, which must be `[rows, vocab]`, as one slice.

@@ -14,7 +14,7 @@ use crate::{
     compute::Compute,
     experts::FetchError,
     kv::{KvCache, blocks::PrefixCounters},
-    model::{self, Model, SequenceRows, StepBatch, StepContext},
+    model::{self, LayerRoutes, Model, SequenceRows, StepBatch, StepContext},
     request::{Event, Request, RequestError, TokenLogprobs},
     sampler::{BatchSampler, SampleError, Sampled},
     scheduler::{Phase, Planned, Scheduler, StepPlan},
@@ -25,7 +25,11 @@ use crate::{
 pub(super) type Sink = Box<dyn FnMut(Event) + Send>;
 
 /// Who is told about each step.
-pub(super) type Observer = Box<dyn FnMut(&StepReport) + Send>;
+pub(super) struct Observing {
+    pub(super) observer: Box<dyn FnMut(&StepReport) + Send>,
+    /// Also what the routers chose.
+    pub(super) routes: bool,
+}
 
 /// What callers tell the engine.
 pub(super) enum Message {
@@ -51,7 +55,7 @@ pub(super) struct Engine {
     /// Requests whose sink panicked. They are cancelled between steps: a plan's sequences stay until it is concluded.
     deaf: Vec<RequestId>,
     inbox: Receiver<Message>,
-    observer: Observer,
+    observing: Observing,
     /// What happened since the last report; the gauges are set when it is given.
     report: StepReport,
     /// Whether anything did.
@@ -82,7 +86,7 @@ impl Engine {
         compute: Compute,
         scheduler: Scheduler,
         inbox: Receiver<Message>,
-        observer: Observer,
+        observing: Observing,
     ) -> Self {
         Self {
             model,
@@ -93,7 +97,7 @@ impl Engine {
             sinks: HashMap::new(),
             deaf: Vec::new(),
             inbox,
-            observer,
+            observing,
             report: StepReport::default(),
             unreported: false,
             reported_prefix: PrefixCounters::default(),
@@ -196,7 +200,10 @@ impl Engine {
         }
         self.announce(&plan);
         let batch = batch::of(&plan, &self.scheduler);
-        let mut context = StepContext { compute: &self.compute, batch: &batch, kv: &mut self.kv };
+        let mut noted = Vec::new();
+        let wanted = self.observing.routes || plan.sequences.iter().any(|planned| !planned.routed.is_empty());
+        let routes = wanted.then_some(&mut noted);
+        let mut context = StepContext { compute: &self.compute, batch: &batch, kv: &mut self.kv, routes };
         let logits = match model::forward(self.model.as_ref(), &mut context) {
             Err(Error::Fetch { error, rows }) => {
                 self.fail_rows(&batch, &plan, &error, &rows);
@@ -210,10 +217,14 @@ impl Engine {
         match logits {
             Some(logits) => {
                 let shape = [batch.logit_rows.len(), vocab_size];
-                batch::with_logits(&logits, shape, |logits| self.conclude(&plan, logits))
+                batch::with_logits(&logits, shape, |logits| self.conclude(&plan, logits, &noted))
             }
-            None => self.conclude(&plan, &[]),
+            None => self.conclude(&plan, &[], &noted),
+        }?;
+        if self.observing.routes {
+            self.report.routes = noted;
         }
+        Ok(())
     }
 
     fn announce(&mut self, plan: &StepPlan) {
@@ -227,11 +238,14 @@ impl Engine {
 
     /// Notes what the step computed: scores, tokens, ends. All rows are worked on at once, then the results are noted
     /// in the plan's order.
-    fn conclude(&mut self, plan: &StepPlan, logits: &[f32]) -> Result<()> {
+    fn conclude(&mut self, plan: &StepPlan, logits: &[f32], routes: &[LayerRoutes]) -> Result<()> {
         let rows = batch::deal(plan, &self.scheduler, logits, self.model.info().vocab_size)?;
         let mut scores = self.sampler.score(&rows.score).into_iter();
         let mut choices = self.sampler.sample(&rows.sample).into_iter();
+        let mut first_row = 0;
         for planned in &plan.sequences {
+            self.tell_routes(planned, first_row, routes);
+            first_row += planned.positions.len();
             let scores = scores.by_ref().take(planned.scored.len()).collect();
             let choice = if planned.samples { choices.next() } else { None };
             if let Err(error) = self.conclude_one(planned, scores, choice) {
@@ -239,6 +253,19 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Tells the experts of those of a sequence's tokens of which it was not done yet; its rows begin at `first_row`.
+    fn tell_routes(&mut self, planned: &Planned, first_row: usize, routes: &[LayerRoutes]) {
+        let Planned { id, positions, routed, .. } = planned;
+        if routed.is_empty() {
+            return;
+        }
+        let Some(sequence) = self.scheduler.sequence_mut(*id) else { return };
+        sequence.told_routes(routed.end);
+        let row = |position: usize| first_row + position - positions.start;
+        let experts = batch::experts(routes, self.model.info().num_layers, row(routed.start)..row(routed.end));
+        self.send(id.request, Event::RoutedExperts { choice: id.choice, experts });
     }
 
     fn conclude_one(
@@ -367,7 +394,7 @@ impl Engine {
         report.waiting = self.scheduler.num_waiting();
         report.kv_blocks_used = self.scheduler.num_used_blocks();
         report.kv_blocks_total = self.scheduler.num_blocks();
-        if catch_unwind(AssertUnwindSafe(|| (self.observer)(&report))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| (self.observing.observer)(&report))).is_err() {
             tracing::error!("the observer of the engine's steps panicked");
         }
     }

@@ -1,5 +1,7 @@
 //! What an observer is told after each step.
 
+use crate::model::LayerRoutes;
+
 /// One step, or a change while no step ran. The first four are the state afterwards; the others count what happened
 /// since the last report, so that adding them up over all reports gives totals.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -30,6 +32,8 @@ pub struct StepReport {
     pub failed: usize,
     /// How long the step took; 0 if none ran.
     pub step_seconds: f64,
+    /// What the routers chose in the step, if the runtime was to say so.
+    pub routes: Vec<LayerRoutes>,
 }
 
 /// Cancelled requests by how far they had come.

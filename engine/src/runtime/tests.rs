@@ -4,7 +4,7 @@ mod rig;
 
 use std::{sync::mpsc::RecvTimeoutError, time::Duration};
 
-use fake::{VOCAB, greedy};
+use fake::{VOCAB, greedy, routed};
 use rig::{Answer, Call, LONG, Rig, config, prompt, request};
 
 use super::*;
@@ -34,6 +34,7 @@ fn mixed() -> Vec<Request> {
         request.n = 1 + at % 3;
         request.logprobs = at.is_multiple_of(2).then_some(2);
         request.prompt_logprobs = at.is_multiple_of(5).then_some(1);
+        request.routed_experts_from = (at % 4 < 2).then_some(at % 3);
         if !at.is_multiple_of(4) {
             request.sampling = drawn;
         }
@@ -74,6 +75,50 @@ fn neighbours_chunks_preemption_and_caching_never_change_an_answer() {
     assert!(totals.preemptions > 3, "{totals:?}");
     let (uncached, totals) = answers(RuntimeConfig { enable_prefix_caching: false, ..tight }, 9, true);
     assert_eq!((uncached, totals.prefix_hits), (alone, 0), "without a prefix cache");
+}
+
+/// Each token that went through the model once, also when its sequence was preempted and computed again.
+#[test]
+fn experts_are_told_of_each_token_once() {
+    let tight = RuntimeConfig { max_model_len: 144, max_num_batched_tokens: 20, ..config() };
+    let (answers, totals) = answers(tight, 9, true);
+    assert!(totals.preemptions > 3, "{totals:?}");
+    for (request, answer) in mixed().iter().zip(answers) {
+        for (choice, (tokens, found)) in answer.tokens.iter().zip(answer.routed).enumerate() {
+            let whole = [&request.prompt[..], tokens].concat();
+            let first = |from: u32| if choice == 0 { from as usize } else { request.prompt.len() };
+            let expected = request.routed_experts_from.map(|from| routed(&whole[..whole.len() - 1], first(from)));
+            assert_eq!(found, expected.unwrap_or_default(), "choice {choice} of {request:?}");
+        }
+    }
+}
+
+#[test]
+fn known_beginnings_come_from_the_cache_if_nobody_asks_for_their_experts() {
+    let rig = Rig::new(config(), 64);
+    let first = rig.submit(request(&prompt(1, 100), 1)).answer();
+    assert!(first.routed[0].is_empty());
+    let cached = |from: u32| {
+        let request = Request { routed_experts_from: Some(from), ..request(&prompt(1, 100), 1) };
+        let answer = rig.submit(request).answer();
+        assert_eq!(answer.routed[0], routed(&prompt(1, 100), from as usize), "from {from}");
+        answer.cached_tokens
+    };
+    assert_eq!([cached(0), cached(50), cached(99)], [Some(0), Some(48), Some(96)]);
+}
+
+#[test]
+fn reports_have_the_routes_of_each_step_if_the_runtime_is_to_give_them() {
+    let rig = Rig::gated(RuntimeConfig { report_routes: true, ..config() }, 32);
+    let call = rig.submit(request(&prompt(1, 5), 2));
+    let experts: Vec<_> = (0..2).flat_map(|_| rig.permit().routes).map(|layer| layer.routes.experts).collect();
+    let tokens = [prompt(1, 5), greedy(&prompt(1, 5), 1)].concat();
+    let expected = routed(&tokens, 0).chunks_exact(4).flat_map(|token| token[2..].to_vec()).collect::<Vec<_>>();
+    assert_eq!(experts, [&expected[..10], &expected[10..]]);
+    assert_eq!(call.answer().reasons, [Some(FinishReason::Length)]);
+    let silent = Rig::gated(config(), 32);
+    let _call = silent.submit(request(&prompt(1, 5), 1));
+    assert!(silent.permit().routes.is_empty());
 }
 
 #[test]

@@ -172,7 +172,15 @@ mod tests {
             stop_token_ids: Vec::new(),
         };
         let logprobs = at.is_multiple_of(4).then_some(3);
-        let request = Request { prompt: vec![1], n: 1, sampling, stop, logprobs, prompt_logprobs: None };
+        let request = Request {
+            prompt: vec![1],
+            n: 1,
+            sampling,
+            stop,
+            logprobs,
+            prompt_logprobs: None,
+            routed_experts_from: None,
+        };
         Sequence::new(SequenceId { request: 1, choice: at }, Arc::new(request))
     }
 }

@@ -17,7 +17,15 @@ fn request(sampling: SamplingParams) -> Request {
         ignore_eos: false,
         stop_token_ids: vec![1],
     };
-    Request { prompt: vec![2, 2, 3], n: 1, sampling, stop, logprobs: None, prompt_logprobs: None }
+    Request {
+        prompt: vec![2, 2, 3],
+        n: 1,
+        sampling,
+        stop,
+        logprobs: None,
+        prompt_logprobs: None,
+        routed_experts_from: None,
+    }
 }
 
 fn sequence(request: Request, choice: u32, generated: &[u32]) -> Sequence {

@@ -39,6 +39,10 @@ impl Scheduler {
                 unscored.is_empty() || unscored.start >= planned.positions.start,
                 "an unscored position is skipped"
             );
+            let unrouted = sequence.unrouted();
+            let expected = unrouted.map_or(0, |start| planned.positions.end.saturating_sub(start));
+            assert_eq!((planned.routed.end, planned.routed.len()), (planned.positions.end, expected));
+            assert!(unrouted.is_none_or(|start| start >= planned.positions.start), "an untold position is skipped");
         }
         let youngest = self.running.last_key_value().map(|(id, _)| id);
         assert!(plan.preempted.iter().all(|id| Some(id) > youngest), "an older one was preempted");

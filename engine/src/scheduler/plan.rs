@@ -13,6 +13,8 @@ pub struct Planned {
     pub positions: Range<usize>,
     /// Positions, among these, whose logits score the next prompt token. May be empty.
     pub scored: Range<usize>,
+    /// Positions, among these, whose experts are to be told. May be empty.
+    pub routed: Range<usize>,
     /// Whether the last position's logits choose the next token.
     pub samples: bool,
     /// How many of the positions are the prompt's.
@@ -81,12 +83,15 @@ impl StepPlan {
         let unscored = sequence.unscored();
         let first_scored = positions.start.max(unscored.start);
         let scored = first_scored..positions.end.min(unscored.end).max(first_scored);
+        let first_routed =
+            sequence.unrouted().map_or(positions.end, |start| start.clamp(positions.start, positions.end));
         self.budget -= count;
         self.score_budget -= scored.len();
         self.sequences.push(Planned {
             id: sequence.id(),
             samples: positions.end == sequence.tokens().len() && sequence.wants_token(),
             prompt_tokens: positions.end.min(sequence.prompt_len()).saturating_sub(positions.start),
+            routed: first_routed..positions.end,
             positions,
             scored,
         });

@@ -8,7 +8,7 @@ mod pack;
 mod serve;
 mod terminal;
 
-use std::str::FromStr;
+use std::{path::PathBuf, str::FromStr};
 
 use anyhow::Result;
 use cadre_engine::compute::Compute;
@@ -106,6 +106,11 @@ struct EngineArgs {
     /// Tokens that one step takes at most; more prefill a little faster, fewer let others wait less
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     max_num_batched_tokens: usize,
+
+    /// Write which experts each step used into this file, a JSON line a step, for the cache simulator in benches;
+    /// a file that is there is replaced
+    #[arg(long, value_name = "FILE")]
+    trace_routing: Option<PathBuf>,
 }
 
 impl EngineArgs {
@@ -122,6 +127,8 @@ impl EngineArgs {
             formats: self.formats.options(),
             kv_dtype: self.kv_dtype.into(),
             prefix_caching: true,
+            trace_routing: self.trace_routing.clone(),
+            return_routed_experts: false,
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     engine::{self, EngineOptions},
     http::{self, App, HttpOptions},
     metrics,
+    profile::KeptProfile,
 };
 
 /// How long requests under way may go on once the server was told to end. With the moments for telling clients
@@ -51,6 +52,10 @@ pub struct ServeArgs {
     #[arg(long, help_heading = "Engine")]
     no_prefix_caching: bool,
 
+    /// Answers that aren't streamed say which experts each token was routed to, as vLLM's do (`routed_experts`)
+    #[arg(long)]
+    enable_return_routed_experts: bool,
+
     /// Refuse requests with fields that nobody knows, in place of ignoring them
     #[arg(long)]
     strict_params: bool,
@@ -64,6 +69,7 @@ impl ServeArgs {
         EngineOptions {
             served_names: self.served_model_name.clone(),
             prefix_caching: !self.no_prefix_caching,
+            return_routed_experts: self.enable_return_routed_experts,
             ..self.engine.options(self.max_num_seqs)
         }
     }
@@ -106,23 +112,34 @@ async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
         }
     };
     http::serve(listener, app, until_told, DRAIN).await?;
-    if let Some(runtime) = outcome? {
+    if let Some(Loaded { runtime, profile }) = outcome? {
         let join = tokio::task::spawn_blocking(move || runtime.shutdown(Duration::ZERO));
-        if timeout(JOIN, join).await.is_err() {
+        let keep = tokio::task::spawn_blocking(move || profile.iter().for_each(KeptProfile::keep));
+        let (joined, kept) = tokio::join!(timeout(JOIN, join), timeout(JOIN, keep));
+        if joined.is_err() {
             tracing::warn!("the engine is still in its last step");
+        }
+        if kept.is_err() {
+            tracing::warn!("the disk is slow: the routing profile isn't kept");
         }
     }
     Ok(())
 }
 
-/// Loads the model on a thread of its own; the runtime comes through the channel, or why there is none.
-fn load(options: EngineOptions, app: Arc<App>) -> oneshot::Receiver<Result<Runtime>> {
+/// What is left to end when the server has ended.
+struct Loaded {
+    runtime: Runtime,
+    profile: Option<KeptProfile>,
+}
+
+/// Loads the model on a thread of its own; it comes through the channel, or why there is none.
+fn load(options: EngineOptions, app: Arc<App>) -> oneshot::Receiver<Result<Loaded>> {
     let (sender, receiver) = oneshot::channel();
     std::thread::spawn(move || {
         let started = engine::start(&options).map(|engine| {
             tracing::info!(model = engine.served.name(), "ready");
             app.ready(engine.served);
-            engine.runtime
+            Loaded { runtime: engine.runtime, profile: engine.profile }
         });
         // Nobody listens any more if the server ends while it loads.
         let _ = sender.send(started);

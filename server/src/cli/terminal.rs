@@ -12,7 +12,7 @@ use clap::Args;
 use serde_json::{Map, Value};
 
 use crate::{
-    engine::{self, EngineOptions, Served},
+    engine::{self, Engine, EngineOptions, Served},
     generation::{Generation, OutputOptions, Update},
     http::{
         chat,
@@ -20,6 +20,7 @@ use crate::{
         fields::Fields,
         params::shared::{MaxTokens, Shared},
     },
+    profile::KeptProfile,
 };
 
 /// How tokens are chosen. The names, ranges and defaults are those of the HTTP API.
@@ -90,6 +91,7 @@ pub struct Terminal {
     runtime: Runtime,
     /// The experts that don't fit the memory.
     store: Option<ExpertStore>,
+    profile: Option<KeptProfile>,
     served: Arc<Served>,
     sampling: Map<String, Value>,
 }
@@ -100,8 +102,8 @@ impl Terminal {
     /// # Errors
     /// When it can't be loaded.
     pub fn start(options: &EngineOptions, sampling: &SamplingArgs) -> Result<Self> {
-        let engine = engine::start(options)?;
-        Ok(Self { runtime: engine.runtime, served: engine.served, store: engine.store, sampling: sampling.body() })
+        let Engine { runtime, served, store, profile, .. } = engine::start(options)?;
+        Ok(Self { runtime, served, store, profile, sampling: sampling.body() })
     }
 
     /// Whether conversations can be had.
@@ -135,11 +137,14 @@ impl Terminal {
         }
     }
 
-    /// Ends the engine; says on standard error how experts that don't fit the memory fared.
+    /// Ends the engine and keeps the routing profile; says on standard error how experts that don't fit the memory fared.
     pub fn end(self) {
         self.runtime.shutdown(Duration::ZERO);
         if let Some(store) = self.store {
             eprintln!("{}", store.counters());
+        }
+        if let Some(profile) = self.profile {
+            profile.keep();
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Chat and text completions, `cadre generate` and `cadre chat` all go through here. Per choice: streaming
 //! detokeniser, then stop strings, then an [`Update`]. Dropping a [`Generation`] cancels what is unfinished.
 
+mod routed;
 mod stop;
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
@@ -13,6 +14,7 @@ use cadre_models::{TextStream, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::metrics::{Meters, Timeline};
+pub use routed::RoutedShape;
 use stop::StopMatcher;
 
 /// Takes what the engine tells about a request.
@@ -72,6 +74,8 @@ pub struct Machine {
     pub tokenizer: Tokenizer,
     /// Counts and times.
     pub meters: Arc<Meters>,
+    /// How the experts of tokens are told, if requests may ask for them.
+    pub routed: Option<RoutedShape>,
 }
 
 /// The next thing to tell.
@@ -99,6 +103,9 @@ pub struct Delta {
     pub tokens: Vec<GeneratedToken>,
     /// Set in a choice's last delta.
     pub finish: Option<Finish>,
+    /// There too, if they were asked for: the experts of all tokens that went through the model, from the position asked
+    /// for on, as a file of NumPy's.
+    pub routed_experts: Option<Vec<u8>>,
 }
 
 /// One generated token.
@@ -171,6 +178,7 @@ pub enum GenerationError {
 /// A generation under way: one or more prompts, `n` choices of each.
 pub struct Generation {
     meters: Arc<Meters>,
+    routed: Option<RoutedShape>,
     prompts: Vec<Prompt>,
     choices: Vec<Choice>,
     options: OutputOptions,
@@ -192,6 +200,8 @@ struct Choice {
     matcher: StopMatcher,
     generated: usize,
     untold: Vec<GeneratedToken>,
+    /// The experts of its tokens: of the first choice, the prompt's before those of the generated ones.
+    routed: Vec<u8>,
     finished: bool,
     last_token: Option<Instant>,
 }
@@ -227,7 +237,8 @@ impl Generation {
                 timeline: Timeline::new(Instant::now()),
             });
         }
-        Ok(Self { meters: machine.meters.clone(), prompts, choices, options, events, ready: VecDeque::new() })
+        let (meters, routed) = (machine.meters.clone(), machine.routed);
+        Ok(Self { meters, routed, prompts, choices, options, events, ready: VecDeque::new() })
     }
 
     /// The next update; `None` once every choice has ended. Losing the future loses nothing.
@@ -284,6 +295,13 @@ impl Generation {
             Event::PromptLogprobs(logprobs) => {
                 self.ready.push_back(Update::PromptLogprobs { prompt: index, logprobs });
             }
+            Event::RoutedExperts { choice, experts } => {
+                let choice = self.choices.get_mut(prompt.first_choice + choice as usize);
+                // A stop string that was met since: what follows is nobody's.
+                if let (Some(shape), Some(choice)) = (self.routed, choice.filter(|choice| !choice.finished)) {
+                    shape.push(&mut choice.routed, &experts);
+                }
+            }
             Event::Token { choice, token, logprobs } => {
                 let choice = prompt.first_choice + choice as usize;
                 self.token(index, choice, GeneratedToken { id: token, logprobs }, at)?;
@@ -334,6 +352,7 @@ impl Generation {
 
     /// Queues a delta; closes the choice if it is its last, and the prompt with its last choice.
     fn tell(&mut self, prompt: usize, index: usize, text: String, finish: Option<Finish>, at: Instant) {
+        let routed_experts = finish.as_ref().and_then(|_| self.routed_experts(prompt, index));
         let choice = &mut self.choices[index];
         let tokens = std::mem::take(&mut choice.untold);
         if let Some(finish) = &finish {
@@ -350,7 +369,22 @@ impl Generation {
                 prompt.timeline.finished(at, choice.generated, &self.meters);
             }
         }
-        self.ready.push_back(Update::Delta(Delta { choice: index, text, tokens, finish }));
+        self.ready.push_back(Update::Delta(Delta { choice: index, text, tokens, finish, routed_experts }));
+    }
+
+    /// The experts of a choice's tokens, if they were asked for. The prompt's, which are the same for all choices, lie with
+    /// the first one's.
+    fn routed_experts(&self, prompt: usize, index: usize) -> Option<Vec<u8>> {
+        let Prompt { request, first_choice, .. } = &self.prompts[prompt];
+        let (shape, from) = (self.routed?, request.routed_experts_from?);
+        let of_prompt = if index == *first_choice {
+            &[]
+        } else {
+            let first = &self.choices[*first_choice].routed;
+            let bytes = request.prompt.len().saturating_sub(from as usize) * shape.token_bytes();
+            &first[..bytes.min(first.len())]
+        };
+        Some(shape.npy(&[of_prompt, &self.choices[index].routed].concat()))
     }
 }
 
@@ -361,6 +395,7 @@ impl Choice {
             matcher: StopMatcher::new(stops.clone(), options.include_stop),
             generated: 0,
             untold: Vec::new(),
+            routed: Vec::new(),
             finished: false,
             last_token: None,
         }
@@ -392,6 +427,7 @@ impl Completed {
                 choice.text.push_str(&delta.text);
                 choice.tokens.extend(delta.tokens);
                 choice.finish = delta.finish.or(choice.finish.take());
+                choice.routed_experts = delta.routed_experts.or(choice.routed_experts.take());
             }
         }
     }

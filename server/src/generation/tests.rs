@@ -19,6 +19,7 @@ fn request(n: u32) -> Request {
         },
         logprobs: None,
         prompt_logprobs: None,
+        routed_experts_from: None,
     }
 }
 

@@ -6,11 +6,12 @@ use axum::{
     http::{HeaderName, HeaderValue},
     response::Response,
 };
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
 
 use super::params::shared::random_seed;
 use crate::{
-    generation::{Finish, Usage},
+    generation::{Delta, Finish, Usage},
     metrics,
 };
 
@@ -64,6 +65,13 @@ pub fn stop_reason(finish: Option<&Finish>) -> Value {
         Some(Finish::StopString(text)) => text.as_str().into(),
         Some(Finish::StopToken(token)) => (*token).into(),
         _ => Value::Null,
+    }
+}
+
+/// vLLM's `routed_experts`, in a choice whose delta has them: a file of NumPy's in base64.
+pub fn add_routed_experts(choice: &mut Map<String, Value>, delta: &Delta) {
+    if let Some(file) = &delta.routed_experts {
+        choice.insert("routed_experts".to_owned(), BASE64_STANDARD.encode(file).into());
     }
 }
 

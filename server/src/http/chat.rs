@@ -160,6 +160,7 @@ impl ChatAnswer {
             let mut told =
                 self.choice(choice, "message", &json!({"role": "assistant", "content": choice.text, "refusal": null}));
             self.add_token_ids(&mut told, choice);
+            answer::add_routed_experts(&mut told, choice);
             Value::Object(told)
         };
         let mut body = envelope.with(completed.choices.iter().map(choice).collect());

@@ -249,6 +249,7 @@ impl TextAnswer {
                 choice.insert("prompt_token_ids".to_owned(), self.prompts[prompt].clone().into());
             }
         }
+        answer::add_routed_experts(&mut choice, delta);
         choice
     }
 

@@ -8,4 +8,5 @@ mod ending;
 mod errors;
 mod formats;
 mod leaving;
+mod routed_experts;
 mod routes;

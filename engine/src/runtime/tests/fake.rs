@@ -12,8 +12,8 @@ use crate::{
     Error, Result, Tensor,
     experts::{ExpertId, FetchError},
     kv::blocks::BLOCK_SIZE,
-    model::{Model, ModelInfo, SequenceRows, StepContext},
-    ops,
+    model::{LayerRoutes, Model, ModelInfo, SequenceRows, StepContext},
+    ops::{self, Routes},
 };
 
 pub(super) const VOCAB: usize = 64;
@@ -50,7 +50,7 @@ impl Fake {
         let (permits, taken) = channel();
         let (reaches, reached) = channel();
         let info = ModelInfo {
-            num_layers: 1,
+            num_layers: 2,
             hidden_size: 2,
             vocab_size: VOCAB,
             num_kv_heads: 1,
@@ -106,7 +106,14 @@ impl Model for Fake {
         Ok(Tensor::from_vec(states, (step.batch.token_ids.len(), 2), &Device::Cpu)?)
     }
 
-    fn layer(&self, _: &mut StepContext<'_>, _: usize, hidden: Tensor) -> Result<Tensor> {
+    /// The first layer routes nothing, the second by what the sequence holds.
+    fn layer(&self, step: &mut StepContext<'_>, layer: usize, hidden: Tensor) -> Result<Tensor> {
+        if let Some(noted) = step.routes.as_mut().filter(|_| layer == 1) {
+            let experts =
+                ops::values(&hidden, |states| Ok(states.chunks_exact(2).flat_map(experts_of).collect::<Vec<_>>()))?;
+            let weights = vec![0.5; experts.len()];
+            noted.push(LayerRoutes { layer, routes: Routes { top_k: 2, experts, weights } });
+        }
         Ok(hidden)
     }
 
@@ -124,6 +131,15 @@ fn state(context: &[u32]) -> [f32; 2] {
     }
     let hash = context.iter().fold(1_u64, |hash, &token| mix(hash ^ u64::from(token)));
     [(hash & 0xffff) as f32, (hash >> 48) as f32]
+}
+
+fn experts_of(state: &[f32]) -> [u32; 2] {
+    [state[0] as u32 % 8, 8 + state[1] as u32 % 8]
+}
+
+/// The experts that must be told of tokens from `from` on: none of the first layer, then two.
+pub(super) fn routed(tokens: &[u32], from: usize) -> Vec<u32> {
+    (from..tokens.len()).flat_map(|at| [[0; 2], experts_of(&state(&tokens[..=at]))].concat()).collect()
 }
 
 fn logits_of(state: &[f32]) -> Vec<f32> {

@@ -17,7 +17,13 @@ use crate::{
 pub(super) const LONG: Duration = Duration::from_secs(20);
 
 pub(super) fn config() -> RuntimeConfig {
-    RuntimeConfig { max_num_seqs: 32, max_num_batched_tokens: 256, max_model_len: 512, enable_prefix_caching: true }
+    RuntimeConfig {
+        max_num_seqs: 32,
+        max_num_batched_tokens: 256,
+        max_model_len: 512,
+        enable_prefix_caching: true,
+        report_routes: false,
+    }
 }
 
 /// Greedy, and through end-of-sequence.
@@ -35,6 +41,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         },
         logprobs: None,
         prompt_logprobs: None,
+        routed_experts_from: None,
     }
 }
 
@@ -127,6 +134,8 @@ pub(super) struct Answer {
     pub(super) cached_tokens: Option<u32>,
     pub(super) prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     pub(super) tokens: Vec<Vec<u32>>,
+    /// The experts of each choice's tokens, as they were told.
+    pub(super) routed: Vec<Vec<u32>>,
     pub(super) logprobs: Vec<Option<TokenLogprobs>>,
     pub(super) reasons: Vec<Option<FinishReason>>,
     pub(super) failed: Option<RequestError>,
@@ -153,6 +162,7 @@ impl Call {
             cached_tokens: None,
             prompt_logprobs: None,
             tokens: vec![Vec::new(); self.n],
+            routed: vec![Vec::new(); self.n],
             logprobs: Vec::new(),
             reasons: vec![None; self.n],
             failed: None,
@@ -177,6 +187,10 @@ impl Answer {
             Event::PromptLogprobs(scores) => {
                 assert!(self.tokens.iter().all(Vec::is_empty), "prompt scores after a token");
                 assert_eq!(self.prompt_logprobs.replace(scores), None, "scored twice");
+            }
+            Event::RoutedExperts { choice, experts } => {
+                assert_eq!(self.reasons[choice as usize], None, "experts after the end");
+                self.routed[choice as usize].extend(experts);
             }
             Event::Token { choice, token, logprobs } => {
                 assert_eq!(self.reasons[choice as usize], None, "a token after the end");

@@ -14,7 +14,7 @@ use crate::{
 
 #[derive(Debug, Clone)]
 enum Act {
-    Add { kind: u32, prompt_len: usize, max_tokens: u32, n: u32, scores: bool },
+    Add { kind: u32, prompt_len: usize, max_tokens: u32, n: u32, scores: bool, routed: Option<u32> },
     Cancel(prop::sample::Index),
     Step(u8),
     FailStep,
@@ -22,8 +22,17 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2))
-        .prop_map(|(kind, prompt_len, max_tokens, n, scores)| Act::Add { kind, prompt_len, max_tokens, n, scores });
+    let routed = prop::option::weighted(0.2, 0_u32..40);
+    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2), routed).prop_map(
+        |(kind, prompt_len, max_tokens, n, scores, routed)| Act::Add {
+            kind,
+            prompt_len,
+            max_tokens,
+            n,
+            scores,
+            routed,
+        },
+    );
     prop_oneof![
         8 => add,
         2 => any::<prop::sample::Index>().prop_map(Act::Cancel),
@@ -81,12 +90,15 @@ fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
     let mut expected = Expected { requests: HashMap::new(), work: 0 };
     for act in acts {
         match act {
-            Act::Add { kind, prompt_len, max_tokens, n, scores } => {
+            Act::Add { kind, prompt_len, max_tokens, n, scores, routed } => {
                 let prompt_len = prompt_len.min(config.max_model_len);
                 let max_tokens = max_tokens.min((config.max_model_len - prompt_len) as u32);
                 let prompt: Vec<_> = (0..prompt_len as u32).map(|at| if at < 40 { kind / 2 } else { kind }).collect();
                 let prompt_logprobs = scores.then_some(0);
-                expected.add(&mut simulation, Request { n, prompt_logprobs, ..request(&prompt, max_tokens) });
+                expected.add(
+                    &mut simulation,
+                    Request { n, prompt_logprobs, routed_experts_from: routed, ..request(&prompt, max_tokens) },
+                );
             }
             Act::Cancel(which) => {
                 let mut live: Vec<_> = expected.requests.keys().copied().collect();

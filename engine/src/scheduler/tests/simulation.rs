@@ -33,6 +33,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         },
         logprobs: None,
         prompt_logprobs: None,
+        routed_experts_from: None,
     }
 }
 
@@ -124,6 +125,7 @@ impl Simulation {
             for _ in planned.scored.clone() {
                 sequence.push_prompt_logprobs(TokenLogprobs { logprob: 0.0, rank: 1, top: vec![] });
             }
+            sequence.told_routes(planned.routed.end);
         }
         self.scheduler.advance(planned);
         let Some(sequence) = self.scheduler.sequence_mut(id) else { return };

@@ -75,6 +75,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         eprintln!("{}", store.counters());
     }
     engine.runtime.shutdown(Duration::ZERO);
+    if let Some(profile) = engine.profile {
+        profile.keep();
+    }
     unless_pipe_closed(result)
 }
 
@@ -216,6 +219,7 @@ impl Bench {
             },
             logprobs: None,
             prompt_logprobs: None,
+            routed_experts_from: None,
         }
     }
 
@@ -239,7 +243,7 @@ fn token_times(events: &mpsc::Receiver<(usize, Instant, Event)>, run: &Run) -> R
             Event::Token { .. } => tokens[index].push(at),
             Event::Finished { .. } => open -= 1,
             Event::Failed(error) => bail!(error),
-            Event::Started { .. } | Event::PromptLogprobs(_) => {}
+            Event::Started { .. } | Event::PromptLogprobs(_) | Event::RoutedExperts { .. } => {}
         }
     }
     Ok(tokens)

@@ -36,6 +36,8 @@ pub struct Shared {
     pub output: OutputOptions,
     /// Alternatives at each place of the prompt.
     pub prompt_logprobs: Option<u32>,
+    /// Tell the experts of tokens, from this position of the prompt on.
+    pub routed_experts_from: Option<u32>,
     /// Whether and how to stream.
     pub stream: Option<StreamOptions>,
     /// Report token ids beside the text.
@@ -105,6 +107,7 @@ impl Shared {
                 skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
             },
             prompt_logprobs: prompt_logprobs(fields, stream.is_some())?,
+            routed_experts_from: routed_experts_from(fields, served, stream.is_some())?,
             stream,
             return_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
             tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
@@ -116,7 +119,7 @@ impl Shared {
     /// The engine's request for one prompt, cut if that was asked for.
     ///
     /// # Errors
-    /// When the context has no room for `min_tokens`.
+    /// When the context has no room for `min_tokens`, or the experts of no token of the prompt are asked for.
     pub fn request(
         &self,
         mut prompt: Vec<u32>,
@@ -135,6 +138,7 @@ impl Shared {
             let (prompt_tokens, max_tokens) = (prompt.len(), self.stop.min_tokens as usize);
             return Err(SubmitError::ContextLength { max_model_len, prompt_tokens, max_tokens }.into());
         }
+        check_routed_experts_from(self.routed_experts_from, prompt.len())?;
         Ok(Request {
             prompt,
             n: self.n,
@@ -142,6 +146,7 @@ impl Shared {
             stop: StopParams { max_tokens, ..self.stop.clone() },
             logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            routed_experts_from: self.routed_experts_from,
         })
     }
 }
@@ -277,6 +282,34 @@ fn prompt_logprobs(fields: Fields<'_>, stream: bool) -> Result<Option<u32>, ApiE
         return Err(ApiError::invalid("prompt_logprobs", "prompt_logprobs are not available when `stream=True`."));
     }
     Ok(asked)
+}
+
+/// Where the experts that are told begin; nowhere in streams, as vLLM has it, or if the server doesn't tell them.
+fn routed_experts_from(fields: Fields<'_>, served: &Served, stream: bool) -> Result<Option<u32>, ApiError> {
+    const NAME: &str = "routed_experts_prompt_start";
+    let start = fields.count(NAME, 0, u32::MAX)?.unwrap_or(0);
+    let told = served.routed.is_some();
+    if start > 0 && (stream || !told) {
+        let message = if told {
+            format!("{NAME} can't be used when `stream=True`: streams don't tell routed experts.")
+        } else {
+            format!("{NAME} needs a server that was started with --enable-return-routed-experts.")
+        };
+        return Err(ApiError::invalid(NAME, message));
+    }
+    Ok((told && !stream).then_some(start))
+}
+
+fn check_routed_experts_from(from: Option<u32>, prompt_tokens: usize) -> Result<(), ApiError> {
+    match from {
+        Some(start) if start > 0 && start as usize >= prompt_tokens => {
+            let message = format!(
+                "routed_experts_prompt_start must be less than the prompt's number of tokens ({prompt_tokens}), got {start}."
+            );
+            Err(ApiError::invalid("routed_experts_prompt_start", message))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn stream_options(fields: Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {

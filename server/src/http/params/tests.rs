@@ -116,6 +116,11 @@ fn ranges() {
         (json!({"truncate_prompt_tokens": -2}), "truncate_prompt_tokens must be at least -1, got -2."),
         (json!({"truncate_prompt_tokens": 0}), "truncate_prompt_tokens must be -1 or at least 1, got 0."),
         (json!({"truncation_side": "up"}), "truncation_side must be \"left\" or \"right\", got \"up\"."),
+        (json!({"routed_experts_prompt_start": -1}), "routed_experts_prompt_start must be at least 0, got -1."),
+        (
+            json!({"routed_experts_prompt_start": 2}),
+            "routed_experts_prompt_start needs a server that was started with --enable-return-routed-experts.",
+        ),
         (json!({"seed": 1.5}), "`seed` must be an integer, got 1.5."),
     ] {
         let error = parse(body.clone()).map(drop).expect_err(&body.to_string());
