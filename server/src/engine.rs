@@ -282,11 +282,11 @@ fn start_runtime(
         max_model_len: plan.max_model_len,
         enable_prefix_caching: options.prefix_caching,
     };
-    let experts = store.map(|store| (store, ExpertMeters::new()));
+    let mut experts = store.map(|store| (store, ExpertMeters::new(info.moe_layers.len())));
     let observe = move |report: &StepReport| {
         meters.step(report);
-        if let Some((store, meters)) = &experts {
-            meters.show(&store.counters());
+        if let Some((store, meters)) = &mut experts {
+            meters.show(store.counters());
         }
     };
     Ok(Runtime::start(model, kv, compute, config, observe)?)

@@ -2,11 +2,10 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cadre_kernels::{buffer::AllocError, slots::Slots};
@@ -14,6 +13,7 @@ use cadre_kernels::{buffer::AllocError, slots::Slots};
 use super::{
     ExpertId, FetchError, Tier, Visit,
     cache::{Lane, SlotCache},
+    counters::{StoreCounters, Tally},
 };
 
 /// Reads in flight: enough to keep a solid-state disk busy with records of some megabytes.
@@ -31,47 +31,6 @@ pub struct ExpertStore {
 struct Readers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-}
-
-/// What a store has done since it began.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct StoreCounters {
-    /// Uses of experts that lay in a slot, counted once a step and layer.
-    pub hits: u64,
-    /// Uses of experts that had to be fetched.
-    pub misses: u64,
-    /// Experts that made room for others.
-    pub evictions: u64,
-    /// Misses whose expert was being read, or had been, before it was wanted.
-    pub ahead_used: u64,
-    /// Experts that were read ahead for nothing.
-    pub ahead_wasted: u64,
-    /// Bytes fetched.
-    pub fetched_bytes: u64,
-    /// Time that computing waited for them.
-    pub stalled: Duration,
-}
-
-impl StoreCounters {
-    /// Uses that found their expert in memory, as a part of all; 1 if there were none.
-    #[must_use]
-    pub fn hit_rate(&self) -> f64 {
-        let uses = self.hits + self.misses;
-        if uses == 0 { 1.0 } else { self.hits as f64 / uses as f64 }
-    }
-}
-
-impl fmt::Display for StoreCounters {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "experts: {:.1} % of {} uses were in memory, {:.2} GB were read, computing waited {:.2} s for them",
-            100.0 * self.hit_rate(),
-            self.hits + self.misses,
-            self.fetched_bytes as f64 / 1e9,
-            self.stalled.as_secs_f64()
-        )
-    }
 }
 
 pub(super) struct Shared {
@@ -95,6 +54,7 @@ pub(super) struct State {
     pub(super) ahead: VecDeque<Fetch>,
     fetched_bytes: u64,
     pub(super) stalled: Duration,
+    pub(super) tally: Tally,
     stop: bool,
 }
 
@@ -141,6 +101,7 @@ impl ExpertStore {
                 ahead: VecDeque::new(),
                 fetched_bytes: 0,
                 stalled: Duration::ZERO,
+                tally: Tally::default(),
                 stop: false,
             }),
             wanted: Condvar::new(),
@@ -177,10 +138,13 @@ impl ExpertStore {
         StoreCounters {
             hits: counters.hits(),
             misses: counters.misses(),
+            layers: counters.layers.clone(),
             evictions: counters.evictions,
             ahead_used: counters.ahead_used,
             ahead_wasted: counters.ahead_wasted,
             fetched_bytes: state.fetched_bytes,
+            fetch_seconds: state.tally.fetch_seconds,
+            active_per_step: state.tally.active_per_step,
             stalled: state.stalled,
         }
     }
@@ -261,12 +225,16 @@ impl Shared {
             };
             drop(state);
             let Fetch { id, slot, .. } = fetch;
+            let begun = Instant::now();
             // A panic in a tier is one failed fetch: nobody waits for ever.
             let fetched = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(id, &mut self.slots.write(slot))));
             let fetched = fetched.unwrap_or_else(|_| {
                 Err(FetchError { id, tier: self.tier.name().to_owned(), reason: "the reader panicked".to_owned() })
             });
             state = self.lock();
+            if fetched.is_ok() {
+                state.tally.fetched(begun.elapsed());
+            }
             state.land(fetch, fetched);
             self.landed.notify_all();
         }

@@ -13,12 +13,15 @@ use std::{
 };
 
 use anyhow::{Result, anyhow, bail};
-use cadre_engine::request::{Event, Request, SamplingParams, StopParams};
+use cadre_engine::{
+    experts::ExpertStore,
+    request::{Event, Request, SamplingParams, StopParams},
+};
 use clap::Args;
 
 use self::{
     bounds::{Bound, Bounds},
-    printer::{Printer, Speeds},
+    printer::{Figures, Printer, Speeds},
 };
 use super::{EngineArgs, at_least_one, terminal::unless_pipe_closed};
 use crate::{
@@ -92,6 +95,8 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
             eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
             continue;
         }
+        let counters = || engine.store.as_ref().map(ExpertStore::counters);
+        let earlier = counters();
         let (mut speeds, mut against) = (Vec::new(), Vec::new());
         for _ in 0..args.repetitions {
             let speed = kind.speed(&run, &bench.run(&run)?);
@@ -102,7 +107,9 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
                 before = Some(after);
             }
         }
-        printer.print(kind, &run, &Speeds::of(speeds), median_by(against, |bound| bound.share))?;
+        let bound = median_by(against, |bound| bound.share);
+        let experts = counters().zip(earlier).map(|(now, earlier)| now.since(&earlier));
+        printer.print(kind, &run, Figures { speeds: Speeds::of(speeds), bound, experts })?;
     }
     Ok(())
 }
