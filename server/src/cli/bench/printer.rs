@@ -8,7 +8,7 @@ use crate::{engine::Engine, host};
 
 /// The repetitions' figures.
 pub(super) struct Speeds {
-    median: f64,
+    pub(super) median: f64,
     slowest: f64,
     fastest: f64,
 }
@@ -28,7 +28,9 @@ pub(super) struct Figures {
     pub(super) speeds: Speeds,
     /// What the machine allowed, if that was measured.
     pub(super) bound: Option<Bound>,
-    /// What all repetitions together did with experts that don't fit the memory.
+    /// What `cadre plan` expects, if it has measured the machine.
+    pub(super) predicted: Option<f64>,
+    /// How experts that don't fit the memory fared in the last repetition.
     pub(super) experts: Option<StoreCounters>,
 }
 
@@ -39,17 +41,19 @@ pub(super) struct Printer {
     threads: usize,
     format: String,
     isa: String,
+    predicts: bool,
     stored: bool,
 }
 
 impl Printer {
-    pub(super) fn new(json: bool, engine: &Engine) -> Self {
+    pub(super) fn new(json: bool, engine: &Engine, predicts: bool) -> Self {
         Self {
             json,
             model: engine.served.name().to_owned(),
             threads: engine.threads,
             format: engine.formats.to_string(),
             isa: engine.compute.isa.to_string(),
+            predicts,
             stored: engine.store.is_some(),
         }
     }
@@ -70,6 +74,9 @@ impl Printer {
         if roofline.is_some() {
             write!(out, " {:>12} {:>6}", "bound", "share")?;
         }
+        if self.predicts {
+            write!(out, " {:>12}", "predicted")?;
+        }
         if self.stored {
             write!(out, " {:>7} {:>12} {:>8} {:>8} {:>8}", "hits", "experts/step", "read GB", "ms/read", "stall s")?;
         }
@@ -78,7 +85,7 @@ impl Printer {
 
     pub(super) fn print(&self, kind: Kind, run: &Run, figures: Figures) -> io::Result<()> {
         let (kind, tokens, batch) = (kind.name(), kind.tokens(run), run.batch);
-        let Figures { speeds: Speeds { median, slowest, fastest }, bound, experts } = figures;
+        let Figures { speeds: Speeds { median, slowest, fastest }, bound, predicted, experts } = figures;
         let peak = host::peak_rss_bytes();
         let mut out = io::stdout().lock();
         if self.json {
@@ -94,6 +101,9 @@ impl Printer {
                 line["read_bytes_per_second"] = json!(roofline.read_bandwidth);
                 line["matrix_operations_per_second"] = json!(roofline.matrix_rate);
             }
+            if let Some(predicted) = predicted {
+                line["predicted_tokens_per_second"] = json!(predicted);
+            }
             if let Some(experts) = experts {
                 line["experts"] = object(&experts);
             }
@@ -104,6 +114,9 @@ impl Printer {
             write!(out, "{kind:<8} {tokens:>7} {batch:>6} {median:>12.2} {range:>22} {peak:>10}")?;
             if let Some(Bound { tokens_per_second, share, .. }) = bound {
                 write!(out, " {tokens_per_second:>12.2} {:>5.0}%", 100.0 * share)?;
+            }
+            if let Some(predicted) = predicted {
+                write!(out, " {predicted:>12.2}")?;
             }
             if let Some(experts) = experts {
                 let (hits, active) = (100.0 * experts.hit_rate(), experts.active_per_step.mean());
