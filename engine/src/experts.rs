@@ -3,6 +3,7 @@
 //! that lie in slots compute while the others are read. Results don't depend on what lay where.
 
 mod cache;
+mod counters;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -12,8 +13,9 @@ mod visit;
 
 use std::sync::{Arc, OnceLock};
 
-pub use cache::{ExpertId, Lane, SlotCache};
-pub use store::{ExpertStore, StoreCounters};
+pub use cache::{ExpertId, Lane, LayerCounters, SlotCache};
+pub use counters::{ACTIVE_PER_STEP, Bucket, FETCH_SECONDS, Histogram, StoreCounters};
+pub use store::ExpertStore;
 pub use threads::{BlockingTier, Threads};
 pub use tier::{Fetch, FetchError, Tier};
 pub use visit::Visit;

@@ -148,6 +148,23 @@ impl Checkpoint {
         Summary::of(&self.config, &self.tensors()?)
     }
 
+    /// A number that tells it from checkpoints with other tensors, types or shapes, and a pack from any other pack.
+    ///
+    /// # Errors
+    /// When the headers cannot be read.
+    pub fn identity(&self) -> Result<String> {
+        Ok(self.tensors()?.header_fingerprint())
+    }
+
+    /// The directory that it lies in; `None` for the embedded one.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Path> {
+        match &self.files {
+            Files::Directory(directory) => Some(directory),
+            Files::Embedded(_) => None,
+        }
+    }
+
     /// Its configuration.
     #[must_use]
     pub fn config(&self) -> &ConfigFile {

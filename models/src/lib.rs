@@ -57,7 +57,7 @@ pub use config::GenerationConfig;
 pub use error::Error;
 pub use formats::{FormatOptions, Formats};
 pub use hub::DownloadProgress;
-pub use load::{LoadedModel, Placement, load};
+pub use load::{LoadedModel, Outline, Placement, load, outline};
 pub use registry::architectures;
 pub use routing_profile::RoutingProfile;
 pub use stored_experts::UnopenedExperts;

@@ -1,13 +1,14 @@
 //! From a checkpoint to a model: every weight read once, and packed as it is read, unless it is packed already.
 
-use cadre_engine::{compute::Compute, model::Model};
+use cadre_engine::{compute::Compute, model::Model, nn::Decoder};
 
 use crate::{
     Error, Result,
     checkpoint::Checkpoint,
     formats::{FormatOptions, Formats},
     registry,
-    stored_experts::{Io, UnopenedExperts},
+    stored_experts::{Io, LeftInPack, UnopenedExperts},
+    tensors::TensorSet,
     weights::{LoadProgress, Loader},
 };
 
@@ -45,8 +46,49 @@ pub fn load(
     on_bytes: &(dyn Fn(LoadProgress) + Sync),
 ) -> Result<LoadedModel> {
     let io = Io::asked()?;
-    let architecture = registry::find(checkpoint.config())?;
     let tensors = checkpoint.tensors()?;
+    let formats = formats(checkpoint, &tensors, options, placement)?;
+    let loader = Loader::new(&tensors, compute, formats, on_bytes);
+    let (decoder, left) = build(checkpoint, loader, placement)?;
+    let experts = left.map(|left| left.unopened(tensors, io));
+    Ok(LoadedModel { model: Box::new(decoder), formats, experts })
+}
+
+/// A model as [`load`] would load it, but all its matrices are zeros that take no memory.
+pub struct Outline {
+    /// The model: for its sizes.
+    pub decoder: Decoder,
+    /// What its weights would be packed as.
+    pub formats: Formats,
+    /// The routed experts, if they would be left in the pack.
+    pub experts: Option<UnopenedExperts>,
+}
+
+/// What [`load`] would make of the same arguments, from the headers alone.
+///
+/// # Errors
+/// As [`load`], but for those of reading matrices.
+pub fn outline(
+    checkpoint: &Checkpoint,
+    options: &FormatOptions,
+    placement: Placement,
+    compute: &Compute,
+) -> Result<Outline> {
+    let tensors = checkpoint.tensors()?;
+    let formats = formats(checkpoint, &tensors, options, placement)?;
+    let loader = Loader::new(&tensors, compute, formats, &|_| {}).outlining();
+    let (decoder, left) = build(checkpoint, loader, placement)?;
+    let experts = left.map(|left| left.unopened(tensors, None));
+    Ok(Outline { decoder, formats, experts })
+}
+
+/// The formats that the weights get.
+fn formats(
+    checkpoint: &Checkpoint,
+    tensors: &TensorSet,
+    options: &FormatOptions,
+    placement: Placement,
+) -> Result<Formats> {
     let formats = match tensors.pack() {
         None => options.resolve(tensors.main_type()),
         Some(pack) if is_as_asked(pack.formats, options) => pack.formats,
@@ -58,14 +100,22 @@ pub fn load(
     if placement == Placement::Stored && tensors.pack().is_none() {
         return Err(Error::NotPacked { checkpoint: checkpoint.name().to_owned() });
     }
-    let mut loader = Loader::new(&tensors, compute, formats, on_bytes);
+    Ok(formats)
+}
+
+/// The model that `loader` gives, and the experts that it left where they are.
+fn build(
+    checkpoint: &Checkpoint,
+    mut loader: Loader<'_>,
+    placement: Placement,
+) -> Result<(Decoder, Option<LeftInPack>)> {
+    let architecture = registry::find(checkpoint.config())?;
     if placement == Placement::Stored {
         loader = loader.leaving_experts();
     }
-    let model = (architecture.build)(checkpoint.config(), &loader.root())?;
+    let decoder = (architecture.build)(checkpoint.config(), &loader.root())?;
     loader.finish()?;
-    let left = loader.take_left();
-    Ok(LoadedModel { model: Box::new(model), formats, experts: left.map(|left| left.unopened(tensors, io)) })
+    Ok((decoder, loader.take_left()))
 }
 
 /// Whether a pack in `formats` has all that `options` ask for.

@@ -48,6 +48,8 @@ pub(crate) struct Loader<'a> {
     formats: Formats,
     /// What was asked for so far, where that is only noted down.
     plan: Option<Mutex<Vec<PlannedTensor>>>,
+    /// Matrices and experts are zeros: nothing but their sizes is asked for.
+    zeros: bool,
     /// The routed experts, where they stay in the pack.
     left: Option<LeftInPack>,
     used: Vec<AtomicBool>,
@@ -98,6 +100,7 @@ impl<'a> Loader<'a> {
             compute,
             formats,
             plan: None,
+            zeros: false,
             left: None,
             used: (0..tensors.len()).map(|_| AtomicBool::new(false)).collect(),
             done_bytes: AtomicU64::new(0),
@@ -108,7 +111,12 @@ impl<'a> Loader<'a> {
 
     /// The same loader, which gives zeros for matrices and experts and notes down what was asked for.
     pub(crate) fn planning(self) -> Self {
-        Self { plan: Some(Mutex::default()), ..self }
+        Self { plan: Some(Mutex::default()), ..self.outlining() }
+    }
+
+    /// The same loader, which gives zeros for matrices and experts.
+    pub(crate) fn outlining(self) -> Self {
+        Self { zeros: true, ..self }
     }
 
     /// The same loader, which leaves routed experts in the pack.
@@ -271,6 +279,14 @@ impl<'a> Loader<'a> {
     }
 }
 
+fn zero_matrix(layout: Layout) -> Result<Matrix> {
+    Ok(Matrix::zeroed(layout).map_err(cadre_engine::Error::from)?)
+}
+
+fn zero_experts(layout: FfnLayout, count: usize) -> Result<Experts> {
+    Ok(Experts::zeroed(layout, count).map_err(cadre_engine::Error::from)?)
+}
+
 /// What can stop packing: reading, or memory.
 enum Failure {
     Read(Error),
@@ -339,6 +355,9 @@ impl<'a> Weights<'a> {
             let n = parts.iter().fold(0_usize, |n, (_, rows)| n.saturating_add(*rows));
             let index = self.take_packed(&name, &[n, k], format)?;
             let layout = Layout { format, n, k };
+            if self.loader.zeros {
+                return zero_matrix(layout);
+            }
             let read = |offset, out: &mut [u8]| self.loader.read_packed(index, offset, out);
             let matrix = Matrix::from_packed(self.compute(), layout, read)?;
             self.loader.skip_padding(PackedLayout::Matrix(layout));
@@ -348,9 +367,9 @@ impl<'a> Weights<'a> {
         let layout = Layout { format, n: parts.last().map_or(0, |part| part.rows.end), k };
         if let Some(plan) = &self.loader.plan {
             self.note(plan, &name, PlannedContent::Matrix(layout, parts));
-            return Ok(Matrix::zeroed(layout).map_err(cadre_engine::Error::from)?);
+            return zero_matrix(layout);
         }
-        self.loader.pack_matrix(layout, &parts)
+        if self.loader.zeros { zero_matrix(layout) } else { self.loader.pack_matrix(layout, &parts) }
     }
 
     /// The tensor `name`, `[n]`.
@@ -372,6 +391,9 @@ impl<'a> Weights<'a> {
         // All are looked up before the first byte is allocated; the lists grow only as tensors are found.
         if self.loader.tensors.pack().is_some() {
             let indices = self.packed_experts(count, layout, prefix)?;
+            if self.loader.zeros {
+                return zero_experts(layout, count);
+            }
             let read = |expert: usize, offset, out: &mut [u8]| self.loader.read_packed(indices[expert], offset, out);
             let experts = Experts::from_packed(self.compute(), layout, count, read)?;
             indices.iter().for_each(|_| self.loader.skip_padding(PackedLayout::Expert(layout)));
@@ -388,11 +410,13 @@ impl<'a> Weights<'a> {
             ]);
         }
         if let Some(plan) = &self.loader.plan {
-            for (expert, tensors) in tensors.into_iter().enumerate() {
-                let content = PlannedContent::Expert(layout, tensors);
+            for (expert, tensors) in tensors.iter().enumerate() {
+                let content = PlannedContent::Expert(layout, *tensors);
                 self.at(prefix(expert)).note(plan, &EXPERT_NAMES.join(JOIN), content);
             }
-            return Ok(Experts::zeroed(layout, count).map_err(cadre_engine::Error::from)?);
+        }
+        if self.loader.zeros {
+            return zero_experts(layout, count);
         }
         self.loader.pack_experts(layout, &tensors)
     }

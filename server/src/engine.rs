@@ -17,7 +17,7 @@ use cadre_engine::{
     runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport},
 };
 use cadre_models::{
-    ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Summary, Tokenizer,
+    ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Outline, Summary, Tokenizer,
     UnopenedExperts,
 };
 
@@ -85,6 +85,8 @@ pub struct Engine {
     pub store: Option<ExpertStore>,
     /// What is kept of their routing for the next run.
     pub profile: Option<KeptProfile>,
+    /// The model's files.
+    pub checkpoint: Checkpoint,
 }
 
 /// A model that answers: what HTTP routes and the terminal need of it.
@@ -157,34 +159,53 @@ impl Served {
     }
 }
 
+/// What is there before weights are loaded.
+pub struct Opened {
+    /// How many workers.
+    pub threads: usize,
+    /// The workers and their instruction tier.
+    pub compute: Compute,
+    /// The model's files.
+    pub checkpoint: Checkpoint,
+    /// How much memory the process may use.
+    pub budget: Budget,
+}
+
+impl Opened {
+    /// Opens the model and everything of it that is small.
+    ///
+    /// # Errors
+    /// When the checkpoint can't be read.
+    pub fn new(options: &EngineOptions) -> Result<Self> {
+        ensure!(options.max_num_seqs > 0, "--max-num-seqs must be at least 1");
+        ensure!(options.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
+        let threads = options.threads.unwrap_or_else(host::physical_cores).max(1);
+        let compute = Compute::new(threads);
+        let checkpoint = open(options.model.as_deref())?;
+        // Small and quick to fail: read before the weights.
+        checkpoint.tokenizer()?;
+        checkpoint.chat_template()?;
+        let summary = checkpoint.summary()?;
+        let budget = Budget::new(options.memory, other_bytes(options, &summary), &summary, &options.formats);
+        Ok(Self { threads, compute, checkpoint, budget })
+    }
+}
+
 /// Opens and loads the model, and starts its runtime. Takes as long as the download and the load do.
 ///
 /// # Errors
 /// When the checkpoint can't be read, or doesn't fit the limits.
 pub fn start(options: &EngineOptions) -> Result<Engine> {
-    ensure!(options.max_num_seqs > 0, "--max-num-seqs must be at least 1");
-    ensure!(options.max_num_batched_tokens > 0, "--max-num-batched-tokens must be at least 1");
     let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
-    let threads = options.threads.unwrap_or_else(host::physical_cores).max(1);
-    let compute = Compute::new(threads);
-    let checkpoint = open(options.model.as_deref())?;
-    // Small and quick to fail: read before the weights.
-    checkpoint.tokenizer()?;
-    checkpoint.chat_template()?;
-    let summary = checkpoint.summary()?;
-    let budget = Budget::new(options.memory, other_bytes(options, &summary), &summary, &options.formats);
+    let Opened { threads, compute, checkpoint, budget } = Opened::new(options)?;
     let LoadedModel { model, formats, experts } = progress::weights("loading weights", |report| {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
     let info = model.info();
     ensure!(trace.is_none() || !info.moe_layers.is_empty(), "--trace-routing: this model has no routed experts");
-    let held = Held::new(options, info, experts.as_ref());
-    let plan = KvPlan::new(options, budget.bytes().map(|bytes| held.leaves(bytes)), info, formats)?;
-    if let Budget::Resident { bytes: Some(bytes) } = budget {
-        memory::check(bytes, held.taken(&plan))?;
-    }
-    let slot_bytes = experts.as_ref().map_or(0, |experts| experts.slot_bytes() as u64);
-    let store = experts.map(|experts| open_experts(experts, budget, options, held, &plan)).transpose()?;
+    let split = MemorySplit::new(options, budget, info, formats, Loaded::all(info, experts.as_ref()))?;
+    let plan = split.kv;
+    let store = experts.map(|experts| open_experts(experts, options, &split)).transpose()?;
     let profile = store.as_ref().and_then(|store| KeptProfile::open(store, &checkpoint));
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
@@ -192,12 +213,15 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     );
     let name = served_names(options, &checkpoint).swap_remove(0);
     let routed: u64 = info.moe_layers.iter().map(|layer| layer.experts as u64 * layer.expert_bytes).sum();
-    let experts = store.as_ref().map_or(routed, |store| store.slots() as u64 * slot_bytes);
+    let experts = store.as_ref().map_or(routed, |store| store.slots() as u64 * split.slot_bytes);
     let parts = [("weights", info.weight_bytes - routed), ("experts", experts), ("kv", plan.bytes())];
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
-    let observer =
-        Observer { meters: meters.clone(), experts: store.clone().map(|store| (store, ExpertMeters::new())), trace };
+    let observer = Observer {
+        meters: meters.clone(),
+        experts: store.clone().map(|store| (store, ExpertMeters::new(info.moe_layers.len()))),
+        trace,
+    };
     let runtime = start_runtime(options, model, &plan, compute.clone(), observer)?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
     Ok(Engine {
@@ -210,6 +234,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         kv_block_tokens: BLOCK_SIZE,
         store,
         profile,
+        checkpoint,
     })
 }
 
@@ -226,65 +251,105 @@ fn default_kv_bytes(budget: Option<u64>) -> u64 {
     DEFAULT_KV_BYTES.min(budget.map_or(u64::MAX, |bytes| bytes / 8))
 }
 
-/// What a process holds besides keys and values, in bytes.
+/// How far a process is with its weights, in bytes.
 #[derive(Debug, Clone, Copy)]
-struct Held {
-    /// The process now, with the weights that it has loaded.
-    weights: u64,
+pub struct Loaded {
+    /// The process with all weights that it loads.
+    pub weights: u64,
+    /// Those of them that it hasn't loaded yet.
+    pub ahead: u64,
+    /// A slot for an expert, if those are not among the weights.
+    pub slot: Option<u64>,
+}
+
+impl Loaded {
+    /// All weights of a model, but for `experts`.
+    fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
+        let weights = host::rss_bytes().unwrap_or(info.dense_bytes);
+        Self { weights, ahead: 0, slot: experts.map(|experts| experts.slot_bytes() as u64) }
+    }
+
+    /// None yet of a model that is only outlined.
+    pub fn none(outline: &Outline) -> Self {
+        let info = outline.decoder.info();
+        let routed: u64 = info.moe_layers.iter().map(|layer| layer.experts as u64 * layer.expert_bytes).sum();
+        let slot = outline.experts.as_ref().map(|experts| experts.slot_bytes() as u64);
+        let ahead = info.weight_bytes - slot.map_or(0, |_| routed);
+        Self { weights: host::rss_bytes().unwrap_or(0) + ahead, ahead, slot }
+    }
+}
+
+/// How a process divides its memory, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct MemorySplit {
+    /// What it may use, if that is limited.
+    pub budget: Option<u64>,
+    /// The process with its weights, but for experts in the store.
+    pub weights: u64,
     /// What a step takes.
-    step: u64,
-    /// The fewest experts that the store may hold, and their bytes.
-    least_experts: u64,
-    least_expert_bytes: u64,
+    pub step: u64,
+    /// Keys and values.
+    pub kv: KvPlan,
+    /// A slot for an expert in the store.
+    pub slot_bytes: u64,
+    /// How many slots; none if all experts are among the weights.
+    pub slots: Option<usize>,
+    /// How many experts there are.
+    pub experts: u64,
 }
 
-impl Held {
-    fn new(options: &EngineOptions, info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
+impl MemorySplit {
+    /// The split of a model of which `loaded` is or will be in memory.
+    ///
+    /// # Errors
+    /// When the budget is too small, or a limit that was asked for can't be kept.
+    pub fn new(
+        options: &EngineOptions,
+        budget: Budget,
+        info: &ModelInfo,
+        formats: Formats,
+        loaded: Loaded,
+    ) -> Result<Self> {
         let (tokens, sequences) = (options.max_num_batched_tokens, options.max_num_seqs);
+        let step = memory::step_bytes(info.hidden_size, info.vocab_size, tokens, sequences);
         // A token's experts of one layer.
-        let least_experts = info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1);
-        Self {
-            weights: host::rss_bytes().unwrap_or(info.dense_bytes),
-            step: memory::step_bytes(info.hidden_size, info.vocab_size, tokens, sequences),
-            least_experts,
-            least_expert_bytes: experts.map_or(0, |experts| least_experts * experts.slot_bytes() as u64),
-        }
-    }
-
-    /// All but experts in the store.
-    fn taken(self, plan: &KvPlan) -> u64 {
-        self.weights.saturating_add(self.step).saturating_add(plan.bytes())
-    }
-
-    /// The KV cache that a budget has room for, by default.
-    fn leaves(self, budget: u64) -> u64 {
-        let held = self.weights.saturating_add(self.step).saturating_add(self.least_expert_bytes);
-        // Half of it: experts are worth more than a long context.
-        default_kv_bytes(Some(budget)).min(budget.saturating_sub(held) / 2)
+        let least = info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1);
+        let experts = info.moe_layers.iter().map(|layer| layer.experts as u64).sum();
+        let slot_bytes = loaded.slot.unwrap_or(0);
+        let held = loaded.weights.saturating_add(step);
+        let least_bytes = least * slot_bytes;
+        let room = budget.bytes().map(|bytes| {
+            // Half of it: experts are worth more than a long context.
+            default_kv_bytes(Some(bytes)).min(bytes.saturating_sub(held.saturating_add(least_bytes)) / 2)
+        });
+        let free = host::free_memory_bytes().map(|free| free.saturating_sub(loaded.ahead));
+        let kv = KvPlan::new(options, room, free, info, formats)?;
+        let taken = held.saturating_add(kv.bytes());
+        let slots = match budget {
+            Budget::Stored { bytes } => Some(ExpertMemory { slot_bytes, count: experts, least }.slots(bytes, taken)?),
+            Budget::Resident { bytes } => {
+                bytes.map_or(Ok(()), |bytes| memory::check(bytes, taken))?;
+                None
+            }
+        };
+        Ok(Self { budget: budget.bytes(), weights: loaded.weights, step, kv, slot_bytes, slots, experts })
     }
 }
 
-/// Opens the store of experts that didn't fit, with what the budget leaves beside all else.
-fn open_experts(
-    experts: UnopenedExperts,
-    budget: Budget,
-    options: &EngineOptions,
-    held: Held,
-    plan: &KvPlan,
-) -> Result<ExpertStore> {
-    let bytes = budget.bytes().context("experts stay on disk only within a budget")?;
-    let (slot_bytes, count) = (experts.slot_bytes() as u64, experts.count() as u64);
-    let slots = ExpertMemory { slot_bytes, count, least: held.least_experts }.slots(bytes, held.taken(plan))?;
+/// Opens the store of experts that didn't fit, with the slots that the budget leaves beside all else.
+fn open_experts(experts: UnopenedExperts, options: &EngineOptions, split: &MemorySplit) -> Result<ExpertStore> {
+    let budget_mib = split.budget.unwrap_or(0) >> 20;
+    let slots = split.slots.context("experts stay on disk only within a budget")?;
     if options.memory.is_none() {
-        tracing::warn!(budget_mib = bytes >> 20, "the model doesn't fit the free memory: a budget was chosen");
+        tracing::warn!(budget_mib, "the model doesn't fit the free memory: a budget was chosen");
     }
     tracing::info!(
-        budget_mib = bytes >> 20,
-        weights_mib = held.weights >> 20,
-        kv_mib = plan.bytes() >> 20,
-        step_mib = held.step >> 20,
+        budget_mib,
+        weights_mib = split.weights >> 20,
+        kv_mib = split.kv.bytes() >> 20,
+        step_mib = split.step >> 20,
         expert_slots = slots,
-        experts = count,
+        experts = split.experts,
         "experts are read as they are needed"
     );
     Ok(experts.open(slots)?)
@@ -319,8 +384,8 @@ struct Observer {
 impl Observer {
     fn see(&mut self, report: &StepReport) {
         self.meters.step(report);
-        if let Some((store, meters)) = &self.experts {
-            meters.show(&store.counters());
+        if let Some((store, meters)) = &mut self.experts {
+            meters.show(store.counters());
         }
         if let Some(trace) = &mut self.trace {
             trace.note(report);
@@ -363,16 +428,24 @@ fn default_sampling(config: &GenerationConfig) -> SamplingParams {
 
 /// How large the KV cache is, and how long a sequence may become in it.
 #[derive(Debug, Clone, Copy)]
-struct KvPlan {
-    dtype: KvDtype,
+pub struct KvPlan {
+    /// What keys and values are kept as.
+    pub dtype: KvDtype,
     blocks: usize,
     block_bytes: usize,
-    max_model_len: usize,
+    /// The longest sequence, in tokens.
+    pub max_model_len: usize,
 }
 
 impl KvPlan {
-    /// `room`: the most that it takes by default, where a budget limits that.
-    fn new(options: &EngineOptions, room: Option<u64>, info: &ModelInfo, formats: Formats) -> Result<Self> {
+    /// `room`: the most that it takes by default, where a budget limits that; `free_bytes`: what is free beside the weights.
+    fn new(
+        options: &EngineOptions,
+        room: Option<u64>,
+        free_bytes: Option<u64>,
+        info: &ModelInfo,
+        formats: Formats,
+    ) -> Result<Self> {
         let of_weights = if formats.dense == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
         let dtype = options.kv_dtype.unwrap_or(of_weights);
         let block_bytes = KvCache::block_bytes(info.num_layers, info.num_kv_heads, info.head_dim, dtype).max(1);
@@ -382,14 +455,15 @@ impl KvPlan {
             asked_bytes: options.kv_memory,
             asked_len: options.max_model_len,
             trained_len: info.max_position_embeddings,
-            free_bytes: host::free_memory_bytes(),
+            free_bytes,
             room_bytes: room,
         };
         let (blocks, max_model_len) = sizes.fit()?;
         Ok(Self { dtype, blocks, block_bytes, max_model_len })
     }
 
-    fn bytes(&self) -> u64 {
+    /// Bytes of the whole cache.
+    pub fn bytes(&self) -> u64 {
         self.blocks as u64 * self.block_bytes as u64
     }
 }

@@ -1,6 +1,10 @@
 //! What this machine has: cores, free memory, and how much of it the process used.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// Physical cores that this process may use; hyper-threads of one core count once.
 pub fn physical_cores() -> usize {
@@ -13,6 +17,19 @@ fn cores_in(cpus: &Path) -> Option<usize> {
     let siblings = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("topology/thread_siblings_list")).ok();
     let cores: BTreeSet<String> = fs::read_dir(cpus).ok()?.filter_map(|entry| siblings(entry.ok()?)).collect();
     (!cores.is_empty()).then_some(cores.len())
+}
+
+/// What the processor calls itself; its architecture where nobody tells.
+pub fn cpu_name() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(std::env::consts::ARCH, |(_, name)| name.trim()).to_owned()
+}
+
+/// Where programs of this user keep what can be made again; `None` where nobody tells.
+pub fn cache_directory() -> Option<PathBuf> {
+    let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    of("XDG_CACHE_HOME").or_else(|| Some(of("HOME")?.join(".cache")))
 }
 
 /// Bytes that can be had without swapping, within the control group's limit; `None` where nobody tells.

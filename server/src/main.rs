@@ -1,15 +1,17 @@
 //! `cadre`: serves mixture-of-experts language models on small hardware.
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
-//! it through [`generation`]; [`metrics`] counts.
+//! it through [`generation`]; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
 mod cli;
 mod engine;
 mod generation;
 mod host;
 mod http;
+mod measure;
 mod memory;
 mod metrics;
+mod plan;
 mod profile;
 mod progress;
 mod routing_trace;

@@ -4,7 +4,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use cadre_engine::{experts::StoreCounters, kv::blocks::BLOCK_SIZE, request::Request, runtime::StepReport};
+use cadre_engine::{
+    experts::{self, Bucket, StoreCounters},
+    kv::blocks::BLOCK_SIZE,
+    request::Request,
+    runtime::StepReport,
+};
 use metrics::{
     Counter, Gauge, Histogram, SharedString, counter, describe_counter, describe_gauge, describe_histogram, gauge,
     histogram,
@@ -39,6 +44,9 @@ const BUCKETS: &[(&str, &[f64])] = &[
     ("vllm:request_generation_tokens", TOKENS),
     ("vllm:request_params_max_tokens", TOKENS),
     ("vllm:request_params_n", COUNTS),
+    // The store counts in these ranges, so they are its own.
+    ("cadre_expert_read_seconds", &experts::FETCH_SECONDS),
+    ("cadre_experts_active_per_step", &experts::ACTIVE_PER_STEP),
 ];
 
 /// The exporter, with the buckets of every histogram.
@@ -74,37 +82,78 @@ fn describe() {
     describe_counter!("cadre_expert_misses_total", "Uses of experts that had to be read");
     describe_counter!("cadre_expert_evictions_total", "Experts that made room for others");
     describe_counter!("cadre_expert_read_bytes_total", "Bytes of experts read");
+    describe_counter!(
+        "cadre_expert_ahead_used_total",
+        "Misses whose expert was read, or being read, before it was wanted"
+    );
+    describe_counter!("cadre_expert_ahead_wasted_total", "Experts that were read ahead for nothing");
     describe_gauge!("cadre_expert_stall_seconds", "Time that computing has waited for experts so far");
+    describe_gauge!("cadre_expert_layer_hit_rate", "Uses of a layer's experts that were in memory, as a part of all");
+    describe_histogram!("cadre_expert_read_seconds", "Time that reading one expert takes");
+    describe_histogram!("cadre_experts_active_per_step", "Different experts that a step uses, all layers together");
 }
+
+/// The tier that experts are read from.
+const TIER: &str = "disk";
 
 /// The instruments of experts that don't fit the memory.
 pub struct ExpertMeters {
     hits: Counter,
     misses: Counter,
     evictions: Counter,
+    ahead_used: Counter,
+    ahead_wasted: Counter,
     read_bytes: Counter,
     stall_seconds: Gauge,
+    layer_hit_rates: Vec<Gauge>,
+    read_seconds: Histogram,
+    active_per_step: Histogram,
+    shown: StoreCounters,
 }
 
 impl ExpertMeters {
-    /// Those of the experts on disk.
-    pub fn new() -> Self {
+    /// Those of the experts on disk, in so many layers.
+    pub fn new(layers: usize) -> Self {
+        let layer_hit_rate =
+            |layer: usize| gauge!("cadre_expert_layer_hit_rate", "tier" => TIER, "layer" => layer.to_string());
         Self {
-            hits: counter!("cadre_expert_hits_total", "tier" => "disk"),
-            misses: counter!("cadre_expert_misses_total", "tier" => "disk"),
-            evictions: counter!("cadre_expert_evictions_total", "tier" => "disk"),
-            read_bytes: counter!("cadre_expert_read_bytes_total", "tier" => "disk"),
-            stall_seconds: gauge!("cadre_expert_stall_seconds", "tier" => "disk"),
+            hits: counter!("cadre_expert_hits_total", "tier" => TIER),
+            misses: counter!("cadre_expert_misses_total", "tier" => TIER),
+            evictions: counter!("cadre_expert_evictions_total", "tier" => TIER),
+            ahead_used: counter!("cadre_expert_ahead_used_total", "tier" => TIER),
+            ahead_wasted: counter!("cadre_expert_ahead_wasted_total", "tier" => TIER),
+            read_bytes: counter!("cadre_expert_read_bytes_total", "tier" => TIER),
+            stall_seconds: gauge!("cadre_expert_stall_seconds", "tier" => TIER),
+            layer_hit_rates: (0..layers).map(layer_hit_rate).collect(),
+            read_seconds: histogram!("cadre_expert_read_seconds", "tier" => TIER),
+            active_per_step: histogram!("cadre_experts_active_per_step", "tier" => TIER),
+            shown: StoreCounters::default(),
         }
     }
 
     /// Shows what the store has done so far.
-    pub fn show(&self, counters: &StoreCounters) {
+    pub fn show(&mut self, counters: StoreCounters) {
         self.hits.absolute(counters.hits);
         self.misses.absolute(counters.misses);
         self.evictions.absolute(counters.evictions);
+        self.ahead_used.absolute(counters.ahead_used);
+        self.ahead_wasted.absolute(counters.ahead_wasted);
         self.read_bytes.absolute(counters.fetched_bytes);
         self.stall_seconds.set(counters.stalled.as_secs_f64());
+        for (gauge, rate) in self.layer_hit_rates.iter().zip(counters.layer_hit_rates()) {
+            gauge.set(rate);
+        }
+        record(&self.read_seconds, &counters.fetch_seconds.since(&self.shown.fetch_seconds));
+        record(&self.active_per_step, &counters.active_per_step.since(&self.shown.active_per_step));
+        self.shown = counters;
+    }
+}
+
+/// Adds what a histogram of the same ranges has counted. The mean of a range's values lies in it: so counts and sum are right.
+fn record(histogram: &Histogram, counted: &experts::Histogram) {
+    for Bucket { count, sum } in counted.buckets().iter().filter(|bucket| bucket.count > 0) {
+        let count = usize::try_from(*count).unwrap_or(usize::MAX);
+        histogram.record_many(sum / float(count), count);
     }
 }
 
@@ -312,7 +361,7 @@ fn float(count: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use cadre_engine::runtime::Cancelled;
+    use cadre_engine::{experts::LayerCounters, runtime::Cancelled};
 
     use super::*;
 
@@ -356,6 +405,34 @@ mod tests {
         assert!(text.contains(r#"vllm:generation_tokens_total{model_name="m",engine="0"} 4"#), "{text}");
         assert!(text.contains(r#"cadre_requests_cancelled_total{phase="decode"} 2"#), "{text}");
         assert!(text.contains(r#"cadre_requests_cancelled_total{phase="queue"} 0"#), "{text}");
+    }
+
+    #[test]
+    fn what_the_expert_store_counts_is_shown_once() {
+        let text = rendered(|| {
+            let mut meters = ExpertMeters::new(2);
+            let mut counters = StoreCounters {
+                hits: 4,
+                misses: 4,
+                layers: vec![LayerCounters { hits: 3, misses: 1 }, LayerCounters { hits: 1, misses: 3 }],
+                ..StoreCounters::default()
+            };
+            for seconds in [0.0018, 0.0014, 3.0] {
+                counters.fetch_seconds.record(seconds, &experts::FETCH_SECONDS);
+                meters.show(counters.clone());
+                meters.show(counters.clone());
+            }
+        });
+        for line in [
+            r#"cadre_expert_hits_total{tier="disk"} 4"#,
+            r#"cadre_expert_layer_hit_rate{tier="disk",layer="0"} 0.75"#,
+            r#"cadre_expert_layer_hit_rate{tier="disk",layer="1"} 0.25"#,
+            r#"cadre_expert_read_seconds_bucket{tier="disk",le="0.001"} 0"#,
+            r#"cadre_expert_read_seconds_bucket{tier="disk",le="0.002"} 2"#,
+            r#"cadre_expert_read_seconds_count{tier="disk"} 3"#,
+        ] {
+            assert!(text.contains(line), "{line} is missing in\n{text}");
+        }
     }
 
     #[test]

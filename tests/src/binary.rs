@@ -48,13 +48,13 @@ fn build() -> PathBuf {
     directory.join("cadre")
 }
 
-/// A command that runs `cadre`, away from the user's own hub cache and log settings.
+/// A command that runs `cadre`, away from the user's own caches and log settings.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(cadre());
     for name in ["RUST_LOG", "HF_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"] {
         command.env_remove(name);
     }
-    command.args(args);
+    command.env("XDG_CACHE_HOME", target_directory().join("cache-of-tests")).args(args);
     command
 }
 

@@ -167,6 +167,7 @@ fn help_names_the_flags() {
         ("chat", &["--system", "--model"]),
         ("inspect", &["--model", "--json"]),
         ("pack", &["--model", "--output", "--format", "--experts-format", "--dense-format"]),
+        ("plan", &["--model", "--memory", "--measure", "--json", "--max-num-seqs"]),
         ("bench", &["--json", "--prompt", "--generate", "--batch", "--roofline", "--max-num-batched-tokens"]),
     ] {
         assert!(all.contains(command), "{all}");

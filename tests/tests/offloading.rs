@@ -79,7 +79,9 @@ fn a_budget_changes_the_memory_and_not_the_tokens() {
         let found = run(&args);
         assert_eq!(found.stdout, expected, "{budget}");
         // What doesn't fit says so.
-        assert!(found.stderr.contains("were in memory"), "{budget}: {}", found.stderr);
+        for part in ["were in memory (by layer", "different ones a step", "made room", "were read in", "waited"] {
+            assert!(found.stderr.contains(part), "{budget}: {part} is missing in {}", found.stderr);
+        }
         let peak = peak_of(&args);
         println!("budget {mebibytes} MiB, peak {} MiB", peak >> 20);
         assert!(peak <= (mebibytes << 20) * 105 / 100, "budget {budget}, peak {peak}");
@@ -172,6 +174,37 @@ fn cut_off_while_serving(pack: &Path, way: &str) {
     let tier = [("tier", "disk")];
     assert!(metrics.value("cadre_expert_misses_total", &tier) > 0.0);
     assert!(metrics.value("cadre_expert_read_bytes_total", &tier) > 0.0);
+    assert!(metrics.value("cadre_expert_read_seconds_count", &tier) > 0.0);
+    assert!(metrics.value("cadre_experts_active_per_step_count", &tier) > 0.0);
+    let layer = [("tier", "disk"), ("layer", "3")];
+    assert!(metrics.has("cadre_expert_layer_hit_rate") && metrics.value("cadre_expert_layer_hit_rate", &layer) < 1.0);
+}
+
+#[test]
+fn bench_tells_how_experts_fared_in_each_run() {
+    let directory = tempfile::tempdir().unwrap();
+    let pack = pack(directory.path());
+    let sizes = ["--prompt", "32", "--generate", "4", "--batch", "1", "--repetitions", "1", "--threads", "2"];
+    let limits = ["--model", pack.to_str().unwrap(), "--memory", "125MiB", "--kv-memory", "4MiB"];
+    let bench = [&["bench"], &sizes[..], &limits, &["--max-num-batched-tokens", "64"]].concat();
+    let json = output(&[&bench[..], &["--json"]].concat());
+    let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    for (line, active) in lines.iter().zip([48.0, 16.0]) {
+        let experts = &line["experts"];
+        let number = |key: &str| experts[key].as_f64().unwrap();
+        let rates: Vec<f64> = experts["layer_hit_rates"].as_array().unwrap().iter().filter_map(Value::as_f64).collect();
+        assert_eq!(rates.len(), 4);
+        assert!((number("hits") / (number("hits") + number("misses")) - number("hit_rate")).abs() < 1e-9, "{line}");
+        assert!(number("misses") > 0.0 && number("read_seconds_mean") > 0.0, "{line}");
+        assert!(number("read_bytes") >= number("misses"), "{line}");
+        // Four layers, in which one token uses four experts, and 32 tokens most of them.
+        assert!(number("active_per_step_mean") >= active, "{line}");
+    }
+    let table = output(&bench);
+    for column in ["hits", "experts/step", "read GB", "ms/read", "stall s"] {
+        assert!(table.contains(column), "{column} is missing in\n{table}");
+    }
 }
 
 #[test]

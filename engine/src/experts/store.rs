@@ -2,10 +2,9 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cadre_kernels::{buffer::AllocError, slots::Slots};
@@ -13,53 +12,13 @@ use cadre_kernels::{buffer::AllocError, slots::Slots};
 use super::{
     ExpertId, Fetch, FetchError, Tier, Visit,
     cache::{Lane, SlotCache},
+    counters::{StoreCounters, Tally},
 };
 
 /// A model's experts within a fixed number of slots in memory, the rest in a [`Tier`]. Clones are the same store.
 #[derive(Clone)]
 pub struct ExpertStore {
     shared: Arc<Shared>,
-}
-
-/// What a store has done since it began.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct StoreCounters {
-    /// Uses of experts that lay in a slot, counted once a step and layer.
-    pub hits: u64,
-    /// Uses of experts that had to be fetched.
-    pub misses: u64,
-    /// Experts that made room for others.
-    pub evictions: u64,
-    /// Misses whose expert was being read, or had been, before it was wanted.
-    pub ahead_used: u64,
-    /// Experts that were read ahead for nothing.
-    pub ahead_wasted: u64,
-    /// Bytes fetched.
-    pub fetched_bytes: u64,
-    /// Time that computing waited for them.
-    pub stalled: Duration,
-}
-
-impl StoreCounters {
-    /// Uses that found their expert in memory, as a part of all; 1 if there were none.
-    #[must_use]
-    pub fn hit_rate(&self) -> f64 {
-        let uses = self.hits + self.misses;
-        if uses == 0 { 1.0 } else { self.hits as f64 / uses as f64 }
-    }
-}
-
-impl fmt::Display for StoreCounters {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "experts: {:.1} % of {} uses were in memory, {:.2} GB were read, computing waited {:.2} s for them",
-            100.0 * self.hit_rate(),
-            self.hits + self.misses,
-            self.fetched_bytes as f64 / 1e9,
-            self.stalled.as_secs_f64()
-        )
-    }
 }
 
 pub(super) struct Shared {
@@ -85,6 +44,7 @@ pub(super) struct State {
     giving: bool,
     fetched_bytes: u64,
     pub(super) stalled: Duration,
+    pub(super) tally: Tally,
 }
 
 /// An expert to be fetched into a slot.
@@ -133,6 +93,7 @@ impl ExpertStore {
             giving: false,
             fetched_bytes: 0,
             stalled: Duration::ZERO,
+            tally: Tally::default(),
         });
         Ok(Self { shared: Arc::new(Shared { tier, slots: memory, state, changed: Condvar::new() }) })
     }
@@ -151,10 +112,13 @@ impl ExpertStore {
         StoreCounters {
             hits: counters.hits(),
             misses: counters.misses(),
+            layers: counters.layers.clone(),
             evictions: counters.evictions,
             ahead_used: counters.ahead_used,
             ahead_wasted: counters.ahead_wasted,
             fetched_bytes: state.fetched_bytes,
+            fetch_seconds: state.tally.fetch_seconds,
+            active_per_step: state.tally.active_per_step,
             stalled: state.stalled,
         }
     }
@@ -243,7 +207,8 @@ impl Shared {
             state.fetching += 1;
             drop(state);
             let shared = Arc::clone(self);
-            let arrived = move |result| shared.arrived(missing, result);
+            let begun = Instant::now();
+            let arrived = move |result| shared.arrived(missing, begun, result);
             let fetch = Fetch::new(missing.id, self.tier.name(), self.slots.write(missing.slot), arrived);
             // After a panic the fetch is dropped, and so has failed.
             let _ = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(fetch)));
@@ -254,8 +219,11 @@ impl Shared {
     }
 
     /// A fetch has ended.
-    fn arrived(self: &Arc<Self>, missing: Missing, result: Result<usize, FetchError>) {
+    fn arrived(self: &Arc<Self>, missing: Missing, begun: Instant, result: Result<usize, FetchError>) {
         let mut state = self.lock();
+        if result.is_ok() {
+            state.tally.fetched(begun.elapsed());
+        }
         state.land(missing, result);
         self.changed.notify_all();
         drop(self.give(state));

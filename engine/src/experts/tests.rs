@@ -168,6 +168,11 @@ fn what_fits_is_fetched_once() {
     assert_eq!(rig.tier.0.fetches.load(Ordering::Relaxed), 2 * COUNT);
     assert_eq!((counters.misses, counters.hits, counters.evictions), (2 * COUNT as u64, 8 * COUNT as u64, 0));
     assert_eq!(counters.fetched_bytes, 2 * (COUNT * expert_bytes(&LAYOUT)) as u64);
+    assert_eq!(counters.fetch_seconds.count(), 2 * COUNT as u64);
+    // Five steps through both layers, each with all experts.
+    assert_eq!((counters.active_per_step.count(), counters.active_per_step.mean()), (5, 2.0 * COUNT as f64));
+    let layer = LayerCounters { hits: 4 * COUNT as u64, misses: COUNT as u64 };
+    assert_eq!(counters.layers, [layer, layer]);
 }
 
 #[test]
@@ -191,7 +196,8 @@ fn waiting_for_the_disk_is_counted() {
     let rig = Rig::new(3);
     *rig.tier.0.delay.lock().unwrap() = Duration::from_millis(30);
     assert!(rig.agree(0, &ALL, Lane::Decode).unwrap());
-    assert!(rig.store.counters().stalled >= Duration::from_millis(30));
+    let counters = rig.store.counters();
+    assert!(counters.stalled >= Duration::from_millis(30) && counters.fetch_seconds.mean() >= 0.03);
 }
 
 #[test]

@@ -64,6 +64,8 @@ impl<'a> Visit<'a> {
         let mut state = shared.lock();
         state.cache.begin(layer as u32, experts, lane);
         state.settle_ahead(layer, experts);
+        let layers = state.experts_per_layer.len();
+        state.tally.uses(layer, layers, experts.len());
         visit.hold_present(&mut state);
         visit.follow(&mut state);
         drop(shared.give(state));

@@ -9,7 +9,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Decoder {
     info: ModelInfo,
-    parts: DecoderParts,
+    pub(super) parts: DecoderParts,
 }
 
 /// What a [`Decoder`] is made of.

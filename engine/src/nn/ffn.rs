@@ -55,7 +55,7 @@ impl RoutedExperts {
         }
     }
 
-    fn layout(&self) -> FfnLayout {
+    pub(super) fn layout(&self) -> FfnLayout {
         match self {
             Self::Resident(experts) => experts.layout(),
             Self::Stored(experts) => experts.layout(),
@@ -124,7 +124,7 @@ impl Ffn {
 }
 
 impl DenseFfn {
-    fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
         let tokens = x.dims().first().copied().unwrap_or(0);
         ops::grouped_ffn(compute, x, &self.weights, &Routes::dense(tokens))
     }

@@ -9,6 +9,7 @@ mod linear;
 mod matrix;
 mod norm;
 mod packing;
+mod probe;
 mod rope;
 
 pub use attention::{Attention, AttentionConfig, HeadNorms};
@@ -25,4 +26,5 @@ pub use linear::Linear;
 pub use matrix::Matrix;
 pub use norm::RmsNorm;
 pub use packing::PackingError;
+pub use probe::{Probe, StepTimes};
 pub use rope::{Rope, RopeConfig, RopeScaling};

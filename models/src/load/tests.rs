@@ -2,7 +2,10 @@
 
 use std::{path::Path, sync::Mutex};
 
-use cadre_engine::nn::Format;
+use cadre_engine::{
+    kv::KvDtype,
+    nn::{Format, Probe},
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -191,4 +194,44 @@ fn shards_make_one_model() {
     std::fs::write(directory.path().join("model-00001.safetensors"), "").unwrap();
     let error = load_from(directory.path(), AUTO).err().unwrap();
     assert!(matches!(&error, Error::TensorFile { file, .. } if file.ends_with("model-00001.safetensors")), "{error}");
+}
+
+#[test]
+fn an_outline_has_the_sizes_of_what_is_loaded() {
+    for architecture in architectures() {
+        let directory = tempfile::tempdir().unwrap();
+        let (config, tensors) = tiny(architecture);
+        write_checkpoint(directory.path(), &config, &tensors);
+        let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
+        let compute = Compute::new(2);
+        for options in [AUTO, FormatOptions::all(Format::Q8_0)] {
+            let loaded = load(&checkpoint, &options, Placement::Resident, &compute, &|_| {}).unwrap();
+            let outline = outline(&checkpoint, &options, Placement::Resident, &compute).unwrap();
+            assert_eq!((outline.decoder.info(), outline.formats), (loaded.model.info(), loaded.formats));
+        }
+        let stored = outline(&checkpoint, &AUTO, Placement::Stored, &compute);
+        assert!(matches!(stored, Err(Error::NotPacked { .. })), "{architecture}");
+    }
+}
+
+#[test]
+fn an_outline_can_be_timed() {
+    for architecture in architectures() {
+        let directory = tempfile::tempdir().unwrap();
+        let (config, tensors) = tiny(architecture);
+        write_checkpoint(directory.path(), &config, &tensors);
+        let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
+        let compute = Compute::new(2);
+        let outline = outline(&checkpoint, &AUTO, Placement::Resident, &compute).unwrap();
+        for bytes in [1, 1 << 20] {
+            let mut probe = Probe::new(&compute, &outline.decoder, KvDtype::Bf16, bytes).unwrap();
+            let (decode, prefill) = (probe.decode(3).unwrap(), probe.prefill(5).unwrap());
+            assert_eq!((decode.tokens, decode.head_rows, prefill.tokens, prefill.head_rows), (3, 3, 5, 1));
+            for times in [decode, prefill] {
+                let seconds = [times.layer_seconds, times.head_seconds, times.expert_seconds];
+                assert!(seconds.iter().all(|seconds| *seconds > 0.0 && seconds.is_finite()), "{times:?}");
+                assert!((1.0..=5.0).contains(&times.rows_per_expert), "{times:?}");
+            }
+        }
+    }
 }

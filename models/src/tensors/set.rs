@@ -152,6 +152,15 @@ impl TensorSet {
         Ok(format!("{:016x}", hash.0))
     }
 
+    /// A number that tells this checkpoint from those with other tensors, types, shapes or checksums: of the headers alone.
+    pub(crate) fn header_fingerprint(&self) -> String {
+        let mut hash = Fnv::new();
+        for info in self.iter() {
+            hash.add(format!("{} {} {:?} {:?} ", info.name, info.stored, info.shape, info.checksum).as_bytes());
+        }
+        format!("{:016x}", hash.0)
+    }
+
     /// The type that most of the unpacked bytes are stored in.
     pub(crate) fn main_type(&self) -> StoredType {
         let mut bytes: BTreeMap<StoredType, u64> = BTreeMap::new();

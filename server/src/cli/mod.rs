@@ -5,6 +5,7 @@ mod chat;
 mod generate;
 mod inspect;
 mod pack;
+mod plan;
 mod serve;
 mod terminal;
 
@@ -39,6 +40,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Write a checkpoint whose weights lie as they are computed with, quantised if asked for
     Pack(pack::PackArgs),
+    /// Tell how a model would divide the memory, and how fast it would be on this machine
+    Plan(plan::PlanArgs),
     /// Measure prefill and decode throughput and peak memory
     Bench(bench::BenchArgs),
 }
@@ -57,6 +60,7 @@ pub fn run() -> Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Pack(args) => pack::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => bench::run(&args),
     }
 }

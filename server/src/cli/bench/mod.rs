@@ -13,17 +13,22 @@ use std::{
 };
 
 use anyhow::{Result, anyhow, bail};
-use cadre_engine::request::{Event, Request, SamplingParams, StopParams};
+use cadre_engine::{
+    experts::{ExpertStore, StoreCounters},
+    request::{Event, Request, SamplingParams, StopParams},
+};
 use clap::Args;
 
 use self::{
     bounds::{Bound, Bounds},
-    printer::{Printer, Speeds},
+    printer::{Figures, Printer, Speeds},
 };
 use super::{EngineArgs, at_least_one, terminal::unless_pipe_closed};
 use crate::{
     engine::{self, Engine, EngineOptions, Served},
     generation::Ticket,
+    measure::{Found, Kept, Key},
+    plan::{Machine, Seen, Speed, Work},
 };
 
 /// Prompt tokens of each sequence before it decodes.
@@ -82,11 +87,17 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
-    let bounds = args.roofline.then(|| Bounds::new(engine, args.engine.max_num_batched_tokens));
+    let mut kept = Kept::open();
+    let key = Key::new(&engine.checkpoint, engine.formats, &engine.compute, engine.threads)?;
+    let measured = kept.machine(&key).cloned();
+    let (info, slots) = (engine.runtime.handle().info().clone(), engine.store.as_ref().map(ExpertStore::slots));
+    let work = Work::new(info, args.engine.max_num_batched_tokens, slots).with_profile_of(&engine.checkpoint);
+    let bounds = args.roofline.then(|| Bounds::new(engine, work.clone(), measured.as_ref()));
     let mut before = bounds.as_ref().map(Bounds::measure).transpose()?;
-    let printer = Printer::new(args.json, engine);
+    let printer = Printer::new(args.json, engine, measured.is_some());
     printer.head(before.as_ref())?;
-    let mut bench = Bench { served: engine.served.clone(), numbers: 0x9E37_79B9_7F4A_7C15 };
+    let mut bench =
+        Bench { served: engine.served.clone(), store: engine.store.clone(), numbers: 0x9E37_79B9_7F4A_7C15 };
     bench.run(&Run { batch: 1, prompt: 8, tokens: 8 })?;
     let prefill = |&prompt| (Kind::Prefill, Run { batch: 1, prompt, tokens: 1 });
     let decode = |&batch| (Kind::Decode, Run { batch, prompt: DECODE_PROMPT, tokens: args.generate });
@@ -95,17 +106,29 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
             eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
             continue;
         }
-        let (mut speeds, mut against) = (Vec::new(), Vec::new());
+        let (mut speeds, mut against, mut experts) = (Vec::new(), Vec::new(), None);
         for _ in 0..args.repetitions {
-            let speed = kind.speed(&run, &bench.run(&run)?);
+            let times = bench.run(&run)?;
+            let speed = kind.speed(&run, &times);
             speeds.push(speed);
+            experts = kind.experts(&times);
             if let Some(bounds) = &bounds {
                 let after = bounds.measure()?;
                 against.push(bounds.of(kind, &run, after.max(before), speed));
                 before = Some(after);
             }
         }
-        printer.print(kind, &run, &Speeds::of(speeds), median_by(against, |bound| bound.share))?;
+        let bound = median_by(against, |bound| bound.share);
+        let seen = experts
+            .as_ref()
+            .map(|experts| Seen { distinct: experts.active_per_step.mean(), hit_rate: experts.hit_rate() });
+        let predicted = measured.as_ref().map(|machine| kind.expected(&work, &run, seen, machine).predicted);
+        let speeds = Speeds::of(speeds);
+        let (size, found) = (kind.size(&run), Found { speed: speeds.median, seen });
+        if let Err(error) = kept.keep_result(&key, args.engine.memory, (kind.name(), size), found) {
+            tracing::debug!("{error:#}");
+        }
+        printer.print(kind, &run, Figures { speeds, bound, experts, predicted })?;
     }
     Ok(())
 }
@@ -137,6 +160,31 @@ impl Kind {
             Self::Prefill => run.prompt,
             Self::Decode => run.tokens,
         }
+    }
+
+    /// What tells a run from others of its kind: the prompt's tokens, or the sequences.
+    fn size(self, run: &Run) -> usize {
+        match self {
+            Self::Prefill => run.prompt,
+            Self::Decode => run.batch,
+        }
+    }
+
+    /// What is to be expected of a run whose experts fare as was `seen`.
+    fn expected(self, work: &Work, run: &Run, seen: Option<Seen>, machine: &Machine) -> Speed {
+        match self {
+            Self::Prefill => work.prefill(run.prompt, seen, machine),
+            Self::Decode => work.decode(run.batch, seen, machine),
+        }
+    }
+
+    /// How experts that don't fit the memory fared in the time that the speed is of.
+    fn experts(self, times: &Times) -> Option<StoreCounters> {
+        let [start, all_begun, end] = times.experts.as_ref()?;
+        Some(match self {
+            Self::Prefill => all_begun.since(start),
+            Self::Decode => end.since(all_begun),
+        })
     }
 
     /// Tokens per second: for prefill up to the first token; for decode from when all sequences have
@@ -179,10 +227,13 @@ struct Times {
     all_begun: Instant,
     end: Instant,
     after_all_begun: usize,
+    /// What the expert store had done at the three moments.
+    experts: Option<[StoreCounters; 3]>,
 }
 
 struct Bench {
     served: Arc<Served>,
+    store: Option<ExpertStore>,
     numbers: u64,
 }
 
@@ -190,6 +241,7 @@ impl Bench {
     fn run(&mut self, run: &Run) -> Result<Times> {
         let requests: Vec<Request> = (0..run.batch).map(|_| self.request(run)).collect();
         let (sender, events) = mpsc::channel();
+        let experts = self.store.as_ref().map(ExpertStore::counters);
         let start = Instant::now();
         let mut tickets: Vec<Box<dyn Ticket>> = Vec::with_capacity(run.batch);
         for (index, request) in requests.into_iter().enumerate() {
@@ -201,8 +253,12 @@ impl Bench {
             tickets.push(self.served.backend.submit(request, sink)?);
         }
         drop(sender);
-        let tokens = token_times(&events, run)?;
-        times(start, &tokens).ok_or_else(|| anyhow!("the run gave no tokens"))
+        let mut all_begun = None;
+        let tokens = token_times(&events, run, || all_begun = self.store.as_ref().map(ExpertStore::counters))?;
+        let end = self.store.as_ref().map(ExpertStore::counters);
+        let times = times(start, &tokens).ok_or_else(|| anyhow!("the run gave no tokens"))?;
+        let experts = experts.zip(all_begun).zip(end).map(|((start, all_begun), end)| [start, all_begun, end]);
+        Ok(Times { experts, ..times })
     }
 
     fn request(&mut self, run: &Run) -> Request {
@@ -233,14 +289,23 @@ impl Bench {
     }
 }
 
-/// When each request's tokens came.
-fn token_times(events: &mpsc::Receiver<(usize, Instant, Event)>, run: &Run) -> Result<Vec<Vec<Instant>>> {
+/// When each request's tokens came; calls `all_begun` when each has its first.
+fn token_times(
+    events: &mpsc::Receiver<(usize, Instant, Event)>,
+    run: &Run,
+    mut all_begun: impl FnMut(),
+) -> Result<Vec<Vec<Instant>>> {
     let mut tokens = vec![Vec::with_capacity(run.tokens); run.batch];
     let mut open = run.batch;
     while open > 0 {
         let (index, at, event) = events.recv()?;
         match event {
-            Event::Token { .. } => tokens[index].push(at),
+            Event::Token { .. } => {
+                tokens[index].push(at);
+                if tokens[index].len() == 1 && tokens.iter().all(|times| !times.is_empty()) {
+                    all_begun();
+                }
+            }
             Event::Finished { .. } => open -= 1,
             Event::Failed(error) => bail!(error),
             Event::Started { .. } | Event::PromptLogprobs(_) | Event::RoutedExperts { .. } => {}
@@ -254,7 +319,7 @@ fn times(start: Instant, tokens: &[Vec<Instant>]) -> Option<Times> {
     let all_begun = firsts?.into_iter().max()?;
     let end = tokens.iter().filter_map(|times| times.last().copied()).max()?;
     let after_all_begun = tokens.iter().flatten().filter(|&&at| at > all_begun).count();
-    Some(Times { start, all_begun, end, after_all_begun })
+    Some(Times { start, all_begun, end, after_all_begun, experts: None })
 }
 
 #[cfg(test)]

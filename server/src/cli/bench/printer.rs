@@ -1,14 +1,14 @@
 use std::io::{self, Write};
 
-use cadre_engine::compute::Roofline;
-use serde_json::json;
+use cadre_engine::{compute::Roofline, experts::StoreCounters};
+use serde_json::{Value, json};
 
 use super::{Bound, Kind, Run};
 use crate::{engine::Engine, host};
 
 /// The repetitions' figures.
 pub(super) struct Speeds {
-    median: f64,
+    pub(super) median: f64,
     slowest: f64,
     fastest: f64,
 }
@@ -23,6 +23,17 @@ impl Speeds {
     }
 }
 
+/// What is told of a run and its repetitions.
+pub(super) struct Figures {
+    pub(super) speeds: Speeds,
+    /// What the machine allowed, if that was measured.
+    pub(super) bound: Option<Bound>,
+    /// What `cadre plan` expects, if it has measured the machine.
+    pub(super) predicted: Option<f64>,
+    /// How experts that don't fit the memory fared in the last repetition.
+    pub(super) experts: Option<StoreCounters>,
+}
+
 /// Prints figures as a table or as JSON lines.
 pub(super) struct Printer {
     json: bool,
@@ -30,16 +41,20 @@ pub(super) struct Printer {
     threads: usize,
     format: String,
     isa: String,
+    predicts: bool,
+    stored: bool,
 }
 
 impl Printer {
-    pub(super) fn new(json: bool, engine: &Engine) -> Self {
+    pub(super) fn new(json: bool, engine: &Engine, predicts: bool) -> Self {
         Self {
             json,
             model: engine.served.name().to_owned(),
             threads: engine.threads,
             format: engine.formats.to_string(),
             isa: engine.compute.isa.to_string(),
+            predicts,
+            stored: engine.store.is_some(),
         }
     }
 
@@ -59,12 +74,18 @@ impl Printer {
         if roofline.is_some() {
             write!(out, " {:>12} {:>6}", "bound", "share")?;
         }
+        if self.predicts {
+            write!(out, " {:>12}", "predicted")?;
+        }
+        if self.stored {
+            write!(out, " {:>7} {:>12} {:>8} {:>8} {:>8}", "hits", "experts/step", "read GB", "ms/read", "stall s")?;
+        }
         writeln!(out)
     }
 
-    pub(super) fn print(&self, kind: Kind, run: &Run, speeds: &Speeds, bound: Option<Bound>) -> io::Result<()> {
+    pub(super) fn print(&self, kind: Kind, run: &Run, figures: Figures) -> io::Result<()> {
         let (kind, tokens, batch) = (kind.name(), kind.tokens(run), run.batch);
-        let Speeds { median, slowest, fastest } = speeds;
+        let Figures { speeds: Speeds { median, slowest, fastest }, bound, predicted, experts } = figures;
         let peak = host::peak_rss_bytes();
         let mut out = io::stdout().lock();
         if self.json {
@@ -80,6 +101,12 @@ impl Printer {
                 line["read_bytes_per_second"] = json!(roofline.read_bandwidth);
                 line["matrix_operations_per_second"] = json!(roofline.matrix_rate);
             }
+            if let Some(predicted) = predicted {
+                line["predicted_tokens_per_second"] = json!(predicted);
+            }
+            if let Some(experts) = experts {
+                line["experts"] = object(&experts);
+            }
             writeln!(out, "{line}")?;
         } else {
             let range = format!("{slowest:.2} to {fastest:.2}");
@@ -88,10 +115,36 @@ impl Printer {
             if let Some(Bound { tokens_per_second, share, .. }) = bound {
                 write!(out, " {tokens_per_second:>12.2} {:>5.0}%", 100.0 * share)?;
             }
+            if let Some(predicted) = predicted {
+                write!(out, " {predicted:>12.2}")?;
+            }
+            if let Some(experts) = experts {
+                let (hits, active) = (100.0 * experts.hit_rate(), experts.active_per_step.mean());
+                let (read, each) = (experts.fetched_bytes as f64 / 1e9, 1e3 * experts.fetch_seconds.mean());
+                let stalled = experts.stalled.as_secs_f64();
+                write!(out, " {hits:>6.1}% {active:>12.0} {read:>8.2} {each:>8.2} {stalled:>8.2}")?;
+            }
             writeln!(out)?;
         }
         out.flush()
     }
+}
+
+/// What a run did with its experts, for machines.
+fn object(experts: &StoreCounters) -> Value {
+    json!({
+        "hits": experts.hits,
+        "misses": experts.misses,
+        "hit_rate": experts.hit_rate(),
+        "layer_hit_rates": experts.layer_hit_rates().collect::<Vec<_>>(),
+        "evictions": experts.evictions,
+        "ahead_used": experts.ahead_used,
+        "ahead_wasted": experts.ahead_wasted,
+        "read_bytes": experts.fetched_bytes,
+        "read_seconds_mean": experts.fetch_seconds.mean(),
+        "active_per_step_mean": experts.active_per_step.mean(),
+        "stall_seconds": experts.stalled.as_secs_f64(),
+    })
 }
 
 #[cfg(test)]
