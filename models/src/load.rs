@@ -74,11 +74,12 @@ pub fn outline(
     placement: Placement,
     compute: &Compute,
 ) -> Result<Outline> {
+    let io = Io::asked()?;
     let tensors = checkpoint.tensors()?;
     let formats = formats(checkpoint, &tensors, options, placement)?;
     let loader = Loader::new(&tensors, compute, formats, &|_| {}).outlining();
     let (decoder, left) = build(checkpoint, loader, placement)?;
-    let experts = left.map(|left| left.unopened(tensors, None));
+    let experts = left.map(|left| left.unopened(tensors, io));
     Ok(Outline { decoder, formats, experts })
 }
 

@@ -217,11 +217,8 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let parts = [("weights", info.weight_bytes - routed), ("experts", experts), ("kv", plan.bytes())];
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
-    let observer = Observer {
-        meters: meters.clone(),
-        experts: store.clone().map(|store| (store, ExpertMeters::new(info.moe_layers.len()))),
-        trace,
-    };
+    let expert_meters = |store| (store, ExpertMeters::new(info.moe_layers.len()));
+    let observer = Observer { meters: meters.clone(), experts: store.clone().map(expert_meters), trace };
     let runtime = start_runtime(options, model, &plan, compute.clone(), observer)?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
     Ok(Engine {

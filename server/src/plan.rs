@@ -2,15 +2,12 @@
 //! measured of the machine, and how often each expert is used. [`crate::measure`] measures, `cadre plan` and
 //! `cadre bench` show.
 //!
-//! Two kinds of figures: *bounds*, which no program exceeds (the weights of a step are read once from where they lie,
-//! its multiply-adds take their time), and *predictions*, from how long the parts of a step took when they were timed.
+//! Two kinds of figures: *bounds*, what the machine allows (each weight of a step read once, from memory or from the disk, or its
+//! multiply-adds), and *predictions*, from how long the parts of a step took when they were timed.
 
 use cadre_engine::{model::ModelInfo, nn::StepTimes};
 use cadre_models::Checkpoint;
 use serde::{Deserialize, Serialize};
-
-/// The file beside a pack that tells how often each expert was used.
-const ROUTING_PROFILE: &str = "routing_profile.json";
 
 /// What was measured of a machine for one model. Rates are of all threads together.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -137,19 +134,18 @@ impl Work {
         Self { model, max_num_batched_tokens, likelihoods, slots, has_profile: false }
     }
 
-    /// The same with the routing that `counts` tell of, `[layer][expert]`; as it was if they are of another model.
-    pub fn with_profile(mut self, counts: &[Vec<u64>]) -> Self {
+    /// The same with the routing that `uses` tell of, `[layer][expert]`; as it was if they are of another model.
+    pub fn with_profile(mut self, uses: &[Vec<u32>]) -> Self {
         let sizes = self.model.moe_layers.iter().map(|layer| layer.experts);
-        if sizes.ne(counts.iter().map(Vec::len)) {
+        if sizes.ne(uses.iter().map(Vec::len)) {
             return self;
         }
-        for ((layer, counts), likelihoods) in self.model.moe_layers.iter().zip(counts).zip(&mut self.likelihoods) {
-            let sum: u64 = counts.iter().sum();
-            if sum == 0 {
-                continue;
+        for ((layer, uses), likelihoods) in self.model.moe_layers.iter().zip(uses).zip(&mut self.likelihoods) {
+            let sum: f64 = uses.iter().map(|uses| f64::from(*uses)).sum();
+            if sum > 0.0 {
+                let share = |uses: &u32| layer.top_k as f64 * f64::from(*uses) / sum;
+                *likelihoods = uses.iter().map(|uses| share(uses).min(1.0)).collect();
             }
-            let share = |count: &u64| layer.top_k as f64 * *count as f64 / sum as f64;
-            *likelihoods = counts.iter().map(|count| share(count).min(1.0)).collect();
         }
         self.has_profile = true;
         self
@@ -157,13 +153,10 @@ impl Work {
 
     /// The same with the profile beside the model, if there is one.
     pub fn with_profile_of(self, checkpoint: &Checkpoint) -> Self {
-        #[derive(Deserialize)]
-        struct Profile {
-            uses: Vec<Vec<u64>>,
-        }
-        let read = || std::fs::read(checkpoint.directory()?.join(ROUTING_PROFILE)).ok();
-        match read().and_then(|bytes| serde_json::from_slice::<Profile>(&bytes).ok()) {
-            Some(profile) => self.with_profile(&profile.uses),
+        // One that can't be read is told of when it is to be used.
+        let profile = checkpoint.routing_profile().ok().flatten().and_then(|kept| kept.read().ok().flatten());
+        match profile {
+            Some(uses) => self.with_profile(&uses),
             None => self,
         }
     }

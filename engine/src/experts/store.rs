@@ -218,7 +218,7 @@ impl Shared {
         state
     }
 
-    /// A fetch has ended.
+    /// A fetch has ended, which was `begun` then.
     fn arrived(self: &Arc<Self>, missing: Missing, begun: Instant, result: Result<usize, FetchError>) {
         let mut state = self.lock();
         if result.is_ok() {

@@ -12,7 +12,7 @@ use crate::{
     tensors::{PackedLayout, TensorSet},
 };
 
-/// Threads that read.
+/// Threads that read: of 1 to 8 as fast as any while the cores compute (docs/performance.md).
 const THREADS: usize = 4;
 
 /// A pack's routed experts.

@@ -16,7 +16,7 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
 use crate::{files::OpenFile, tensors::ALIGNMENT};
 
-/// Reads in flight.
+/// Reads in flight. One of an expert's size keeps the disk measured busy (docs/performance.md); small experts need more.
 pub(super) const DEPTH: usize = 4;
 
 /// Bytes of one read at most. The kernel takes fewer than 2 GiB.
