@@ -133,7 +133,7 @@ fn a_routing_profile_makes_more_hits() {
     let skewed = rig.plan(&LIMITS);
     assert_eq!(skewed["routing"], "profile");
     let [even, skewed] = [even, skewed].map(|plan| number(&plan["figures"][1], "hit_rate"));
-    assert!(skewed > 0.9 && even < 0.7, "even {even}, skewed {skewed}");
+    assert!(skewed > 0.9 && skewed > even + 0.2, "even {even}, skewed {skewed}");
 }
 
 #[test]
