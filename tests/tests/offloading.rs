@@ -185,7 +185,7 @@ fn bench_tells_how_experts_fared_in_each_run() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
     let sizes = ["--prompt", "32", "--generate", "4", "--batch", "1", "--repetitions", "1", "--threads", "2"];
-    let limits = ["--model", pack.to_str().unwrap(), "--memory", "125MiB", "--kv-memory", "4MiB"];
+    let limits = ["--model", pack.to_str().unwrap(), "--memory", "100MiB", "--kv-memory", "4MiB"];
     let bench = [&["bench"], &sizes[..], &limits, &["--max-num-batched-tokens", "64"]].concat();
     let json = output(&[&bench[..], &["--json"]].concat());
     let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -196,9 +196,7 @@ fn bench_tells_how_experts_fared_in_each_run() {
         let rates: Vec<f64> = experts["layer_hit_rates"].as_array().unwrap().iter().filter_map(Value::as_f64).collect();
         assert_eq!(rates.len(), 4);
         assert!((number("hits") / (number("hits") + number("misses")) - number("hit_rate")).abs() < 1e-9, "{line}");
-        // What decodes may find all that it needs where the prompt before left it.
-        let reads = line["kind"] == "prefill";
-        assert!(!reads || number("misses") > 0.0 && number("read_seconds_mean") > 0.0, "{line}");
+        assert!(number("misses") > 0.0 && number("read_seconds_mean") > 0.0, "{line}");
         assert!(number("read_bytes") >= number("misses"), "{line}");
         // Four layers, in which one token uses four experts, and 32 tokens most of them.
         assert!(number("active_per_step_mean") >= active, "{line}");

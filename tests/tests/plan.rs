@@ -122,18 +122,20 @@ fn figures_have_bounds_hit_rates_and_what_was_measured() {
 
 #[test]
 fn a_routing_profile_makes_more_hits() {
+    // So small that not nearly all experts have slots, whatever else the process takes.
+    const TIGHT: [&str; 4] = ["--memory", "100MiB", LIMITS[2], LIMITS[3]];
     let rig = Rig::new();
-    let even = rig.plan(&LIMITS);
-    let _ = rig.run(&[&["generate", "--raw", "--prompt", "x", "--max-tokens", "4"], &LIMITS[..]].concat());
+    let even = rig.plan(&TIGHT);
+    let _ = rig.run(&[&["generate", "--raw", "--prompt", "x", "--max-tokens", "4"], &TIGHT[..]].concat());
     let file = rig.pack.join("routing_profile.json");
     let mut profile: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     let uses: Vec<u32> = (0..48).map(|expert| if expert < 8 { 1000 } else { 1 }).collect();
     profile["uses"] = json!([uses, uses, uses, uses]);
     fs::write(&file, profile.to_string()).unwrap();
-    let skewed = rig.plan(&LIMITS);
+    let skewed = rig.plan(&TIGHT);
     assert_eq!(skewed["routing"], "profile");
     let [even, skewed] = [even, skewed].map(|plan| number(&plan["figures"][1], "hit_rate"));
-    assert!(skewed > 0.9 && skewed > even + 0.2, "even {even}, skewed {skewed}");
+    assert!(skewed > 0.9 && even < 0.7, "even {even}, skewed {skewed}");
 }
 
 #[test]

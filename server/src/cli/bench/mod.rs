@@ -8,7 +8,7 @@ mod bounds;
 mod printer;
 
 use std::{
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     time::{Duration, Instant},
 };
 
@@ -242,19 +242,26 @@ impl Bench {
         let requests: Vec<Request> = (0..run.batch).map(|_| self.request(run)).collect();
         let (sender, events) = mpsc::channel();
         let experts = self.store.as_ref().map(ExpertStore::counters);
+        let all_begun: Arc<Mutex<Option<StoreCounters>>> = Arc::default();
         let start = Instant::now();
         let mut tickets: Vec<Box<dyn Ticket>> = Vec::with_capacity(run.batch);
         for (index, request) in requests.into_iter().enumerate() {
-            let sender = sender.clone();
+            let (sender, store, all_begun) = (sender.clone(), self.store.clone(), Arc::clone(&all_begun));
+            let mut begun = false;
             let sink = Box::new(move |event| {
+                // On the engine's thread, between two steps. The last one to begin has the last word.
+                if matches!(event, Event::Token { .. }) && !std::mem::replace(&mut begun, true) {
+                    *all_begun.lock().unwrap_or_else(PoisonError::into_inner) =
+                        store.as_ref().map(ExpertStore::counters);
+                }
                 // Nobody listens any more once a run has failed.
                 let _ = sender.send((index, Instant::now(), event));
             });
             tickets.push(self.served.backend.submit(request, sink)?);
         }
         drop(sender);
-        let mut all_begun = None;
-        let tokens = token_times(&events, run, || all_begun = self.store.as_ref().map(ExpertStore::counters))?;
+        let tokens = token_times(&events, run)?;
+        let all_begun = all_begun.lock().unwrap_or_else(PoisonError::into_inner).take();
         let end = self.store.as_ref().map(ExpertStore::counters);
         let times = times(start, &tokens).ok_or_else(|| anyhow!("the run gave no tokens"))?;
         let experts = experts.zip(all_begun).zip(end).map(|((start, all_begun), end)| [start, all_begun, end]);
@@ -289,23 +296,14 @@ impl Bench {
     }
 }
 
-/// When each request's tokens came; calls `all_begun` when each has its first.
-fn token_times(
-    events: &mpsc::Receiver<(usize, Instant, Event)>,
-    run: &Run,
-    mut all_begun: impl FnMut(),
-) -> Result<Vec<Vec<Instant>>> {
+/// When each request's tokens came.
+fn token_times(events: &mpsc::Receiver<(usize, Instant, Event)>, run: &Run) -> Result<Vec<Vec<Instant>>> {
     let mut tokens = vec![Vec::with_capacity(run.tokens); run.batch];
     let mut open = run.batch;
     while open > 0 {
         let (index, at, event) = events.recv()?;
         match event {
-            Event::Token { .. } => {
-                tokens[index].push(at);
-                if tokens[index].len() == 1 && tokens.iter().all(|times| !times.is_empty()) {
-                    all_begun();
-                }
-            }
+            Event::Token { .. } => tokens[index].push(at),
             Event::Finished { .. } => open -= 1,
             Event::Failed(error) => bail!(error),
             Event::Started { .. } | Event::PromptLogprobs(_) | Event::RoutedExperts { .. } => {}
