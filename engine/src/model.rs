@@ -87,15 +87,10 @@ pub struct MoeLayerInfo {
 }
 
 impl ModelInfo {
-    /// Bytes of weights that a step with `tokens` tokens reads, if each choice of experts is as likely as any other:
-    /// `dense_bytes`, and in each layer E · (1 − (1 − k/E)^tokens) different experts.
+    /// Bytes of all routed experts.
     #[must_use]
-    pub fn touched_bytes(&self, tokens: usize) -> f64 {
-        let experts = self.moe_layers.iter().map(|layer| {
-            let missed = 1.0 - layer.top_k as f64 / layer.experts as f64;
-            layer.experts as f64 * (1.0 - missed.powf(tokens as f64)) * layer.expert_bytes as f64
-        });
-        self.dense_bytes as f64 + experts.sum::<f64>()
+    pub fn routed_bytes(&self) -> u64 {
+        self.moe_layers.iter().map(|layer| layer.experts as u64 * layer.expert_bytes).sum()
     }
 }
 
@@ -151,34 +146,4 @@ pub struct LayerRoutes {
     pub layer: usize,
     /// Its choice for each token of the step.
     pub routes: Routes,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_step_reads_an_expert_once() {
-        let layer = |experts, top_k, expert_bytes| MoeLayerInfo { experts, top_k, expert_bytes };
-        let info = ModelInfo {
-            num_layers: 3,
-            hidden_size: 1,
-            vocab_size: 1,
-            num_kv_heads: 1,
-            head_dim: 1,
-            max_position_embeddings: 1,
-            total_parameters: 0,
-            active_parameters: 0,
-            head_parameters: 0,
-            weight_bytes: 1640,
-            dense_bytes: 1000,
-            head_bytes: 0,
-            moe_layers: vec![layer(4, 1, 100), layer(8, 4, 10)],
-        };
-        assert_eq!(info.touched_bytes(0), 1000.0);
-        assert_eq!(info.touched_bytes(1), 1000.0 + 100.0 + 40.0);
-        // The second token's expert is the first's one time in four: 1.75 of 4, and 6 of 8.
-        assert_eq!(info.touched_bytes(2), 1000.0 + 175.0 + 60.0);
-        assert!((info.touched_bytes(1000) - (1000.0 + 400.0 + 80.0)).abs() < 1e-6);
-    }
 }

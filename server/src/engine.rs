@@ -212,7 +212,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
     );
     let name = served_names(options, &checkpoint).swap_remove(0);
-    let routed: u64 = info.moe_layers.iter().map(|layer| layer.experts as u64 * layer.expert_bytes).sum();
+    let routed = info.routed_bytes();
     let experts = store.as_ref().map_or(routed, |store| store.slots() as u64 * split.slot_bytes);
     let parts = [("weights", info.weight_bytes - routed), ("experts", experts), ("kv", plan.bytes())];
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
@@ -269,9 +269,8 @@ impl Loaded {
     /// None yet of a model that is only outlined.
     pub fn none(outline: &Outline) -> Self {
         let info = outline.decoder.info();
-        let routed: u64 = info.moe_layers.iter().map(|layer| layer.experts as u64 * layer.expert_bytes).sum();
         let slot = outline.experts.as_ref().map(|experts| experts.slot_bytes() as u64);
-        let ahead = info.weight_bytes - slot.map_or(0, |_| routed);
+        let ahead = info.weight_bytes - slot.map_or(0, |_| info.routed_bytes());
         Self { weights: host::rss_bytes().unwrap_or(0) + ahead, ahead, slot }
     }
 }

@@ -131,7 +131,7 @@ fn reads(experts: UnopenedExperts, info: &ModelInfo) -> Result<Vec<Reads>> {
             fetch(&store, layer, &group)?;
             let (took, fetched) = (start.elapsed().as_secs_f64(), store.counters().since(&before));
             // Those that lay in a slot tell nothing.
-            if fetched.misses == experts as u64 {
+            if fetched.misses() == experts as u64 {
                 done.push((fetched.fetched_bytes, took));
             }
         }

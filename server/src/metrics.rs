@@ -133,8 +133,8 @@ impl ExpertMeters {
 
     /// Shows what the store has done so far.
     pub fn show(&mut self, counters: StoreCounters) {
-        self.hits.absolute(counters.hits);
-        self.misses.absolute(counters.misses);
+        self.hits.absolute(counters.hits());
+        self.misses.absolute(counters.misses());
         self.evictions.absolute(counters.evictions);
         self.ahead_used.absolute(counters.ahead_used);
         self.ahead_wasted.absolute(counters.ahead_wasted);
@@ -412,8 +412,6 @@ mod tests {
         let text = rendered(|| {
             let mut meters = ExpertMeters::new(2);
             let mut counters = StoreCounters {
-                hits: 4,
-                misses: 4,
                 layers: vec![LayerCounters { hits: 3, misses: 1 }, LayerCounters { hits: 1, misses: 3 }],
                 ..StoreCounters::default()
             };

@@ -382,6 +382,18 @@ mod tests {
     }
 
     #[test]
+    fn a_step_reads_an_expert_once() {
+        let layer = |experts, top_k, expert_bytes| MoeLayerInfo { experts, top_k, expert_bytes };
+        let model = ModelInfo { moe_layers: vec![layer(4, 1, 100), layer(8, 4, 10)], ..model() };
+        let bytes = |tokens| Work::new(model.clone(), 512, None).usage(tokens).bytes;
+        assert_eq!(bytes(0), 0.0);
+        assert_eq!(bytes(1), 100.0 + 40.0);
+        // The second token's expert is the first's one time in four: 1.75 of 4, and 6 of 8.
+        assert_eq!(bytes(2), 175.0 + 60.0);
+        assert!((bytes(1000) - (400.0 + 80.0)).abs() < 1e-6);
+    }
+
+    #[test]
     fn what_is_used_most_is_what_is_held() {
         let skewed = work(Some(2)).with_profile(&[vec![30, 5, 30, 5]]);
         let even = work(Some(2)).usage(1);

@@ -14,6 +14,7 @@ use crate::{
 
 /// The parts.
 pub struct Slots {
+    count: usize,
     slot_bytes: usize,
     /// Who may touch each slot's bytes.
     uses: Mutex<Vec<Use>>,
@@ -46,7 +47,7 @@ impl Slots {
         let mut buffer = Buffer::zeroed(total)?;
         let bytes = SharedSlice::new(&mut buffer);
         let uses = Mutex::new(vec![Use::Read(0); count]);
-        Ok(Self { slot_bytes, uses, ended: Condvar::new(), bytes, buffer })
+        Ok(Self { count, slot_bytes, uses, ended: Condvar::new(), bytes, buffer })
     }
 
     /// Keeps what is written from now on out of the swap space. Nothing else depends on it.
@@ -60,7 +61,7 @@ impl Slots {
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.uses().len()
+        self.count
     }
 
     /// Bytes of one.

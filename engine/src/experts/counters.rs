@@ -17,11 +17,7 @@ const BUCKETS: usize = 16;
 /// What a store has done since it began, or between two moments.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoreCounters {
-    /// Uses of experts that lay in a slot, counted once a step and layer.
-    pub hits: u64,
-    /// Uses of experts that had to be fetched.
-    pub misses: u64,
-    /// Both, by layer.
+    /// Uses of experts by layer, counted once a step: those that found them in a slot, and those that fetched them.
     pub layers: Vec<LayerCounters>,
     /// Experts that made room for others.
     pub evictions: u64,
@@ -40,10 +36,22 @@ pub struct StoreCounters {
 }
 
 impl StoreCounters {
+    /// Uses of experts that lay in a slot.
+    #[must_use]
+    pub fn hits(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.hits).sum()
+    }
+
+    /// Uses of experts that had to be fetched.
+    #[must_use]
+    pub fn misses(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.misses).sum()
+    }
+
     /// Uses that found their expert in memory, as a part of all; 1 if there were none.
     #[must_use]
     pub fn hit_rate(&self) -> f64 {
-        rate(self.hits, self.misses)
+        rate(self.hits(), self.misses())
     }
 
     /// The same of each layer.
@@ -60,8 +68,6 @@ impl StoreCounters {
             misses: layer.misses - before(index).misses,
         });
         Self {
-            hits: self.hits - earlier.hits,
-            misses: self.misses - earlier.misses,
             layers: layers.collect(),
             evictions: self.evictions - earlier.evictions,
             ahead_used: self.ahead_used - earlier.ahead_used,
@@ -81,7 +87,7 @@ fn rate(hits: u64, misses: u64) -> f64 {
 
 impl fmt::Display for StoreCounters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "experts: {:.1} % of {} uses were in memory", 100.0 * self.hit_rate(), self.hits + self.misses)?;
+        write!(f, "experts: {:.1} % of {} uses were in memory", 100.0 * self.hit_rate(), self.hits() + self.misses())?;
         let (least, most) = self.layer_hit_rates().fold((1.0, 0.0), |(a, b), rate| (rate.min(a), rate.max(b)));
         if self.layers.len() > 1 {
             write!(f, " (by layer {:.0} to {:.0} %)", 100.0 * least, 100.0 * most)?;
@@ -214,8 +220,6 @@ mod tests {
         let mut tally = Tally::default();
         tally.fetched(Duration::from_millis(4));
         let before = StoreCounters {
-            hits: 1,
-            misses: 2,
             layers: vec![layer(1, 2)],
             fetched_bytes: 7,
             fetch_seconds: tally.fetch_seconds,
@@ -224,8 +228,6 @@ mod tests {
         };
         tally.fetched(Duration::from_millis(8));
         let after = StoreCounters {
-            hits: 4,
-            misses: 3,
             layers: vec![layer(4, 3)],
             evictions: 2,
             fetched_bytes: 17,
@@ -234,7 +236,7 @@ mod tests {
             ..StoreCounters::default()
         };
         let done = after.since(&before);
-        assert_eq!((done.hits, done.misses, done.hit_rate(), done.evictions), (3, 1, 0.75, 2));
+        assert_eq!((done.hits(), done.misses(), done.hit_rate(), done.evictions), (3, 1, 0.75, 2));
         assert_eq!((done.layers, done.fetched_bytes, done.stalled), (vec![layer(3, 1)], 10, Duration::from_secs(2)));
         assert_eq!(done.fetch_seconds.count(), 1);
         assert!((done.fetch_seconds.mean() - 0.008).abs() < 1e-9);

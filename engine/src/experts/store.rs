@@ -110,8 +110,6 @@ impl ExpertStore {
         let state = self.shared.lock();
         let counters = state.cache.counters();
         StoreCounters {
-            hits: counters.hits(),
-            misses: counters.misses(),
             layers: counters.layers.clone(),
             evictions: counters.evictions,
             ahead_used: counters.ahead_used,

@@ -80,8 +80,7 @@ impl<'a> Visit<'a> {
     fn hold_present(&mut self, state: &mut State) {
         let present: Vec<usize> =
             (0..self.experts.len()).filter(|&index| state.cache.contains(self.id(index))).collect();
-        let room =
-            self.shared.slots.count() - (self.experts.len() - present.len()).min(WINDOW).min(self.shared.slots.count());
+        let room = self.shared.slots.count().saturating_sub((self.experts.len() - present.len()).min(WINDOW));
         for index in present.into_iter().take(room) {
             self.hold(state, index, false);
         }
@@ -173,13 +172,13 @@ impl<'a> Visit<'a> {
     /// When it has not, or is released.
     #[must_use]
     pub fn bytes(&self, index: usize) -> SlotReader<'_> {
-        let place = self.places[index];
-        assert!(matches!(place, Place::Held { named: true, .. }), "expert {index} of the visit is {place:?}");
-        let slot = if let Place::Held { slot, .. } = place { slot } else { usize::MAX };
+        let Place::Held { slot, named: true, .. } = self.places[index] else {
+            unreachable!("expert {index} of the visit is {:?}", self.places[index]);
+        };
         self.shared.slots.read(slot)
     }
 
-    /// Gives back experts that are no longer needed, and takes others in their place.
+    /// Gives back experts that are no longer needed; [`Visit::landed`] takes others in their place.
     pub fn release(&mut self, indices: Range<usize>) {
         let mut state = self.shared.lock();
         for place in &mut self.places[indices] {
@@ -189,8 +188,6 @@ impl<'a> Visit<'a> {
             }
         }
         self.shared.let_go();
-        self.follow(&mut state);
-        drop(self.shared.give(state));
     }
 }
 

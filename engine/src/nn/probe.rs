@@ -4,6 +4,10 @@
 use std::time::Instant;
 
 use cadre_kernels::{buffer::AllocError, format::PANEL};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
 
 use super::{
     Attention, Decoder, DenseFfn, Experts, Ffn, FfnLayout, HeadNorms, Layout, Linear, Matrix, MoeFfn, RouterOptions,
@@ -104,7 +108,7 @@ impl<'a> Probe<'a> {
             layers,
             dense: dense.map(|layout| made_up_dense(compute, layout)).transpose()?,
             head: made_up_matrix(compute, Layout { format, n: n.min(most_rows.max(PANEL)), k })?,
-            random: Random(0x9E37_79B9_7F4A_7C15),
+            random: Random(ChaCha8Rng::seed_from_u64(0)),
         })
     }
 
@@ -299,16 +303,12 @@ fn fill(out: &mut [u8], pattern: &[u8], offset: usize) {
     }
 }
 
-/// Cheap random numbers: splitmix64.
-struct Random(u64);
+/// Random numbers, the same each time.
+struct Random(ChaCha8Rng);
 
 impl Random {
     fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % end.max(1) as u64) as usize
+        (self.0.next_u64() % end.max(1) as u64) as usize
     }
 
     /// Each token's experts, evenly chosen, and how many different ones that makes.

@@ -19,6 +19,15 @@ const AUTO: FormatOptions = FormatOptions { format: None, experts: None, dense: 
 
 type Tensors = Vec<(String, Vec<usize>)>;
 
+/// A tiny checkpoint of an architecture, and the directory that it lies in.
+fn tiny_checkpoint(architecture: &str) -> (TempDir, Checkpoint) {
+    let directory = tempfile::tempdir().unwrap();
+    let (config, tensors) = tiny(architecture);
+    write_checkpoint(directory.path(), &config, &tensors);
+    let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
+    (directory, checkpoint)
+}
+
 fn load_from(directory: &Path, options: FormatOptions) -> Result<LoadedModel> {
     let checkpoint = open(Some(directory.to_str().unwrap()), &|_| {})?;
     load(&checkpoint, &options, Placement::Resident, &Compute::new(2), &|_| {})
@@ -43,10 +52,7 @@ fn error_of(result: Result<LoadedModel>) -> String {
 #[test]
 fn every_architecture_loads_and_counts_its_parameters() {
     for architecture in architectures() {
-        let directory = tempfile::tempdir().unwrap();
-        let (config, tensors) = tiny(architecture);
-        write_checkpoint(directory.path(), &config, &tensors);
-        let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
+        let (_directory, checkpoint) = tiny_checkpoint(architecture);
         let told = Mutex::new(Vec::new());
         let loaded = load(&checkpoint, &AUTO, Placement::Resident, &Compute::new(2), &|progress| {
             told.lock().unwrap().push(progress)
@@ -199,10 +205,7 @@ fn shards_make_one_model() {
 #[test]
 fn an_outline_has_the_sizes_of_what_is_loaded() {
     for architecture in architectures() {
-        let directory = tempfile::tempdir().unwrap();
-        let (config, tensors) = tiny(architecture);
-        write_checkpoint(directory.path(), &config, &tensors);
-        let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
+        let (_directory, checkpoint) = tiny_checkpoint(architecture);
         let compute = Compute::new(2);
         for options in [AUTO, FormatOptions::all(Format::Q8_0)] {
             let loaded = load(&checkpoint, &options, Placement::Resident, &compute, &|_| {}).unwrap();
@@ -217,10 +220,7 @@ fn an_outline_has_the_sizes_of_what_is_loaded() {
 #[test]
 fn an_outline_can_be_timed() {
     for architecture in architectures() {
-        let directory = tempfile::tempdir().unwrap();
-        let (config, tensors) = tiny(architecture);
-        write_checkpoint(directory.path(), &config, &tensors);
-        let checkpoint = open(Some(directory.path().to_str().unwrap()), &|_| {}).unwrap();
+        let (_directory, checkpoint) = tiny_checkpoint(architecture);
         let compute = Compute::new(2);
         let outline = outline(&checkpoint, &AUTO, Placement::Resident, &compute).unwrap();
         for bytes in [1, 1 << 20] {

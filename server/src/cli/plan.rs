@@ -52,8 +52,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 }
 
 struct Plan {
-    /// Model, formats, tier and threads.
-    names: [String; 4],
+    /// Model, formats and tier.
+    names: [String; 3],
+    threads: usize,
     split: MemorySplit,
     work: Work,
     machine: Machine,
@@ -106,8 +107,8 @@ impl Plan {
         };
         let prefill = figure("prefill", PROMPT, 1, PROMPT, &|seen| work.prefill(PROMPT, seen, &machine));
         let decode = BATCHES.map(|batch| figure("decode", 1, batch, batch, &|seen| work.decode(batch, seen, &machine)));
-        let names = [checkpoint.name().to_owned(), formats.to_string(), compute.isa.to_string(), threads.to_string()];
-        Ok(Self { names, split, figures: std::iter::once(prefill).chain(decode).collect(), work, machine })
+        let names = [checkpoint.name().to_owned(), formats.to_string(), compute.isa.to_string()];
+        Ok(Self { names, threads, split, figures: std::iter::once(prefill).chain(decode).collect(), work, machine })
     }
 
     fn expert_bytes(&self) -> u64 {
@@ -120,7 +121,7 @@ impl Plan {
     }
 
     fn object(&self) -> Value {
-        let [model, format, isa, threads] = &self.names;
+        let [model, format, isa] = &self.names;
         let MemorySplit { budget, weights, step, kv, slot_bytes, slots, experts } = self.split;
         let figures = self.figures.iter().map(|figure| {
             let Figure { kind, tokens, batch, hit_rate, speed: Speed { predicted, bound }, measured } = figure;
@@ -138,7 +139,7 @@ impl Plan {
             })
         });
         json!({
-            "model": model, "format": format, "isa": isa, "threads": threads.parse::<u64>().ok(),
+            "model": model, "format": format, "isa": isa, "threads": self.threads,
             "memory": {
                 "budget_bytes": budget, "needed_bytes": self.needed(), "weight_bytes": weights, "step_bytes": step,
                 "kv_bytes": kv.bytes(), "max_model_len": kv.max_model_len, "expert_slots": slots,
@@ -155,8 +156,8 @@ impl Plan {
     }
 
     fn table(&self) -> Result<String> {
-        let [model, format, isa, threads] = &self.names;
-        let mut text = format!("{model}: {format}, {isa}, {threads} threads\n\n");
+        let [model, format, isa] = &self.names;
+        let mut text = format!("{model}: {format}, {isa}, {} threads\n\n", self.threads);
         self.memory(&mut text)?;
         let Machine { read_bandwidth, matrix_rate, .. } = self.machine;
         let (memory, rate) = (read_bandwidth / 1e9, matrix_rate / 1e9);

@@ -133,8 +133,8 @@ impl Printer {
 /// What a run did with its experts, for machines.
 fn object(experts: &StoreCounters) -> Value {
     json!({
-        "hits": experts.hits,
-        "misses": experts.misses,
+        "hits": experts.hits(),
+        "misses": experts.misses(),
         "hit_rate": experts.hit_rate(),
         "layer_hit_rates": experts.layer_hit_rates().collect::<Vec<_>>(),
         "evictions": experts.evictions,
