@@ -11,6 +11,7 @@ mod tier;
 use std::sync::{Arc, OnceLock};
 
 pub use cache::{ExpertId, Lane, SlotCache};
+pub use cadre_kernels::buffer::Buffer;
 pub use store::{ExpertStore, Lease, StoreCounters};
 pub use tier::{FetchError, Tier};
 

@@ -57,7 +57,7 @@ pub use formats::{FormatOptions, Formats};
 pub use hub::DownloadProgress;
 pub use load::{LoadedModel, Placement, load};
 pub use registry::architectures;
-pub use stored_experts::UnopenedExperts;
+pub use stored_experts::{Conversion, UnopenedExperts};
 pub use summary::Summary;
 pub use tensors::{Stored, StoredType};
 pub use text_stream::TextStream;

@@ -17,7 +17,7 @@ pub struct LoadedModel {
     pub model: Box<dyn Model>,
     /// What its weights are packed as.
     pub formats: Formats,
-    /// The routed experts, if they were left in the pack: to be opened before the model computes.
+    /// The routed experts, if they were left on disk: to be opened before the model computes.
     pub experts: Option<UnopenedExperts>,
 }
 
@@ -26,16 +26,16 @@ pub struct LoadedModel {
 pub enum Placement {
     /// Into memory, all of them.
     Resident,
-    /// Nowhere yet: they stay in the pack, for the expert store to read.
+    /// Nowhere yet: they stay on disk, for the expert store to read.
     Stored,
 }
 
 /// Reads all weights, and packs them if they aren't yet, on the pool of `compute`; `on_bytes` is told, from several
-/// threads, how far it is. Experts that `placement` leaves in the pack are only looked up.
+/// threads, how far it is. Experts that `placement` leaves on disk are only looked up.
 ///
 /// # Errors
 /// When a tensor is missing, left over, of another shape than the configuration asks for, or cannot be read; when the
-/// checkpoint is a pack in other formats than those asked for, or no pack and its experts should stay in it.
+/// checkpoint is a pack in other formats than those asked for.
 pub fn load(
     checkpoint: &Checkpoint,
     options: &FormatOptions,
@@ -53,9 +53,6 @@ pub fn load(
             return Err(Error::PackFormat { checkpoint: checkpoint.name().to_owned(), asked, found });
         }
     };
-    if placement == Placement::Stored && tensors.pack().is_none() {
-        return Err(Error::NotPacked { checkpoint: checkpoint.name().to_owned() });
-    }
     let mut loader = Loader::new(&tensors, compute, formats, on_bytes);
     if placement == Placement::Stored {
         loader = loader.leaving_experts();

@@ -1,4 +1,6 @@
-//! A pack's experts for the expert store: where each lies, and how it is read.
+//! The experts that a load left on disk, for the expert store: where each lies, and how it is read.
+
+mod plain;
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -11,41 +13,72 @@ use crate::{
     Result,
     tensors::{PackedLayout, TensorSet},
 };
+use plain::PlainTier;
 
-/// The experts that a load left in the pack, layer by layer.
+/// The experts that a load left there, layer by layer.
 #[derive(Default)]
-pub(crate) struct LeftInPack {
+pub(crate) struct LeftOnDisk {
     store: Arc<OnceLock<ExpertStore>>,
     layers: Mutex<Vec<Layer>>,
 }
 
 /// One layer's experts.
 struct Layer {
-    /// The number of each one's tensor.
-    tensors: Vec<usize>,
+    experts: Vec<ExpertTensors>,
     layout: FfnLayout,
 }
 
-impl LeftInPack {
-    /// Leaves the next layer's experts there; `tensors` are their numbers.
-    pub(crate) fn leave(&self, tensors: Vec<usize>, layout: FfnLayout) -> StoredExperts {
+/// The numbers of one expert's tensors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ExpertTensors {
+    /// A pack has one.
+    Packed(usize),
+    /// Gate, up and down.
+    Plain([usize; 3]),
+}
+
+impl ExpertTensors {
+    /// All of them.
+    pub(crate) fn all(&self) -> &[usize] {
+        match self {
+            Self::Packed(tensor) => std::slice::from_ref(tensor),
+            Self::Plain(tensors) => tensors,
+        }
+    }
+}
+
+impl LeftOnDisk {
+    /// Leaves the next layer's experts there.
+    pub(crate) fn leave(&self, experts: Vec<ExpertTensors>, layout: FfnLayout) -> StoredExperts {
         let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        let experts = StoredExperts::new(layers.len(), tensors.len(), layout, Arc::clone(&self.store));
-        layers.push(Layer { tensors, layout });
-        experts
+        let stored = StoredExperts::new(layers.len(), experts.len(), layout, Arc::clone(&self.store));
+        layers.push(Layer { experts, layout });
+        stored
     }
 
     /// What the store is opened with.
     pub(crate) fn unopened(self, tensors: TensorSet) -> UnopenedExperts {
         let layers = self.layers.into_inner().unwrap_or_else(PoisonError::into_inner);
-        UnopenedExperts { tier: PackTier { name: tensors.describe(), tensors, layers }, store: self.store }
+        UnopenedExperts { tensors, layers, store: self.store }
     }
 }
 
-/// Experts that a load left in the pack; the model can't compute before they are opened.
+/// Experts that a load left on disk; the model can't compute before they are opened.
 pub struct UnopenedExperts {
-    tier: PackTier,
+    tensors: TensorSet,
+    layers: Vec<Layer>,
     store: Arc<OnceLock<ExpertStore>>,
+}
+
+/// What it takes to read an expert of a checkpoint that isn't packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conversion {
+    /// Bytes read for the largest expert.
+    pub read_bytes: usize,
+    /// Bytes that a pack in the same format would have of it.
+    pub packed_bytes: usize,
+    /// Memory for experts between disk and slot.
+    pub staging_bytes: usize,
 }
 
 impl UnopenedExperts {
@@ -53,13 +86,27 @@ impl UnopenedExperts {
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
         let bytes = |layer: &Layer| PackedLayout::Expert(layer.layout).bytes();
-        self.tier.layers.iter().map(bytes).max().map_or(0, |bytes| bytes as usize)
+        self.layers.iter().map(bytes).max().map_or(0, |bytes| bytes as usize)
     }
 
     /// How many experts there are, in all layers together.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.tier.layers.iter().map(|layer| layer.tensors.len()).sum()
+        self.layers.iter().map(|layer| layer.experts.len()).sum()
+    }
+
+    /// How they are converted when they are read; `None` for those of a pack, which aren't.
+    #[must_use]
+    pub fn conversion(&self) -> Option<Conversion> {
+        if self.tensors.pack().is_some() {
+            return None;
+        }
+        let read_bytes = plain::read_bytes(&self.tensors, &self.layers);
+        Some(Conversion {
+            read_bytes,
+            packed_bytes: self.slot_bytes(),
+            staging_bytes: plain::stages(read_bytes) * read_bytes,
+        })
     }
 
     /// Opens the store with `slots` slots, at least one; no expert is read yet.
@@ -68,9 +115,14 @@ impl UnopenedExperts {
     /// When the memory can't be had.
     pub fn open(mut self, slots: usize) -> Result<ExpertStore> {
         let slot_bytes = self.slot_bytes();
-        let experts: Vec<usize> = self.tier.layers.iter().map(|layer| layer.tensors.len()).collect();
-        self.tier.tensors.bypass_page_cache();
-        let store = ExpertStore::new(Box::new(self.tier), slots, slot_bytes, &experts);
+        let experts: Vec<usize> = self.layers.iter().map(|layer| layer.experts.len()).collect();
+        self.tensors.bypass_page_cache();
+        let tier: Box<dyn Tier> = if self.tensors.pack().is_some() {
+            Box::new(PackTier { name: self.tensors.describe(), tensors: self.tensors, layers: self.layers })
+        } else {
+            Box::new(PlainTier::new(self.tensors, self.layers)?)
+        };
+        let store = ExpertStore::new(tier, slots, slot_bytes, &experts);
         let store = store.map_err(cadre_engine::Error::from)?;
         // The cell is this load's own: nobody else has filled it.
         Ok(self.store.get_or_init(|| store).clone())
@@ -92,7 +144,9 @@ impl Tier for PackTier {
     fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<usize, FetchError> {
         let failed = |reason: String| FetchError { id, tier: self.name.clone(), reason };
         let layer = self.layers.get(id.layer as usize).ok_or_else(|| failed("there is no such layer".to_owned()))?;
-        let tensor = layer.tensors.get(id.expert as usize).ok_or_else(|| failed("there is no such one".to_owned()))?;
+        let Some(ExpertTensors::Packed(tensor)) = layer.experts.get(id.expert as usize) else {
+            return Err(failed("there is no such one".to_owned()));
+        };
         let bytes = PackedLayout::Expert(layer.layout).bytes() as usize;
         let room = out.len();
         let out = out.get_mut(..bytes).ok_or_else(|| failed(format!("it has {bytes} bytes, its slot {room}")))?;

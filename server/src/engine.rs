@@ -209,32 +209,36 @@ struct Held {
     weights: u64,
     /// What a step takes.
     step: u64,
-    /// The fewest experts that the store may hold, and their bytes.
-    least_experts: u64,
-    least_expert_bytes: u64,
+    /// The experts that stay on disk.
+    experts: Option<ExpertMemory>,
 }
 
 impl Held {
     fn new(options: &EngineOptions, info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
         let (tokens, sequences) = (options.max_num_batched_tokens, options.max_num_seqs);
-        // A token's experts of one layer.
-        let least_experts = info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1);
+        let experts = experts.map(|experts| ExpertMemory {
+            slot_bytes: experts.slot_bytes() as u64,
+            count: experts.count() as u64,
+            // A token's experts of one layer.
+            least: info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1),
+            staging_bytes: experts.conversion().map_or(0, |conversion| conversion.staging_bytes as u64),
+        });
         Self {
             weights: host::rss_bytes().unwrap_or(info.dense_bytes),
             step: memory::step_bytes(info.hidden_size, info.vocab_size, tokens, sequences),
-            least_experts,
-            least_expert_bytes: experts.map_or(0, |experts| least_experts * experts.slot_bytes() as u64),
+            experts,
         }
     }
 
-    /// All but experts in the store.
+    /// All but experts that stay on disk.
     fn taken(self, plan: &KvPlan) -> u64 {
         self.weights.saturating_add(self.step).saturating_add(plan.bytes())
     }
 
     /// The KV cache that a budget has room for, by default.
     fn leaves(self, budget: u64) -> u64 {
-        let held = self.weights.saturating_add(self.step).saturating_add(self.least_expert_bytes);
+        let experts = self.experts.map_or(0, ExpertMemory::least_bytes);
+        let held = self.weights.saturating_add(self.step).saturating_add(experts);
         // Half of it: experts are worth more than a long context.
         default_kv_bytes(Some(budget)).min(budget.saturating_sub(held) / 2)
     }
@@ -248,9 +252,8 @@ fn open_experts(
     held: Held,
     plan: &KvPlan,
 ) -> Result<ExpertStore> {
-    let bytes = budget.bytes().context("experts stay on disk only within a budget")?;
-    let (slot_bytes, count) = (experts.slot_bytes() as u64, experts.count() as u64);
-    let slots = ExpertMemory { slot_bytes, count, least: held.least_experts }.slots(bytes, held.taken(plan))?;
+    let (bytes, memory) = budget.bytes().zip(held.experts).context("experts stay on disk only within a budget")?;
+    let slots = memory.slots(bytes, held.taken(plan))?;
     if options.memory.is_none() {
         tracing::warn!(budget_mib = bytes >> 20, "the model doesn't fit the free memory: a budget was chosen");
     }
@@ -259,11 +262,37 @@ fn open_experts(
         weights_mib = held.weights >> 20,
         kv_mib = plan.bytes() >> 20,
         step_mib = held.step >> 20,
+        staging_mib = memory.staging_bytes >> 20,
         expert_slots = slots,
-        experts = count,
+        experts = memory.count,
         "experts are read as they are needed"
     );
+    if let Some(conversion) = experts.conversion() {
+        tracing::warn!(
+            "this checkpoint isn't packed: each expert that is needed takes {} KiB to read and is then converted; of a \
+             pack it would be {} KiB and ready: run `{}` and use its output as --model",
+            conversion.read_bytes.div_ceil(1 << 10),
+            conversion.packed_bytes.div_ceil(1 << 10),
+            pack_command(options),
+        );
+    }
     Ok(experts.open(slots)?)
+}
+
+/// What makes the pack that would compute the same.
+fn pack_command(options: &EngineOptions) -> String {
+    let FormatOptions { format, experts, dense } = options.formats;
+    let model = options.model.as_deref();
+    let output = model.and_then(|model| model.trim_end_matches('/').rsplit('/').next()).unwrap_or("embedded");
+    let flags = [
+        ("--model", model.map(str::to_owned)),
+        ("--format", format.map(|format| format.to_string())),
+        ("--experts-format", experts.map(|format| format.to_string())),
+        ("--dense-format", dense.map(|format| format.to_string())),
+        ("--output", Some(format!("{output}-pack"))),
+    ];
+    let flags = flags.into_iter().filter_map(|(flag, value)| Some(format!(" {flag} {}", value?)));
+    format!("cadre pack{}", flags.collect::<String>())
 }
 
 fn start_runtime(
