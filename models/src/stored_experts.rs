@@ -77,7 +77,7 @@ pub struct Conversion {
     pub read_bytes: usize,
     /// Bytes that a pack in the same format would have of it.
     pub packed_bytes: usize,
-    /// Memory for experts between disk and slot.
+    /// Memory that experts take between disk and slot.
     pub staging_bytes: usize,
 }
 
@@ -101,11 +101,10 @@ impl UnopenedExperts {
         if self.tensors.pack().is_some() {
             return None;
         }
-        let read_bytes = plain::read_bytes(&self.tensors, &self.layers);
         Some(Conversion {
-            read_bytes,
+            read_bytes: plain::read_bytes(&self.tensors, &self.layers),
             packed_bytes: self.slot_bytes(),
-            staging_bytes: plain::stages(read_bytes) * read_bytes,
+            staging_bytes: plain::staging_bytes(&self.tensors, &self.layers),
         })
     }
 

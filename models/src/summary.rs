@@ -270,7 +270,7 @@ mod tests {
         assert_eq!(parts, expected);
         // 20 of the embedding, 24 of experts, 8 of the router; what only training uses is not loaded.
         let loaded = |options| summary.loaded_bytes(&options);
-        let about = |weights: f64| (weights..weights * 1.02 + 1.0);
+        let about = |weights: f64| weights..weights * 1.02 + 1.0;
         assert!(about(40.0 + 48.0 + 32.0).contains(&(loaded(FormatOptions::default()) as f64)));
         assert!(about(80.0 + 96.0 + 32.0).contains(&(loaded(FormatOptions::all(Format::F32)) as f64)));
         let q4 = FormatOptions { experts: Some(Format::Q4_0), ..FormatOptions::default() };

@@ -8,7 +8,7 @@ use std::{
 
 use cadre_engine::{
     experts::{Buffer, ExpertId, FetchError, Tier},
-    nn::{expert_bytes, pack_expert},
+    nn::{Format, expert_bytes, pack_expert},
 };
 
 use super::{ExpertTensors, Layer};
@@ -101,8 +101,15 @@ pub(super) fn read_bytes(tensors: &TensorSet, layers: &[Layer]) -> usize {
     bytes.max().unwrap_or(0)
 }
 
+/// What experts take between disk and slot: their stages, and the 16 rows in f32 that a thread packs at a time.
+pub(super) fn staging_bytes(tensors: &TensorSet, layers: &[Layer]) -> usize {
+    let rows = |layer: &Layer| Format::F32.panel_bytes(layer.layout.hidden.max(layer.layout.intermediate));
+    let bytes = read_bytes(tensors, layers);
+    stages(bytes) * (bytes + layers.iter().map(rows).max().unwrap_or(0))
+}
+
 /// How many stages of `bytes` there are.
-pub(super) fn stages(bytes: usize) -> usize {
+fn stages(bytes: usize) -> usize {
     (STAGES_BYTES / bytes.max(1)).clamp(1, STAGES)
 }
 
@@ -170,7 +177,7 @@ mod tests {
         path::Path,
     };
 
-    use cadre_engine::nn::{ExpertPart, FfnLayout, Format};
+    use cadre_engine::nn::{ExpertPart, FfnLayout};
     use proptest::prelude::*;
     use tempfile::TempDir;
 
