@@ -14,6 +14,7 @@ mod visit;
 use std::sync::{Arc, OnceLock};
 
 pub use cache::{ExpertId, Lane, LayerCounters, SlotCache};
+pub use cadre_kernels::buffer::Buffer;
 pub use counters::{ACTIVE_PER_STEP, Bucket, FETCH_SECONDS, Histogram, StoreCounters};
 pub use store::ExpertStore;
 pub use threads::{BlockingTier, Threads};

@@ -183,14 +183,6 @@ pub enum Error {
         /// The formats that it has.
         found: String,
     },
-    /// Experts should stay on disk, but they are not as the kernels take them.
-    #[error(
-        "{checkpoint} doesn't fit the memory that it may use, and only a pack's experts can be read as they are needed: expected a pack, found a checkpoint that isn't one: run `cadre pack` and serve its output, or allow more memory"
-    )]
-    NotPacked {
-        /// The checkpoint.
-        checkpoint: String,
-    },
     /// What should be packed is packed already.
     #[error("{checkpoint}: expected a checkpoint to pack, found a pack ({found}): give the one that it was made from")]
     AlreadyPacked {

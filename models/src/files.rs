@@ -176,14 +176,20 @@ impl Source {
     /// Fills `out` from the bytes that begin at `offset`, past the page cache if it can; `offset`, the length of `out` and
     /// its place in memory should be multiples of 4 KiB.
     pub(crate) fn read_direct(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.read_direct_padded(offset, out.len(), out)
+    }
+
+    /// The same, but only the first `needed` bytes are wanted: those that make whole 4 KiB of them may lie past the
+    /// file's end.
+    pub(crate) fn read_direct_padded(&self, offset: u64, needed: usize, out: &mut [u8]) -> Result<()> {
         if let Some(direct) = self.file().and_then(|file| file.direct.as_ref()) {
             match direct.read_at(out, offset) {
-                Ok(count) if count == out.len() => return Ok(()),
+                Ok(count) if count >= needed => return Ok(()),
                 // A part, or a file system that has more to ask: the plain way decides, and says what is wrong.
                 _ => {}
             }
         }
-        self.read_exact_at(offset, out)
+        self.read_exact_at(offset, &mut out[..needed])
     }
 
     /// Fills `out` from the bytes that begin at `offset`.

@@ -60,7 +60,7 @@ pub use hub::DownloadProgress;
 pub use load::{LoadedModel, Outline, Placement, load, outline};
 pub use registry::architectures;
 pub use routing_profile::RoutingProfile;
-pub use stored_experts::UnopenedExperts;
+pub use stored_experts::{Conversion, UnopenedExperts};
 pub use summary::Summary;
 pub use tensors::{Stored, StoredType};
 pub use text_stream::TextStream;

@@ -7,7 +7,7 @@ use crate::{
     checkpoint::Checkpoint,
     formats::{FormatOptions, Formats},
     registry,
-    stored_experts::{Io, LeftInPack, UnopenedExperts},
+    stored_experts::{Io, LeftOnDisk, UnopenedExperts},
     tensors::TensorSet,
     weights::{LoadProgress, Loader},
 };
@@ -18,7 +18,7 @@ pub struct LoadedModel {
     pub model: Box<dyn Model>,
     /// What its weights are packed as.
     pub formats: Formats,
-    /// The routed experts, if they were left in the pack: to be opened before the model computes.
+    /// The routed experts, if they were left on disk: to be opened before the model computes.
     pub experts: Option<UnopenedExperts>,
 }
 
@@ -27,17 +27,16 @@ pub struct LoadedModel {
 pub enum Placement {
     /// Into memory, all of them.
     Resident,
-    /// Nowhere yet: they stay in the pack, for the expert store to read.
+    /// Nowhere yet: they stay on disk, for the expert store to read.
     Stored,
 }
 
 /// Reads all weights, and packs them if they aren't yet, on the pool of `compute`; `on_bytes` is told, from several
-/// threads, how far it is. Experts that `placement` leaves in the pack are only looked up.
+/// threads, how far it is. Experts that `placement` leaves on disk are only looked up.
 ///
 /// # Errors
 /// When a tensor is missing, left over, of another shape than the configuration asks for, or cannot be read; when the
-/// checkpoint is a pack in other formats than those asked for, or no pack and its experts should stay in it; when `CADRE_IO`
-/// is no way of reading.
+/// checkpoint is a pack in other formats than those asked for; when `CADRE_IO` is no way of reading.
 pub fn load(
     checkpoint: &Checkpoint,
     options: &FormatOptions,
@@ -47,7 +46,7 @@ pub fn load(
 ) -> Result<LoadedModel> {
     let io = Io::asked()?;
     let tensors = checkpoint.tensors()?;
-    let formats = formats(checkpoint, &tensors, options, placement)?;
+    let formats = formats(checkpoint, &tensors, options)?;
     let loader = Loader::new(&tensors, compute, formats, on_bytes);
     let (decoder, left) = build(checkpoint, loader, placement)?;
     let experts = left.map(|left| left.unopened(tensors, io));
@@ -60,7 +59,7 @@ pub struct Outline {
     pub decoder: Decoder,
     /// What its weights would be packed as.
     pub formats: Formats,
-    /// The routed experts, if they would be left in the pack.
+    /// The routed experts, if they would be left on disk.
     pub experts: Option<UnopenedExperts>,
 }
 
@@ -76,7 +75,7 @@ pub fn outline(
 ) -> Result<Outline> {
     let io = Io::asked()?;
     let tensors = checkpoint.tensors()?;
-    let formats = formats(checkpoint, &tensors, options, placement)?;
+    let formats = formats(checkpoint, &tensors, options)?;
     let loader = Loader::new(&tensors, compute, formats, &|_| {}).outlining();
     let (decoder, left) = build(checkpoint, loader, placement)?;
     let experts = left.map(|left| left.unopened(tensors, io));
@@ -84,24 +83,15 @@ pub fn outline(
 }
 
 /// The formats that the weights get.
-fn formats(
-    checkpoint: &Checkpoint,
-    tensors: &TensorSet,
-    options: &FormatOptions,
-    placement: Placement,
-) -> Result<Formats> {
-    let formats = match tensors.pack() {
-        None => options.resolve(tensors.main_type()),
-        Some(pack) if is_as_asked(pack.formats, options) => pack.formats,
+fn formats(checkpoint: &Checkpoint, tensors: &TensorSet, options: &FormatOptions) -> Result<Formats> {
+    match tensors.pack() {
+        None => Ok(options.resolve(tensors.main_type())),
+        Some(pack) if is_as_asked(pack.formats, options) => Ok(pack.formats),
         Some(pack) => {
             let (asked, found) = (options.to_string(), pack.formats.to_string());
-            return Err(Error::PackFormat { checkpoint: checkpoint.name().to_owned(), asked, found });
+            Err(Error::PackFormat { checkpoint: checkpoint.name().to_owned(), asked, found })
         }
-    };
-    if placement == Placement::Stored && tensors.pack().is_none() {
-        return Err(Error::NotPacked { checkpoint: checkpoint.name().to_owned() });
     }
-    Ok(formats)
 }
 
 /// The model that `loader` gives, and the experts that it left where they are.
@@ -109,7 +99,7 @@ fn build(
     checkpoint: &Checkpoint,
     mut loader: Loader<'_>,
     placement: Placement,
-) -> Result<(Decoder, Option<LeftInPack>)> {
+) -> Result<(Decoder, Option<LeftOnDisk>)> {
     let architecture = registry::find(checkpoint.config())?;
     if placement == Placement::Stored {
         loader = loader.leaving_experts();

@@ -1,7 +1,8 @@
-//! A pack's experts for the expert store: where each lies, and how it is read.
+//! The experts that a load left on disk, for the expert store: where each lies, and how it is read.
 
 mod io;
 mod pack;
+mod plain;
 #[cfg(test)]
 mod tests;
 #[cfg(target_os = "linux")]
@@ -10,45 +11,85 @@ mod uring;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cadre_engine::{
-    experts::{ExpertStore, StoredExperts},
+    experts::{ExpertStore, StoredExperts, Threads, Tier},
     nn::FfnLayout,
 };
 
 pub(crate) use self::io::Io;
-use self::pack::{Layer, Pack};
+use self::{pack::Pack, plain::Plain};
 use crate::{
-    Result,
+    Error, Result,
     tensors::{PackedLayout, TensorSet},
 };
 
-/// The experts that a load left in the pack, layer by layer.
+/// Threads that read: of 1 to 8 as fast as any while the cores compute (docs/performance.md).
+const THREADS: usize = 4;
+
+/// The experts that a load left there, layer by layer.
 #[derive(Default)]
-pub(crate) struct LeftInPack {
+pub(crate) struct LeftOnDisk {
     store: Arc<OnceLock<ExpertStore>>,
     layers: Mutex<Vec<Layer>>,
 }
 
-impl LeftInPack {
-    /// Leaves the next layer's experts there; `tensors` are their numbers.
-    pub(crate) fn leave(&self, tensors: Vec<usize>, layout: FfnLayout) -> StoredExperts {
-        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        let experts = StoredExperts::new(layers.len(), tensors.len(), layout, Arc::clone(&self.store));
-        layers.push(Layer { tensors, layout });
-        experts
-    }
+/// One layer's experts.
+struct Layer {
+    experts: Vec<ExpertTensors>,
+    layout: FfnLayout,
+}
 
-    /// What the store is opened with; `io`: the way of reading that was asked for.
-    pub(crate) fn unopened(self, tensors: TensorSet, io: Option<Io>) -> UnopenedExperts {
-        let layers = self.layers.into_inner().unwrap_or_else(PoisonError::into_inner);
-        UnopenedExperts { pack: Pack { name: tensors.describe(), tensors, layers }, io, store: self.store }
+/// The numbers of one expert's tensors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ExpertTensors {
+    /// A pack has one.
+    Packed(usize),
+    /// Gate, up and down.
+    Plain([usize; 3]),
+}
+
+impl ExpertTensors {
+    /// All of them.
+    pub(crate) fn all(&self) -> &[usize] {
+        match self {
+            Self::Packed(tensor) => std::slice::from_ref(tensor),
+            Self::Plain(tensors) => tensors,
+        }
     }
 }
 
-/// Experts that a load left in the pack; the model can't compute before they are opened.
+impl LeftOnDisk {
+    /// Leaves the next layer's experts there.
+    pub(crate) fn leave(&self, experts: Vec<ExpertTensors>, layout: FfnLayout) -> StoredExperts {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let stored = StoredExperts::new(layers.len(), experts.len(), layout, Arc::clone(&self.store));
+        layers.push(Layer { experts, layout });
+        stored
+    }
+
+    /// What the store is opened with; `io`: the way of reading a pack that was asked for.
+    pub(crate) fn unopened(self, tensors: TensorSet, io: Option<Io>) -> UnopenedExperts {
+        let layers = self.layers.into_inner().unwrap_or_else(PoisonError::into_inner);
+        UnopenedExperts { tensors, layers, io, store: self.store }
+    }
+}
+
+/// Experts that a load left on disk; the model can't compute before they are opened.
 pub struct UnopenedExperts {
-    pack: Pack,
+    tensors: TensorSet,
+    layers: Vec<Layer>,
     io: Option<Io>,
     store: Arc<OnceLock<ExpertStore>>,
+}
+
+/// What it takes to read an expert of a checkpoint that isn't packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conversion {
+    /// Bytes read for the largest expert.
+    pub read_bytes: usize,
+    /// Bytes that a pack in the same format would have of it.
+    pub packed_bytes: usize,
+    /// Memory that experts take between disk and slot.
+    pub staging_bytes: usize,
 }
 
 impl UnopenedExperts {
@@ -56,23 +97,45 @@ impl UnopenedExperts {
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
         let bytes = |layer: &Layer| PackedLayout::Expert(layer.layout).bytes();
-        self.pack.layers.iter().map(bytes).max().map_or(0, |bytes| bytes as usize)
+        self.layers.iter().map(bytes).max().map_or(0, |bytes| bytes as usize)
     }
 
     /// How many experts there are, in all layers together.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.pack.layers.iter().map(|layer| layer.tensors.len()).sum()
+        self.layers.iter().map(|layer| layer.experts.len()).sum()
+    }
+
+    /// How they are converted when they are read; `None` for those of a pack, which aren't.
+    #[must_use]
+    pub fn conversion(&self) -> Option<Conversion> {
+        if self.tensors.pack().is_some() {
+            return None;
+        }
+        Some(Conversion {
+            read_bytes: plain::read_bytes(&self.tensors, &self.layers),
+            packed_bytes: self.slot_bytes(),
+            staging_bytes: plain::staging_bytes(&self.tensors, &self.layers),
+        })
     }
 
     /// Opens the store with `slots` slots, at least one; no expert is read yet.
     ///
     /// # Errors
     /// When the memory can't be had, or the way of reading that `CADRE_IO` asks for.
-    pub fn open(self, slots: usize) -> Result<ExpertStore> {
+    pub fn open(mut self, slots: usize) -> Result<ExpertStore> {
         let slot_bytes = self.slot_bytes();
-        let experts: Vec<usize> = self.pack.layers.iter().map(|layer| layer.tensors.len()).collect();
-        let store = ExpertStore::new(self.pack.open(self.io)?, slots, slot_bytes, &experts);
+        let experts: Vec<usize> = self.layers.iter().map(|layer| layer.experts.len()).collect();
+        self.tensors.bypass_page_cache();
+        let name = self.tensors.describe();
+        let tier: Box<dyn Tier> = if self.tensors.pack().is_some() {
+            Pack { name, tensors: self.tensors, layers: self.layers }.open(self.io)?
+        } else {
+            let failed = |source| Error::Read { file: name.clone(), source };
+            let plain = Plain::new(name.clone(), self.tensors, self.layers)?;
+            Box::new(Threads::start(plain, THREADS).map_err(failed)?)
+        };
+        let store = ExpertStore::new(tier, slots, slot_bytes, &experts);
         let store = store.map_err(cadre_engine::Error::from)?;
         // The cell is this load's own: nobody else has filled it.
         Ok(self.store.get_or_init(|| store).clone())

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use cadre_engine::nn::PackingError;
+use cadre_engine::nn::{Format, PackingError};
 
 use crate::{
     Result,
     config::ConfigFile,
-    tensors::{Stored, TensorInfo, TensorSet},
+    formats::{FormatOptions, Formats},
+    tensors::{Stored, StoredType, TensorInfo, TensorSet},
 };
 
 /// What a checkpoint holds.
@@ -31,6 +32,8 @@ pub struct Summary {
     pub parts: Vec<PartSummary>,
     /// Bytes of each stored type that occurs.
     pub types: Vec<(Stored, u64)>,
+    /// The type that most of what isn't packed is stored in.
+    pub main_type: StoredType,
 }
 
 /// One part of a model.
@@ -174,8 +177,39 @@ impl Summary {
             total_bytes: parts.iter().map(|part| part.bytes).sum(),
             parts,
             types,
+            main_type: tensors.main_type(),
         })
     }
+
+    /// About the bytes that the weights take in memory if `options` are asked for: at least as many, but for rows that
+    /// no tile divides. A pack has them already.
+    #[must_use]
+    pub fn loaded_bytes(&self, options: &FormatOptions) -> u64 {
+        if self.types.iter().any(|(stored, _)| matches!(stored, Stored::Packed(_))) {
+            return self.total_bytes;
+        }
+        let formats = options.resolve(self.main_type);
+        let bytes = self.parts.iter().map(|part| part.parameters as f64 * bytes_per_weight(part.part, formats));
+        (bytes.sum::<f64>() * (1.0 + PADDING)).ceil() as u64
+    }
+}
+
+/// What the padding of columns adds at most, as a part of the whole: that of the K formats' super-blocks.
+const PADDING: f64 = 0.01;
+
+/// Bytes that a weight of `part` takes in memory.
+fn bytes_per_weight(part: Part, formats: Formats) -> f64 {
+    /// Sizes that nothing is padded at.
+    const INPUTS: usize = 256;
+    const OUTPUTS: usize = 16;
+    let format = match part {
+        Part::Embedding => formats.embedding,
+        Part::Experts => formats.experts,
+        Part::Attention | Part::SharedExperts | Part::DenseFeedForward | Part::Head => formats.dense,
+        Part::Norms | Part::Routers | Part::Other => Format::F32,
+        Part::ExtraPredictions => return 0.0,
+    };
+    format.panel_bytes(INPUTS) as f64 / (INPUTS * OUTPUTS) as f64
 }
 
 /// The parameters of `part` that one token uses: all, or its share of the routed experts.
@@ -189,7 +223,7 @@ fn active(part: &PartSummary, experts: Option<u64>, experts_per_token: Option<u6
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{files::Files, tensors::StoredType, testing::TensorFile};
+    use crate::{files::Files, testing::TensorFile};
 
     #[test]
     fn names_tell_the_parts() {
@@ -234,5 +268,12 @@ mod tests {
         let expected =
             [(Part::Embedding, 1, 40), (Part::Routers, 1, 32), (Part::Experts, 4, 48), (Part::ExtraPredictions, 1, 10)];
         assert_eq!(parts, expected);
+        // 20 of the embedding, 24 of experts, 8 of the router; what only training uses is not loaded.
+        let loaded = |options| summary.loaded_bytes(&options);
+        let about = |weights: f64| weights..weights * 1.02 + 1.0;
+        assert!(about(40.0 + 48.0 + 32.0).contains(&(loaded(FormatOptions::default()) as f64)));
+        assert!(about(80.0 + 96.0 + 32.0).contains(&(loaded(FormatOptions::all(Format::F32)) as f64)));
+        let q4 = FormatOptions { experts: Some(Format::Q4_0), ..FormatOptions::default() };
+        assert!(about(40.0 + 24.0 * 4.5 / 8.0 + 32.0).contains(&(loaded(q4) as f64)));
     }
 }

@@ -20,7 +20,7 @@ use cadre_engine::{
 use crate::{
     Error, Result,
     formats::Formats,
-    stored_experts::LeftInPack,
+    stored_experts::{ExpertTensors, LeftOnDisk},
     tensors::{PackedLayout, Stored, TensorSet},
 };
 
@@ -50,8 +50,8 @@ pub(crate) struct Loader<'a> {
     plan: Option<Mutex<Vec<PlannedTensor>>>,
     /// Matrices and experts are zeros: nothing but their sizes is asked for.
     zeros: bool,
-    /// The routed experts, where they stay in the pack.
-    left: Option<LeftInPack>,
+    /// The routed experts, where they stay on disk.
+    left: Option<LeftOnDisk>,
     used: Vec<AtomicBool>,
     done_bytes: AtomicU64,
     total_bytes: u64,
@@ -119,13 +119,13 @@ impl<'a> Loader<'a> {
         Self { zeros: true, ..self }
     }
 
-    /// The same loader, which leaves routed experts in the pack.
+    /// The same loader, which leaves routed experts on disk.
     pub(crate) fn leaving_experts(self) -> Self {
-        Self { left: Some(LeftInPack::default()), ..self }
+        Self { left: Some(LeftOnDisk::default()), ..self }
     }
 
     /// The experts that were left there.
-    pub(crate) fn take_left(self) -> Option<LeftInPack> {
+    pub(crate) fn take_left(self) -> Option<LeftOnDisk> {
         self.left
     }
 
@@ -387,7 +387,6 @@ impl<'a> Weights<'a> {
     /// `count` gated feed-forwards: `gate_proj`, `up_proj` `[ff, hidden]` and `down_proj` `[hidden, ff]` below the
     /// prefix of each.
     pub(crate) fn experts(&self, count: usize, layout: FfnLayout, prefix: impl Fn(usize) -> String) -> Result<Experts> {
-        let FfnLayout { hidden, intermediate, .. } = layout;
         // All are looked up before the first byte is allocated; the lists grow only as tensors are found.
         if self.loader.tensors.pack().is_some() {
             let indices = self.packed_experts(count, layout, prefix)?;
@@ -399,16 +398,7 @@ impl<'a> Weights<'a> {
             indices.iter().for_each(|_| self.loader.skip_padding(PackedLayout::Expert(layout)));
             return Ok(experts);
         }
-        let mut tensors = Vec::new();
-        for expert in 0..count {
-            let below = self.at(prefix(expert));
-            let [gate, up, down] = EXPERT_NAMES;
-            tensors.push([
-                below.take(gate, &[intermediate, hidden])?,
-                below.take(up, &[intermediate, hidden])?,
-                below.take(down, &[hidden, intermediate])?,
-            ]);
-        }
+        let tensors = self.plain_experts(count, layout, &prefix)?;
         if let Some(plan) = &self.loader.plan {
             for (expert, tensors) in tensors.iter().enumerate() {
                 let content = PlannedContent::Expert(layout, *tensors);
@@ -421,7 +411,7 @@ impl<'a> Weights<'a> {
         self.loader.pack_experts(layout, &tensors)
     }
 
-    /// [`Weights::experts`] of which each token uses a few: they may stay in the pack.
+    /// [`Weights::experts`] of which each token uses a few: they may stay on disk.
     pub(crate) fn routed_experts(
         &self,
         count: usize,
@@ -431,9 +421,34 @@ impl<'a> Weights<'a> {
         let Some(left) = &self.loader.left else {
             return Ok(RoutedExperts::Resident(self.experts(count, layout, prefix)?));
         };
-        let indices = self.packed_experts(count, layout, prefix)?;
-        self.loader.progress(indices.iter().map(|index| self.loader.tensors.info(*index).bytes).sum());
-        Ok(RoutedExperts::Stored(left.leave(indices, layout)))
+        let experts: Vec<ExpertTensors> = if self.loader.tensors.pack().is_some() {
+            self.packed_experts(count, layout, prefix)?.into_iter().map(ExpertTensors::Packed).collect()
+        } else {
+            self.plain_experts(count, layout, &prefix)?.into_iter().map(ExpertTensors::Plain).collect()
+        };
+        let tensors = experts.iter().flat_map(ExpertTensors::all);
+        self.loader.progress(tensors.map(|index| self.loader.tensors.info(*index).bytes).sum());
+        Ok(RoutedExperts::Stored(left.leave(experts, layout)))
+    }
+
+    /// The numbers of gate, up and down of `count` experts of a checkpoint that isn't packed.
+    fn plain_experts(
+        &self,
+        count: usize,
+        FfnLayout { hidden, intermediate, .. }: FfnLayout,
+        prefix: &impl Fn(usize) -> String,
+    ) -> Result<Vec<[usize; 3]>> {
+        let [gate, up, down] = EXPERT_NAMES;
+        let mut tensors = Vec::new();
+        for expert in 0..count {
+            let below = self.at(prefix(expert));
+            tensors.push([
+                below.take(gate, &[intermediate, hidden])?,
+                below.take(up, &[intermediate, hidden])?,
+                below.take(down, &[hidden, intermediate])?,
+            ]);
+        }
+        Ok(tensors)
     }
 
     /// The numbers of a pack's `count` experts.

@@ -213,7 +213,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     );
     let name = served_names(options, &checkpoint).swap_remove(0);
     let routed = info.routed_bytes();
-    let experts = store.as_ref().map_or(routed, |store| store.slots() as u64 * split.slot_bytes);
+    let experts = store.as_ref().map_or(routed, |store| store.slots() as u64 * split.stored.slot);
     let parts = [("weights", info.weight_bytes - routed), ("experts", experts), ("kv", plan.bytes())];
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
@@ -255,23 +255,39 @@ pub struct Loaded {
     pub weights: u64,
     /// Those of them that it hasn't loaded yet.
     pub ahead: u64,
-    /// A slot for an expert, if those are not among the weights.
-    pub slot: Option<u64>,
+    /// What the store's experts take, if those are not among the weights.
+    pub experts: Option<StoredBytes>,
+}
+
+/// What experts in the store take, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StoredBytes {
+    /// A slot for one.
+    pub slot: u64,
+    /// Those that are converted when they are read, between disk and slot; 0 for a pack.
+    pub staging: u64,
+}
+
+impl StoredBytes {
+    fn of(experts: &UnopenedExperts) -> Self {
+        let staging = experts.conversion().map_or(0, |conversion| conversion.staging_bytes as u64);
+        Self { slot: experts.slot_bytes() as u64, staging }
+    }
 }
 
 impl Loaded {
     /// All weights of a model, but for `experts`.
     fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
         let weights = host::rss_bytes().unwrap_or(info.dense_bytes);
-        Self { weights, ahead: 0, slot: experts.map(|experts| experts.slot_bytes() as u64) }
+        Self { weights, ahead: 0, experts: experts.map(StoredBytes::of) }
     }
 
     /// None yet of a model that is only outlined.
     pub fn none(outline: &Outline) -> Self {
         let info = outline.decoder.info();
-        let slot = outline.experts.as_ref().map(|experts| experts.slot_bytes() as u64);
-        let ahead = info.weight_bytes - slot.map_or(0, |_| info.routed_bytes());
-        Self { weights: host::rss_bytes().unwrap_or(0) + ahead, ahead, slot }
+        let experts = outline.experts.as_ref().map(StoredBytes::of);
+        let ahead = info.weight_bytes - experts.map_or(0, |_| info.routed_bytes());
+        Self { weights: host::rss_bytes().unwrap_or(0) + ahead, ahead, experts }
     }
 }
 
@@ -286,8 +302,8 @@ pub struct MemorySplit {
     pub step: u64,
     /// Keys and values.
     pub kv: KvPlan,
-    /// A slot for an expert in the store.
-    pub slot_bytes: u64,
+    /// What an expert in the store takes.
+    pub stored: StoredBytes,
     /// How many slots; none if all experts are among the weights.
     pub slots: Option<usize>,
     /// How many experts there are.
@@ -311,24 +327,24 @@ impl MemorySplit {
         // A token's experts of one layer.
         let least = info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1);
         let experts = info.moe_layers.iter().map(|layer| layer.experts as u64).sum();
-        let slot_bytes = loaded.slot.unwrap_or(0);
+        let stored = loaded.experts.unwrap_or_default();
         let held = loaded.weights.saturating_add(step);
-        let least_bytes = least * slot_bytes;
+        let memory = ExpertMemory { slot_bytes: stored.slot, count: experts, least, staging_bytes: stored.staging };
         let room = budget.bytes().map(|bytes| {
             // Half of it: experts are worth more than a long context.
-            default_kv_bytes(Some(bytes)).min(bytes.saturating_sub(held.saturating_add(least_bytes)) / 2)
+            default_kv_bytes(Some(bytes)).min(bytes.saturating_sub(held.saturating_add(memory.least_bytes())) / 2)
         });
         let free = host::free_memory_bytes().map(|free| free.saturating_sub(loaded.ahead));
         let kv = KvPlan::new(options, room, free, info, formats)?;
         let taken = held.saturating_add(kv.bytes());
         let slots = match budget {
-            Budget::Stored { bytes } => Some(ExpertMemory { slot_bytes, count: experts, least }.slots(bytes, taken)?),
+            Budget::Stored { bytes } => Some(memory.slots(bytes, taken)?),
             Budget::Resident { bytes } => {
                 bytes.map_or(Ok(()), |bytes| memory::check(bytes, taken))?;
                 None
             }
         };
-        Ok(Self { budget: budget.bytes(), weights: loaded.weights, step, kv, slot_bytes, slots, experts })
+        Ok(Self { budget: budget.bytes(), weights: loaded.weights, step, kv, stored, slots, experts })
     }
 }
 
@@ -344,11 +360,37 @@ fn open_experts(experts: UnopenedExperts, options: &EngineOptions, split: &Memor
         weights_mib = split.weights >> 20,
         kv_mib = split.kv.bytes() >> 20,
         step_mib = split.step >> 20,
+        staging_mib = split.stored.staging >> 20,
         expert_slots = slots,
         experts = split.experts,
         "experts are read as they are needed"
     );
+    if let Some(conversion) = experts.conversion() {
+        tracing::warn!(
+            "this checkpoint isn't packed: each expert that is needed takes {} KiB to read and is then converted; of a \
+             pack it would be {} KiB and ready: run `{}` and use its output as --model",
+            conversion.read_bytes.div_ceil(1 << 10),
+            conversion.packed_bytes.div_ceil(1 << 10),
+            pack_command(options),
+        );
+    }
     Ok(experts.open(slots)?)
+}
+
+/// What makes the pack that would compute the same.
+fn pack_command(options: &EngineOptions) -> String {
+    let FormatOptions { format, experts, dense } = options.formats;
+    let model = options.model.as_deref();
+    let output = model.and_then(|model| model.trim_end_matches('/').rsplit('/').next()).unwrap_or("embedded");
+    let flags = [
+        ("--model", model.map(str::to_owned)),
+        ("--format", format.map(|format| format.to_string())),
+        ("--experts-format", experts.map(|format| format.to_string())),
+        ("--dense-format", dense.map(|format| format.to_string())),
+        ("--output", Some(format!("{output}-pack"))),
+    ];
+    let flags = flags.into_iter().filter_map(|(flag, value)| Some(format!(" {flag} {}", value?)));
+    format!("cadre pack{}", flags.collect::<String>())
 }
 
 fn start_runtime(

@@ -1,8 +1,7 @@
 //! One budget for the whole process: what stays in memory, and how much of it the experts get.
 
 use anyhow::{Result, ensure};
-use cadre_engine::nn::Format;
-use cadre_models::{FormatOptions, Placement, Stored, StoredType, Summary};
+use cadre_models::{FormatOptions, Placement, Summary};
 
 use crate::host;
 
@@ -18,24 +17,20 @@ const SHARE_OF_FREE: f64 = 0.9;
 pub enum Budget {
     /// All weights go into memory; `bytes` for everything, if that is limited.
     Resident { bytes: Option<u64> },
-    /// Experts that `bytes` for everything don't hold stay in the pack.
+    /// Experts that `bytes` for everything don't hold stay on disk.
     Stored { bytes: u64 },
 }
 
 impl Budget {
     /// For a model: `asked` bytes, or if none are asked for what is free. `other_bytes` is what is needed besides weights.
     pub fn new(asked: Option<u64>, other_bytes: u64, model: &Summary, formats: &FormatOptions) -> Self {
-        Self::of(asked, host::free_memory_bytes(), other_bytes, weight_bytes(model, formats), is_pack(model))
+        Self::of(asked, host::free_memory_bytes(), model.loaded_bytes(formats).saturating_add(other_bytes))
     }
 
-    fn of(asked: Option<u64>, free: Option<u64>, other_bytes: u64, weight_bytes: u64, is_pack: bool) -> Self {
-        let needed = weight_bytes.saturating_add(other_bytes);
+    fn of(asked: Option<u64>, free: Option<u64>, needed: u64) -> Self {
         match (asked, free) {
             (Some(bytes), _) if needed > bytes => Self::Stored { bytes },
-            // Others' sizes are estimates, and they can't be read in parts: nobody asked for a limit, so they are tried.
-            (None, Some(free)) if is_pack && needed > free => {
-                Self::Stored { bytes: (free as f64 * SHARE_OF_FREE) as u64 }
-            }
+            (None, Some(free)) if needed > free => Self::Stored { bytes: (free as f64 * SHARE_OF_FREE) as u64 },
             _ => Self::Resident { bytes: asked },
         }
     }
@@ -55,29 +50,6 @@ impl Budget {
             Self::Stored { .. } => Placement::Stored,
         }
     }
-}
-
-fn is_pack(model: &Summary) -> bool {
-    model.types.iter().any(|(stored, _)| matches!(stored, Stored::Packed(_)))
-}
-
-/// What the weights take in memory: a pack's as much as on disk, others' by the format that they will have.
-fn weight_bytes(model: &Summary, formats: &FormatOptions) -> u64 {
-    if let Some(format) = formats.experts.or(formats.format).filter(|_| !is_pack(model)) {
-        return (model.total_parameters as f64 * bytes_per_weight(format)) as u64;
-    }
-    let in_memory = |(stored, bytes): &(Stored, u64)| match stored {
-        // Which nothing computes in: it becomes f32.
-        Stored::Plain(StoredType::F16) => bytes.saturating_mul(2),
-        _ => *bytes,
-    };
-    model.types.iter().map(in_memory).sum()
-}
-
-fn bytes_per_weight(format: Format) -> f64 {
-    const INPUTS: usize = 256;
-    const OUTPUTS: usize = 16;
-    format.panel_bytes(INPUTS) as f64 / (INPUTS * OUTPUTS) as f64
 }
 
 /// What a step of `tokens` tokens and `sequences` sequences needs: activations, logits, and what comes with them.
@@ -111,6 +83,8 @@ pub struct ExpertMemory {
     pub count: u64,
     /// The fewest slots that a model may have.
     pub least: u64,
+    /// Bytes for those that are converted when they are read; 0 for a pack.
+    pub staging_bytes: u64,
 }
 
 impl ExpertMemory {
@@ -119,12 +93,16 @@ impl ExpertMemory {
     /// # Errors
     /// When there is room for too few.
     pub fn slots(self, budget: u64, taken: u64) -> Result<usize> {
-        let room = budget.saturating_sub(taken) / self.slot_bytes.max(1);
-        let least = taken.saturating_add(self.least.saturating_mul(self.slot_bytes));
+        let room = budget.saturating_sub(taken).saturating_sub(self.staging_bytes) / self.slot_bytes.max(1);
+        let least = taken.saturating_add(self.least_bytes());
+        let staging = match self.staging_bytes {
+            0 => String::new(),
+            bytes => format!(", and {} to convert them, which `cadre pack` would do once", mebibytes(bytes)),
+        };
         ensure!(
             room >= self.least,
             "the memory that may be used (--memory) is {}, but this model needs at least {}: {} for dense weights, KV cache and activations, and {} for \
-             {} experts at a time; allow more, or use a smaller format, --kv-memory or --max-num-batched-tokens",
+             {} experts at a time{staging}; allow more, or use a smaller format, --kv-memory or --max-num-batched-tokens",
             mebibytes(budget),
             mebibytes(least),
             mebibytes(taken),
@@ -132,6 +110,11 @@ impl ExpertMemory {
             self.least,
         );
         Ok(usize::try_from(room.min(self.count))?)
+    }
+
+    /// What the experts take at least.
+    pub fn least_bytes(self) -> u64 {
+        self.least.saturating_mul(self.slot_bytes).saturating_add(self.staging_bytes)
     }
 }
 
@@ -147,20 +130,13 @@ mod tests {
 
     #[test]
     fn what_fits_is_resident_and_what_does_not_is_stored() {
-        let of = |asked, free| Budget::of(asked, free, GIB, 8 * GIB, true);
+        let of = |asked, free| Budget::of(asked, free, 9 * GIB);
         assert_eq!(of(None, Some(16 * GIB)), Budget::Resident { bytes: None });
         assert_eq!(of(Some(9 * GIB), Some(GIB)), Budget::Resident { bytes: Some(9 * GIB) });
         assert_eq!(of(Some(9 * GIB - 1), None), Budget::Stored { bytes: 9 * GIB - 1 });
         let Budget::Stored { bytes } = of(None, Some(4 * GIB)) else { panic!("it doesn't fit") };
         assert!(bytes < 4 * GIB && bytes > 3 * GIB);
-        // Not packed: nobody asked for a budget, so it is tried as ever.
-        assert_eq!(Budget::of(None, Some(GIB), 0, 8 * GIB, false), Budget::Resident { bytes: None });
-    }
-
-    #[test]
-    fn formats_weigh_what_they_are_named_for() {
-        assert_eq!((bytes_per_weight(Format::F32), bytes_per_weight(Format::Bf16)), (4.0, 2.0));
-        assert!((bytes_per_weight(Format::Q4K) * 8.0 - 4.5).abs() < 0.2);
+        assert_eq!(of(None, None), Budget::Resident { bytes: None });
     }
 
     #[test]
@@ -170,10 +146,16 @@ mod tests {
 
     #[test]
     fn experts_get_what_is_left() {
-        let experts = ExpertMemory { slot_bytes: 4 << 20, count: 100, least: 8 };
+        let experts = ExpertMemory { slot_bytes: 4 << 20, count: 100, least: 8, staging_bytes: 0 };
         assert_eq!(experts.slots(2 * GIB, GIB).unwrap(), 100);
         assert_eq!(experts.slots(GIB + (200 << 20), GIB).unwrap(), 50);
         let error = experts.slots(GIB, GIB).unwrap_err().to_string();
         assert!(error.contains("1024 MiB") && error.contains("1056 MiB") && error.contains("--memory"), "{error}");
+        assert!(!error.contains("convert"), "{error}");
+        // Those that are converted when they are read need room for that too.
+        let converted = ExpertMemory { staging_bytes: 40 << 20, ..experts };
+        assert_eq!(converted.slots(GIB + (200 << 20), GIB).unwrap(), 40);
+        let error = converted.slots(GIB + (71 << 20), GIB).unwrap_err().to_string();
+        assert!(error.contains("1096 MiB") && error.contains("40 MiB to convert"), "{error}");
     }
 }

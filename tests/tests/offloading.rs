@@ -16,19 +16,46 @@ use cadre_tests::{
 };
 use serde_json::{Value, json};
 
-/// A pack of about 85 MiB, in a directory.
-fn pack(directory: &Path) -> PathBuf {
-    let (source, pack) = (directory.join("source"), directory.join("pack"));
+/// A checkpoint of about 85 MiB in bf16, not packed, in a directory.
+fn source(directory: &Path) -> PathBuf {
+    let source = directory.join("source");
     fs::create_dir(&source).unwrap();
     let sizes = Qwen3Moe { layers: 4, hidden: 512, heads: 8, experts: 48, expert_width: 128, positions: 512 };
     sizes.write(&source);
+    source
+}
+
+/// A pack of it.
+fn pack(directory: &Path) -> PathBuf {
+    let (source, pack) = (source(directory), directory.join("pack"));
     output(&["pack", "--model", source.to_str().unwrap(), "--output", pack.to_str().unwrap()]);
     pack
 }
 
-fn generate<'a>(pack: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+fn generate<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let args = ["generate", "--raw", "--prompt", "What is it that a budget changes?", "--max-tokens", "16"];
-    [&args[..], &["--temperature", "0", "--kv-memory", "4MiB", "--threads", "2", "--model", pack], more].concat()
+    [&args[..], &["--temperature", "0", "--kv-memory", "4MiB", "--threads", "2", "--model", model], more].concat()
+}
+
+/// Within each budget, in MiB, the tokens are those of a run without one; returns what each run said.
+fn within_budgets(model: &str, more: &[&str], budgets: &[u64]) -> Vec<String> {
+    let expected = output(&generate(model, more));
+    let run = |mebibytes: &u64| {
+        let budget = format!("{mebibytes}MiB");
+        let small = [more, &["--memory", &budget, "--max-num-batched-tokens", "64"]].concat();
+        let args = generate(model, &small);
+        let found = run(&args);
+        assert_eq!(found.stdout, expected, "{budget}: {}", found.stderr);
+        // What doesn't fit says so.
+        for part in ["were in memory (by layer", "different ones a step", "made room", "were read in", "waited"] {
+            assert!(found.stderr.contains(part), "{budget}: {part} is missing in {}", found.stderr);
+        }
+        let peak = peak_of(&args);
+        println!("budget {mebibytes} MiB, peak {} MiB", peak >> 20);
+        assert!(peak <= (mebibytes << 20) * 105 / 100, "budget {budget}, peak {peak}");
+        found.stderr
+    };
+    budgets.iter().map(run).collect()
 }
 
 /// The ways of reading that this system has.
@@ -71,20 +98,27 @@ fn a_budget_changes_the_memory_and_not_the_tokens() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
     let pack = pack.to_str().unwrap();
-    let expected = output(&generate(pack, &[]));
-    for mebibytes in [125_u64, 110, 100] {
-        let budget = format!("{mebibytes}MiB");
-        let small = ["--memory", &budget, "--max-num-batched-tokens", "64"];
-        let args = generate(pack, &small);
-        let found = run(&args);
-        assert_eq!(found.stdout, expected, "{budget}");
-        // What doesn't fit says so.
-        for part in ["were in memory (by layer", "different ones a step", "made room", "were read in", "waited"] {
-            assert!(found.stderr.contains(part), "{budget}: {part} is missing in {}", found.stderr);
+    for told in within_budgets(pack, &[], &[125, 110, 100]) {
+        assert!(!told.contains("isn't packed"), "{told}");
+    }
+}
+
+#[test]
+fn a_checkpoint_that_is_not_packed_runs_within_a_budget_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = source(directory.path());
+    let source = source.to_str().unwrap();
+    // An expert has 384 KiB of bf16, which is what it is packed as, or 111 KiB of q4_k; reads are of whole 4 KiB.
+    for (more, budgets, packed) in [
+        (&[][..], &[105, 74][..], "384 KiB and ready: run `cadre pack --model"),
+        (&["--experts-format", "q4_k"], &[74, 68], "112 KiB and ready: run `cadre pack --model"),
+    ] {
+        for told in within_budgets(source, more, budgets) {
+            for words in ["isn't packed: each expert that is needed takes 388 KiB", packed, "--output source-pack`"] {
+                assert!(told.contains(words), "`{words}` is missing in {told}");
+            }
+            assert!(more.is_empty() || told.contains("--experts-format q4_k"), "{told}");
         }
-        let peak = peak_of(&args);
-        println!("budget {mebibytes} MiB, peak {} MiB", peak >> 20);
-        assert!(peak <= (mebibytes << 20) * 105 / 100, "budget {budget}, peak {peak}");
     }
 }
 
@@ -106,9 +140,13 @@ fn budgets_that_cannot_be_kept_are_refused_with_what_would_do() {
     for word in ["(--memory) is 40 MiB", "needs at least", "--kv-memory"] {
         assert!(found.stderr.contains(word), "{word} is missing in {}", found.stderr);
     }
+    assert!(!found.stderr.contains("convert"), "{}", found.stderr);
     let source = directory.path().join("source");
-    let found = run(&generate(source.to_str().unwrap(), &["--memory", "100MiB"]));
-    assert!(found.code != Some(0) && found.stderr.contains("run `cadre pack`"), "{}", found.stderr);
+    let found = run(&generate(source.to_str().unwrap(), &["--memory", "40MiB"]));
+    assert_ne!(found.code, Some(0));
+    for word in ["(--memory) is 40 MiB", "needs at least", "2 MiB to convert them", "`cadre pack`"] {
+        assert!(found.stderr.contains(word), "{word} is missing in {}", found.stderr);
+    }
 }
 
 #[test]
@@ -133,21 +171,23 @@ fn a_damaged_expert_is_told_from_a_sound_one() {
 #[test]
 fn a_file_that_is_cut_off_fails_those_who_need_it_until_it_is_whole_again() {
     let directory = tempfile::tempdir().unwrap();
-    let pack = pack(directory.path());
-    for way in ways(pack.to_str().unwrap()) {
-        cut_off_while_serving(&pack, way);
+    pack(directory.path());
+    let packed = directory.path().join("pack");
+    for way in ways(packed.to_str().unwrap()) {
+        cut_off_while_serving(&packed, way);
     }
+    cut_off_while_serving(&directory.path().join("source"), "pread");
 }
 
-fn cut_off_while_serving(pack: &Path, way: &str) {
-    let path = pack.to_str().unwrap();
+fn cut_off_while_serving(model: &Path, way: &str) {
+    let path = model.to_str().unwrap();
     let args = ["--model", path, "--memory", "125MiB", "--kv-memory", "4MiB", "--threads", "2"];
     let args = [&["--served-model-name", MODEL], &args[..]].concat();
     let mut server = Server::spawn(&args, &[("CADRE_IO", way)]);
     server.wait_until_ready();
     let body = json!({"model": MODEL, "prompt": "Who reads this?", "max_tokens": 8, "temperature": 0});
     let expected = server.client().post("/v1/completions", &body).ok();
-    let shards: Vec<PathBuf> = fs::read_dir(pack).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let shards: Vec<PathBuf> = fs::read_dir(model).unwrap().map(|entry| entry.unwrap().path()).collect();
     let shards: Vec<_> =
         shards.into_iter().filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
     let whole: Vec<Vec<u8>> = shards.iter().map(|path| fs::read(path).unwrap()).collect();
@@ -161,7 +201,8 @@ fn cut_off_while_serving(pack: &Path, way: &str) {
     assert_eq!(refused.status, 500, "{}", refused.json());
     let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
     assert!(message.contains("expert") && message.contains("could not be read"), "{message}");
-    assert!(server.log().contains("cut off"), "{}", server.log());
+    let log = server.log();
+    assert!(log.contains("cut off") && log.contains("/model") && log.contains(".safetensors"), "{log}");
     for (path, bytes) in shards.iter().zip(&whole) {
         // In place: the server has these files open.
         std::os::unix::fs::FileExt::write_all_at(&fs::OpenOptions::new().write(true).open(path).unwrap(), bytes, 0)

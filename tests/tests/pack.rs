@@ -133,7 +133,7 @@ fn every_fixture_packs_to_the_same_logits() {
     let (compute, stop) = (Compute::new(2), false.into());
     let auto = FormatOptions::default();
     let two = FormatOptions { experts: Some(Format::F32), ..FormatOptions::all(Format::Bf16) };
-    let all: Vec<_> = Format::ALL.iter().map(|format| FormatOptions::all(*format)).chain([two]).collect();
+    let all: Vec<_> = Format::ALL.iter().map(|format| FormatOptions::all(*format)).chain([two, auto]).collect();
     for folder in fixtures() {
         for options in &all {
             let directory = tempfile::tempdir().unwrap();
@@ -146,11 +146,16 @@ fn every_fixture_packs_to_the_same_logits() {
             assert_eq!(packed.formats, direct.formats);
             let expected = logits(&*direct.model, &compute);
             assert!(logits(&*packed.model, &compute) == expected, "{}: {options}", folder.display());
-            // Experts that are read as they are needed, into fewer slots than a layer uses.
-            let stored = load(&pack, &auto, Placement::Stored, &compute, &|_| {}).unwrap();
-            let store = stored.experts.unwrap().open(3).unwrap();
-            assert!(logits(&*stored.model, &compute) == expected, "{}: {options}, stored", folder.display());
-            assert!(store.counters().misses() > 0);
+            // Experts that are read as they are needed, into fewer slots than a layer uses: ready, or to be packed.
+            for (checkpoint, options) in [(&pack, &auto), (&source, options)] {
+                let stored = load(checkpoint, options, Placement::Stored, &compute, &|_| {}).unwrap();
+                let experts = stored.experts.unwrap();
+                assert_eq!(experts.conversion().is_some(), std::ptr::eq(checkpoint, &source));
+                let store = experts.open(3).unwrap();
+                let (name, folder) = (checkpoint.name(), folder.display());
+                assert!(logits(&*stored.model, &compute) == expected, "{folder}: {options}, stored in {name}");
+                assert!(store.counters().misses() > 0);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use cadre_kernels::{
     format::{Layout, PANEL, Packed},
 };
 
-use super::packing::{self, PackTask, PackingError, ReadTask, pack};
+use super::packing::{self, PackTask, PackingError, ReadTask, pack, pack_here};
 use crate::compute::Compute;
 
 /// One of an expert's three matrices.
@@ -153,6 +153,16 @@ pub(crate) fn matrices<'a>(layout: &FfnLayout, bytes: &'a [u8]) -> [Packed<'a>; 
 #[must_use]
 pub fn expert_bytes(layout: &FfnLayout) -> usize {
     layout.gate_up().bytes() + layout.down().bytes()
+}
+
+/// Packs one expert into the front of `out`, to the bits of [`Experts::from_rows`] but on the calling thread: `read_rows`
+/// fills `[rows, columns]` values of one part, of 16 rows at most.
+///
+/// # Panics
+/// When `out` is smaller than [`expert_bytes`].
+pub fn pack_expert(layout: FfnLayout, out: &mut [u8], mut read_rows: impl FnMut(ExpertPart, Range<usize>, &mut [f32])) {
+    let tasks = tasks(layout, 0, &mut out[..expert_bytes(&layout)]);
+    pack_here(layout.format, tasks, |(_, part), rows, values| read_rows(part, rows, values));
 }
 
 /// The tasks that fill one expert's panels.

@@ -20,7 +20,7 @@ pub use cadre_kernels::{
 };
 pub use decoder::{Decoder, DecoderLayer, DecoderParts};
 pub(crate) use experts::matrices;
-pub use experts::{ExpertPart, Experts, expert_bytes};
+pub use experts::{ExpertPart, Experts, expert_bytes, pack_expert};
 pub use ffn::{DenseFfn, Ffn, MoeFfn, RoutedExperts};
 pub use linear::Linear;
 pub use matrix::Matrix;

@@ -92,6 +92,24 @@ pub(super) fn pack<S: Copy + Send, E: Send>(
     })
 }
 
+/// The same on the calling thread alone, a panel at a time: for rows that lie in memory.
+pub(super) fn pack_here<S: Copy>(
+    format: Format,
+    tasks: Vec<PackTask<'_, S>>,
+    mut read_rows: impl FnMut(S, Range<usize>, &mut [f32]),
+) {
+    let mut values = Vec::new();
+    for task in tasks {
+        let starts = task.rows.clone().step_by(PANEL);
+        for (start, panel) in starts.zip(task.panels) {
+            let rows = start..task.rows.end.min(start + PANEL);
+            values.resize(rows.len() * task.k, 0.0);
+            read_rows(task.source, rows, &mut values);
+            pack_panel(format, task.k, &values, panel);
+        }
+    }
+}
+
 /// A stretch of packed bytes of `source` that one task reads.
 pub(super) struct ReadTask<'a, S> {
     source: S,
@@ -171,7 +189,7 @@ mod tests {
     use std::convert::Infallible;
 
     use super::*;
-    use crate::nn::{ExpertPart, Experts, FfnLayout, Matrix, expert_bytes};
+    use crate::nn::{ExpertPart, Experts, FfnLayout, Matrix, expert_bytes, pack_expert};
     use cadre_kernels::buffer::AllocError;
 
     /// Values that bf16 rounds.
@@ -247,6 +265,30 @@ mod tests {
             Ok::<_, Failed>(())
         });
         assert!(copy.unwrap().data() == experts.data());
+    }
+
+    #[test]
+    fn an_expert_that_is_packed_alone_has_the_same_bits() {
+        let compute = Compute::new(2);
+        for (format, hidden, intermediate) in
+            Format::ALL.iter().flat_map(|format| [(*format, 40, 37), (*format, 300, 16), (*format, 2048, 290)])
+        {
+            let layout = FfnLayout { format, hidden, intermediate };
+            let read_rows = |expert, part, rows: Range<usize>, out: &mut [f32]| {
+                let offset = expert * 100 + part as usize * 1000;
+                fill(rows.start + offset..rows.end + offset, out);
+            };
+            let experts = Experts::from_rows(&compute, layout, 2, |expert, part, rows, out| {
+                read_rows(expert, part, rows, out);
+                Ok::<_, Failed>(())
+            });
+            // The rest of a slot is its own.
+            let mut slot = vec![7; expert_bytes(&layout) + 5];
+            pack_expert(layout, &mut slot, |part, rows, out| read_rows(1, part, rows, out));
+            let (packed, rest) = slot.split_at(expert_bytes(&layout));
+            assert!(packed == &experts.unwrap().data()[expert_bytes(&layout)..], "{layout:?}");
+            assert_eq!(rest, [7; 5]);
+        }
     }
 
     #[test]

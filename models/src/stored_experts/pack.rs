@@ -1,32 +1,22 @@
 //! A pack as a tier: where each expert lies, how it is read, and the checksum that it is held against.
 
-use cadre_engine::{
-    experts::{BlockingTier, ExpertId, FetchError, Threads, Tier},
-    nn::FfnLayout,
-};
+use cadre_engine::experts::{BlockingTier, ExpertId, FetchError, Threads, Tier};
 
-use super::io::{Io, choose};
+use super::{
+    ExpertTensors, Layer, THREADS,
+    io::{Io, choose},
+};
 use crate::{
     Error, Result,
     files::Source,
     tensors::{PackedLayout, TensorSet},
 };
 
-/// Threads that read: of 1 to 8 as fast as any while the cores compute (docs/performance.md).
-const THREADS: usize = 4;
-
 /// A pack's routed experts.
 pub(super) struct Pack {
     pub(super) name: String,
     pub(super) tensors: TensorSet,
     pub(super) layers: Vec<Layer>,
-}
-
-/// One layer's experts.
-pub(super) struct Layer {
-    /// The number of each one's tensor.
-    pub(super) tensors: Vec<usize>,
-    pub(super) layout: FfnLayout,
 }
 
 /// Where an expert lies.
@@ -42,8 +32,7 @@ struct Place<'a> {
 
 impl Pack {
     /// The tier that reads it, in the way that is `asked` for, or in the better one that can be had.
-    pub(super) fn open(mut self, asked: Option<Io>) -> Result<Box<dyn Tier>> {
-        self.tensors.bypass_page_cache();
+    pub(super) fn open(self, asked: Option<Io>) -> Result<Box<dyn Tier>> {
         let name = self.name.clone();
         let failed = |source| Error::Read { file: name, source };
         #[cfg(target_os = "linux")]
@@ -58,10 +47,16 @@ impl Pack {
     fn place(&self, id: ExpertId) -> Result<Place<'_>, FetchError> {
         let missing = || self.failed(id, "there is no such expert".to_owned());
         let layer = self.layers.get(id.layer as usize).ok_or_else(missing)?;
-        let tensor = *layer.tensors.get(id.expert as usize).ok_or_else(missing)?;
-        let (file, offset) = self.tensors.place(tensor);
+        let Some(ExpertTensors::Packed(tensor)) = layer.experts.get(id.expert as usize) else { return Err(missing()) };
+        let (file, offset) = self.tensors.place(*tensor);
         let layout = PackedLayout::Expert(layer.layout);
-        Ok(Place { tensor, file, offset, bytes: layout.bytes() as usize, data_bytes: layout.data_bytes() as usize })
+        Ok(Place {
+            tensor: *tensor,
+            file,
+            offset,
+            bytes: layout.bytes() as usize,
+            data_bytes: layout.data_bytes() as usize,
+        })
     }
 
     /// Holds what was read from `place` against its checksum; says how many bytes that were.

@@ -69,13 +69,13 @@ fn read(store: &ExpertStore, layer: usize, expert: usize) -> std::result::Result
 
 /// The bytes of all experts as the files have them.
 fn expected(unopened: &UnopenedExperts) -> Vec<Vec<Vec<u8>>> {
-    let Pack { tensors, layers, .. } = &unopened.pack;
+    let UnopenedExperts { tensors, layers, .. } = &unopened;
     let bytes = |tensor: &usize| {
         let mut bytes = vec![0; tensors.info(*tensor).bytes as usize];
         tensors.read(*tensor, 0, &mut bytes).unwrap();
         bytes
     };
-    layers.iter().map(|layer| layer.tensors.iter().map(bytes).collect()).collect()
+    layers.iter().map(|layer| layer.experts.iter().flat_map(ExpertTensors::all).map(bytes).collect()).collect()
 }
 
 const WAYS: [Io; 2] = [Io::Pread, Io::IoUring];
@@ -139,7 +139,7 @@ fn a_damaged_expert_is_told_from_a_sound_one() {
         let rig = Rig::new();
         let Some(store) = rig.store(io, 2) else { continue };
         let unopened = rig.unopened();
-        let (place, offset) = unopened.pack.tensors.place(unopened.pack.layers[0].tensors[2]);
+        let (place, offset) = unopened.tensors.place(unopened.layers[0].experts[2].all()[0]);
         let file = fs::File::options().read(true).write(true).open(place.label()).unwrap();
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset + 17).unwrap();

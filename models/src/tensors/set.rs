@@ -1,6 +1,9 @@
 //! All tensors of a checkpoint: one safetensors file, or the shards that an index names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+};
 
 use serde_json::Value;
 
@@ -133,6 +136,18 @@ impl TensorSet {
     pub(crate) fn place(&self, index: usize) -> (&Source, u64) {
         let Located { info, file } = &self.tensors[index];
         (&self.files[*file], info.offset)
+    }
+
+    /// Where tensor number `index` lies: the number of its file, and its bytes there.
+    pub(crate) fn extent(&self, index: usize) -> (usize, Range<u64>) {
+        let Located { info, file } = &self.tensors[index];
+        (*file, info.offset..info.offset + info.bytes)
+    }
+
+    /// Fills the first `needed` bytes of `out` from file number `file`, beginning at its byte `offset`, past the page
+    /// cache if it can: with `offset`, the length of `out` and its place in memory multiples of 4 KiB.
+    pub(crate) fn read_extent(&self, file: usize, offset: u64, needed: usize, out: &mut [u8]) -> Result<()> {
+        self.files[file].read_direct_padded(offset, needed, out)
     }
 
     /// A number that tells this checkpoint from others: of the tensors' names, types and shapes, and of samples

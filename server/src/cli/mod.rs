@@ -92,8 +92,8 @@ struct EngineArgs {
     #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto)]
     kv_dtype: KvDtypeArg,
 
-    /// Memory for the whole process, such as 8GiB: experts that don't fit are read from the pack as they are needed
-    /// [default: all weights in memory, or nine tenths of what is free if a pack doesn't fit]
+    /// Memory for the whole process, such as 8GiB: experts that don't fit are read from disk as they are needed
+    /// [default: all weights in memory, or nine tenths of what is free if they don't fit]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     memory: Option<u64>,
 

@@ -112,7 +112,7 @@ impl Plan {
     }
 
     fn expert_bytes(&self) -> u64 {
-        self.split.slots.map_or(0, |slots| slots as u64 * self.split.slot_bytes)
+        self.split.slots.map_or(0, |slots| slots as u64 * self.split.stored.slot + self.split.stored.staging)
     }
 
     fn needed(&self) -> u64 {
@@ -122,7 +122,7 @@ impl Plan {
 
     fn object(&self) -> Value {
         let [model, format, isa] = &self.names;
-        let MemorySplit { budget, weights, step, kv, slot_bytes, slots, experts } = self.split;
+        let MemorySplit { budget, weights, step, kv, stored, slots, experts } = self.split;
         let figures = self.figures.iter().map(|figure| {
             let Figure { kind, tokens, batch, hit_rate, speed: Speed { predicted, bound }, measured } = figure;
             let measured = measured.map(|(Found { speed, seen }, at_its_hits)| {
@@ -143,7 +143,7 @@ impl Plan {
             "memory": {
                 "budget_bytes": budget, "needed_bytes": self.needed(), "weight_bytes": weights, "step_bytes": step,
                 "kv_bytes": kv.bytes(), "max_model_len": kv.max_model_len, "expert_slots": slots,
-                "slot_bytes": slot_bytes, "experts": experts,
+                "slot_bytes": stored.slot, "staging_bytes": stored.staging, "experts": experts,
             },
             "machine": {
                 "read_bytes_per_second": self.machine.read_bandwidth,
