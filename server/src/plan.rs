@@ -55,6 +55,13 @@ impl Machine {
         Some(most.bytes as f64 / most.seconds)
     }
 
+    /// Seconds that an expert takes to read, with many reads in flight: of a checkpoint that isn't packed that is more than
+    /// its packed bytes.
+    fn read(&self) -> f64 {
+        let most = self.reads.iter().max_by_key(|reads| reads.experts);
+        most.map_or(0.0, |reads| reads.seconds / reads.experts as f64)
+    }
+
     /// Seconds in all layers for all but routed experts.
     fn layers(&self, tokens: f64) -> f64 {
         along(self.steps.iter().map(|step| (step.tokens as f64, step.layer_seconds)), tokens)
@@ -222,9 +229,8 @@ impl Work {
     /// No step is shorter: each weight once from memory, those that are missing once from the disk before; or the
     /// multiply-adds.
     fn least_seconds(&self, usage: Usage, dense_bytes: u64, operations: f64, machine: &Machine) -> f64 {
-        let missing = usage.bytes * (1.0 - usage.hit_rate);
-        let memory = (dense_bytes as f64 + usage.bytes - missing) / machine.read_bandwidth;
-        let disk = missing / machine.disk_bandwidth().unwrap_or(machine.read_bandwidth);
+        let memory = (dense_bytes as f64 + usage.bytes * usage.hit_rate) / machine.read_bandwidth;
+        let disk = usage.distinct * (1.0 - usage.hit_rate) * machine.read();
         (memory + disk).max(operations / machine.matrix_rate)
     }
 

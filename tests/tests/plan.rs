@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 /// A pack, and a cache directory that is nobody else's.
 struct Rig {
     directory: tempfile::TempDir,
-    pack: PathBuf,
+    /// The model that is planned: the pack, unless a test wants its source.
+    model: PathBuf,
 }
 
 impl Rig {
@@ -24,12 +25,12 @@ impl Rig {
         let sizes = Qwen3Moe { layers: 4, hidden: 512, heads: 8, experts: 48, expert_width: 128, positions: 512 };
         sizes.write(&source);
         binary::output(&["pack", "--model", path(&source), "--output", path(&pack)]);
-        Self { directory, pack }
+        Self { directory, model: pack }
     }
 
     /// Standard output and error of a command that has to succeed.
     fn run(&self, args: &[&str]) -> (String, String) {
-        let args = [args, &["--threads", "2", "--kv-memory", "4MiB", "--model", path(&self.pack)]].concat();
+        let args = [args, &["--threads", "2", "--kv-memory", "4MiB", "--model", path(&self.model)]].concat();
         let mut command = binary::command(&args);
         command.env("XDG_CACHE_HOME", self.directory.path()).env("RUST_LOG", "cadre=info");
         let output = command.stdin(Stdio::null()).output().unwrap();
@@ -65,7 +66,15 @@ const LIMITS: [&str; 4] = ["--memory", "110MiB", "--max-num-batched-tokens", "64
 
 #[test]
 fn the_split_is_the_one_that_the_engine_then_makes() {
-    let rig = Rig::new();
+    let packed = Rig::new();
+    assert_eq!(split_of(&packed), 0.0);
+    // Not packed, its experts need room between disk and slot.
+    let plain = Rig { model: packed.directory.path().join("source"), ..packed };
+    assert!(split_of(&plain) > 0.0);
+}
+
+/// Bytes between disk and slot in the split that is planned, which is the one that `generate` makes.
+fn split_of(rig: &Rig) -> f64 {
     let plan = rig.plan(&[&LIMITS[..], &["--max-num-seqs", "1"]].concat());
     let memory = &plan["memory"];
     assert_eq!((number(memory, "budget_bytes"), number(memory, "experts")), (110.0 * 1_048_576.0, 192.0));
@@ -75,7 +84,10 @@ fn the_split_is_the_one_that_the_engine_then_makes() {
     println!("planned {planned} slots, had {slots}");
     assert!((slots / planned - 1.0).abs() < 0.1, "planned {planned} slots, had {slots}");
     assert_eq!(logged(&log, "step_mib"), (number(memory, "step_bytes") / 1_048_576.0).floor());
-    assert_eq!(logged(&log, "kv_mib"), (number(memory, "kv_bytes") / 1_048_576.0).floor());
+    for (part, bytes) in [("kv_mib", "kv_bytes"), ("staging_mib", "staging_bytes")] {
+        assert_eq!(logged(&log, part), (number(memory, bytes) / 1_048_576.0).floor(), "{part}");
+    }
+    number(memory, "staging_bytes")
 }
 
 #[test]
@@ -127,7 +139,7 @@ fn a_routing_profile_makes_more_hits() {
     let rig = Rig::new();
     let even = rig.plan(&TIGHT);
     let _ = rig.run(&[&["generate", "--raw", "--prompt", "x", "--max-tokens", "4"], &TIGHT[..]].concat());
-    let file = rig.pack.join("routing_profile.json");
+    let file = rig.model.join("routing_profile.json");
     let mut profile: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     let uses: Vec<u32> = (0..48).map(|expert| if expert < 8 { 1000 } else { 1 }).collect();
     profile["uses"] = json!([uses, uses, uses, uses]);
@@ -167,11 +179,11 @@ fn the_table_tells_memory_machine_and_figures() {
 #[test]
 fn what_cannot_be_kept_or_read_is_refused() {
     let rig = Rig::new();
-    let pack = path(&rig.pack);
+    let pack = path(&rig.model);
     let source = rig.directory.path().join("source");
     for (args, words) in [
         (&["--memory", "40MiB", "--model", pack][..], &["needs at least", "--kv-memory"][..]),
-        (&["--memory", "100MiB", "--model", path(&source)], &["cadre pack"]),
+        (&["--memory", "40MiB", "--model", path(&source)], &["needs at least", "which `cadre pack` would do once"]),
         (&["--model", pack, "--format", "q4_k"], &["is a pack", "found q4_k"]),
         (&["--model", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["--max-num-seqs", "0"], &["--max-num-seqs"]),

@@ -112,12 +112,12 @@ impl Plan {
     }
 
     fn expert_bytes(&self) -> u64 {
-        self.split.slots.map_or(0, |slots| slots as u64 * self.split.stored.slot + self.split.stored.staging)
+        self.split.slots.map_or(0, |slots| slots as u64 * self.split.stored.slot)
     }
 
     fn needed(&self) -> u64 {
-        let MemorySplit { weights, step, kv, .. } = self.split;
-        weights + step + kv.bytes() + self.expert_bytes()
+        let MemorySplit { weights, step, kv, stored, .. } = self.split;
+        weights + step + kv.bytes() + stored.staging + self.expert_bytes()
     }
 
     fn object(&self) -> Value {
@@ -176,12 +176,15 @@ impl Plan {
     }
 
     fn memory(&self, text: &mut String) -> Result<()> {
-        let MemorySplit { budget, weights, step, kv, slots, experts, .. } = self.split;
+        let MemorySplit { budget, weights, step, kv, stored, slots, experts } = self.split;
         let mut row = |what: &str, bytes: u64, note: &str| writeln!(text, "{what:<30} {:>9} MiB  {note}", bytes >> 20);
         let held = if slots.is_some() { "the process and dense weights" } else { "the process and weights" };
         row(held, weights, "")?;
         row("keys and values", kv.bytes(), &format!("sequences of up to {} tokens", kv.max_model_len))?;
         row("a step", step, "activations and logits")?;
+        if stored.staging > 0 {
+            row("experts between disk and slot", stored.staging, "converted when they are read: this is no pack")?;
+        }
         match slots {
             Some(slots) => row("expert slots", self.expert_bytes(), &format!("{slots} of {experts} experts"))?,
             None => row("expert slots", 0, &format!("all {experts} experts are among the weights"))?,
