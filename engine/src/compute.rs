@@ -63,14 +63,3 @@ pub struct Roofline {
     /// Operations per second, two a multiply-add, of all threads together in the instruction that products are made of.
     pub matrix_rate: f64,
 }
-
-impl Roofline {
-    /// The better of two measurements, each limit for itself.
-    #[must_use]
-    pub fn max(self, other: Option<Self>) -> Self {
-        other.map_or(self, |other| Self {
-            read_bandwidth: self.read_bandwidth.max(other.read_bandwidth),
-            matrix_rate: self.matrix_rate.max(other.matrix_rate),
-        })
-    }
-}

@@ -5,7 +5,7 @@
 //! Two kinds of figures: *bounds*, what the machine allows (each weight of a step read once, from memory or from the disk, or its
 //! multiply-adds), and *predictions*, from how long the parts of a step took when they were timed.
 
-use cadre_engine::{model::ModelInfo, nn::StepTimes};
+use cadre_engine::{experts::StoreCounters, model::ModelInfo, nn::StepTimes};
 use cadre_models::Checkpoint;
 use serde::{Deserialize, Serialize};
 
@@ -48,18 +48,44 @@ pub struct Reads {
     pub seconds: f64,
 }
 
+impl Reads {
+    /// Bytes per second.
+    fn bandwidth(&self) -> f64 {
+        self.bytes as f64 / self.seconds
+    }
+}
+
 impl Machine {
     /// Bytes per second from the disk, with many reads in flight.
     pub fn disk_bandwidth(&self) -> Option<f64> {
-        let most = self.reads.iter().max_by_key(|reads| reads.experts)?;
-        Some(most.bytes as f64 / most.seconds)
+        most_in_flight(&self.reads).map(Reads::bandwidth)
+    }
+
+    /// The better of two measurements, each limit for itself; the steps are this one's.
+    pub fn max(mut self, other: Self) -> Self {
+        self.read_bandwidth = self.read_bandwidth.max(other.read_bandwidth);
+        self.matrix_rate = self.matrix_rate.max(other.matrix_rate);
+        for other in other.reads {
+            match self.reads.iter_mut().find(|reads| reads.experts == other.experts) {
+                Some(reads) if reads.bandwidth() >= other.bandwidth() => {}
+                Some(reads) => *reads = other,
+                None => self.reads.push(other),
+            }
+        }
+        self
+    }
+
+    /// Its limits, for people.
+    pub fn limits(&self) -> String {
+        let (memory, rate) = (self.read_bandwidth / 1e9, self.matrix_rate / 1e9);
+        let disk = self.disk_bandwidth().map(|disk| format!(", {:.2} GB/s from the disk", disk / 1e9));
+        format!("{memory:.1} GB/s from memory, {rate:.0} G operations/s{}", disk.unwrap_or_default())
     }
 
     /// Seconds that an expert takes to read, with many reads in flight: of a checkpoint that isn't packed that is more than
     /// its packed bytes.
     fn read(&self) -> f64 {
-        let most = self.reads.iter().max_by_key(|reads| reads.experts);
-        most.map_or(0.0, |reads| reads.seconds / reads.experts as f64)
+        most_in_flight(&self.reads).map_or(0.0, |reads| reads.seconds / reads.experts as f64)
     }
 
     /// Seconds in all layers for all but routed experts.
@@ -79,6 +105,10 @@ impl Machine {
     fn reads(&self, experts: f64) -> f64 {
         along(self.reads.iter().map(|reads| (reads.experts as f64, reads.seconds)), experts)
     }
+}
+
+fn most_in_flight(reads: &[Reads]) -> Option<&Reads> {
+    reads.iter().max_by_key(|reads| reads.experts)
 }
 
 /// The value at `x` of the line through `points`; before the first and after the last it goes on in proportion.
@@ -122,6 +152,13 @@ pub struct Seen {
     pub distinct: f64,
     /// The part of them that was in memory.
     pub hit_rate: f64,
+}
+
+impl Seen {
+    /// What a store counted.
+    pub fn of(counters: &StoreCounters) -> Self {
+        Self { distinct: counters.active_per_step.mean(), hit_rate: counters.hit_rate() }
+    }
 }
 
 /// Tokens per second.

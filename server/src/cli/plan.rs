@@ -159,12 +159,7 @@ impl Plan {
         let [model, format, isa] = &self.names;
         let mut text = format!("{model}: {format}, {isa}, {} threads\n\n", self.threads);
         self.memory(&mut text)?;
-        let Machine { read_bandwidth, matrix_rate, .. } = self.machine;
-        let (memory, rate) = (read_bandwidth / 1e9, matrix_rate / 1e9);
-        write!(text, "\nthis machine: {memory:.1} GB/s from memory, {rate:.0} G operations/s")?;
-        if let Some(disk) = self.machine.disk_bandwidth().filter(|_| self.split.slots.is_some()) {
-            write!(text, ", {:.2} GB/s from the disk", disk / 1e9)?;
-        }
+        write!(text, "\nthis machine: {}", self.machine.limits())?;
         let routing = if self.work.has_profile() {
             "as the routing profile beside the model tells"
         } else {

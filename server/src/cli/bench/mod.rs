@@ -4,7 +4,7 @@
 //! is cached and nothing ends early. Each figure is the median of the repetitions; `--roofline` holds it against what
 //! the machine can do.
 
-mod bounds;
+mod limits;
 mod printer;
 
 use std::{
@@ -20,8 +20,8 @@ use cadre_engine::{
 use clap::Args;
 
 use self::{
-    bounds::{Bound, Bounds},
-    printer::{Figures, Printer, Speeds},
+    limits::Limits,
+    printer::{Bound, Figures, Printer, Speeds},
 };
 use super::{EngineArgs, at_least_one, terminal::unless_pipe_closed};
 use crate::{
@@ -54,8 +54,9 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
 
-    /// Measure what this machine's memory and cores can do, before and after each run since neighbours change it, and
-    /// give each figure as a share of what they allow; the peak then includes a buffer of up to 1 GiB
+    /// Measure what this machine's memory, cores and, if experts don't fit the memory, disk can do, before and after each
+    /// run since neighbours change it, and give each figure as a share of what they allow; the peak then includes a
+    /// buffer of up to 1 GiB
     #[arg(long)]
     roofline: bool,
 
@@ -75,27 +76,25 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let max_num_seqs = args.batch.iter().copied().max().unwrap_or(1);
     let options = EngineOptions { prefix_caching: false, ..args.engine.options(max_num_seqs) };
     let engine = engine::start(&options)?;
-    let result = measure(args, &engine);
+    let result = measure(args, &options, &engine);
     if let Some(store) = &engine.store {
         eprintln!("{}", store.counters());
     }
+    // What random prompts use is no profile to keep.
     engine.runtime.shutdown(Duration::ZERO);
-    if let Some(profile) = engine.profile {
-        profile.keep();
-    }
     unless_pipe_closed(result)
 }
 
-fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
+fn measure(args: &BenchArgs, options: &EngineOptions, engine: &Engine) -> Result<()> {
     let mut kept = Kept::open();
     let key = Key::new(&engine.checkpoint, engine.formats, &engine.compute, engine.threads)?;
     let measured = kept.machine(&key).cloned();
     let (info, slots) = (engine.runtime.handle().info().clone(), engine.store.as_ref().map(ExpertStore::slots));
     let work = Work::new(info, args.engine.max_num_batched_tokens, slots).with_profile_of(&engine.checkpoint);
-    let bounds = args.roofline.then(|| Bounds::new(engine, work.clone(), measured.as_ref()));
-    let mut before = bounds.as_ref().map(Bounds::measure).transpose()?;
+    let steps = || measured.as_ref().map_or_else(Vec::new, |machine| machine.steps.clone());
+    let mut limits = args.roofline.then(|| Limits::new(engine, options, steps())).transpose()?;
     let printer = Printer::new(args.json, engine, measured.is_some());
-    printer.head(before.as_ref())?;
+    printer.head(limits.as_ref().map(Limits::last))?;
     let mut bench =
         Bench { served: engine.served.clone(), store: engine.store.clone(), numbers: 0x9E37_79B9_7F4A_7C15 };
     bench.run(&Run { batch: 1, prompt: 8, tokens: 8 })?;
@@ -106,31 +105,43 @@ fn measure(args: &BenchArgs, engine: &Engine) -> Result<()> {
             eprintln!("{} of {} tokens, batch {}: skipped, {why}", kind.name(), kind.tokens(&run), run.batch);
             continue;
         }
-        let (mut speeds, mut against, mut experts) = (Vec::new(), Vec::new(), None);
+        let (mut speeds, mut bounds, mut predicted) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut experts, mut seen) = (None, None);
         for _ in 0..args.repetitions {
             let times = bench.run(&run)?;
             let speed = kind.speed(&run, &times);
             speeds.push(speed);
             experts = kind.experts(&times);
-            if let Some(bounds) = &bounds {
-                let after = bounds.measure()?;
-                against.push(bounds.of(kind, &run, after.max(before), speed));
-                before = Some(after);
+            seen = experts.as_ref().map(Seen::of);
+            let expected = |machine| kind.expected(&work, &run, seen, machine);
+            if let Some(limits) = &mut limits {
+                let machine = limits.around()?;
+                let Speed { predicted: of_steps, bound } = expected(&machine);
+                bounds.push(Bound::new(machine, bound, speed));
+                predicted.push(of_steps);
+            } else if let Some(machine) = &measured {
+                predicted.push(expected(machine).predicted);
             }
         }
-        let bound = median_by(against, |bound| bound.share);
-        let seen = experts
-            .as_ref()
-            .map(|experts| Seen { distinct: experts.active_per_step.mean(), hit_rate: experts.hit_rate() });
-        let predicted = measured.as_ref().map(|machine| kind.expected(&work, &run, seen, machine).predicted);
+        let bound = median_by(bounds, |bound| bound.share);
+        // Without steps that were timed nothing can be expected.
+        let predicted = median_by(predicted, |speed| *speed).filter(|_| measured.is_some());
         let speeds = Speeds::of(speeds);
         let (size, found) = (kind.size(&run), Found { speed: speeds.median, seen });
-        if let Err(error) = kept.keep_result(&key, args.engine.memory, (kind.name(), size), found) {
-            tracing::debug!("{error:#}");
-        }
+        keep(kept.keep_result(&key, args.engine.memory, (kind.name(), size), found));
         printer.print(kind, &run, Figures { speeds, bound, experts, predicted })?;
     }
+    if let (Some(limits), Some(_)) = (limits, &measured) {
+        keep(kept.keep_machine(&key, limits.last().clone()));
+    }
     Ok(())
+}
+
+/// What can't be kept has been printed all the same.
+fn keep(result: Result<()>) {
+    if let Err(error) = result {
+        tracing::debug!("{error:#}");
+    }
 }
 
 /// The middle one by `key`, the lower of two.

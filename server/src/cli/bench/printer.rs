@@ -1,10 +1,10 @@
 use std::io::{self, Write};
 
-use cadre_engine::{compute::Roofline, experts::StoreCounters};
+use cadre_engine::experts::StoreCounters;
 use serde_json::{Value, json};
 
-use super::{Bound, Kind, Run};
-use crate::{engine::Engine, host};
+use super::{Kind, Run};
+use crate::{engine::Engine, host, plan::Machine};
 
 /// The repetitions' figures.
 pub(super) struct Speeds {
@@ -20,6 +20,20 @@ impl Speeds {
         let middle = all.len() / 2;
         let median = if all.len().is_multiple_of(2) { (at(middle - 1) + at(middle)) / 2.0 } else { at(middle) };
         Self { median, slowest: at(0), fastest: at(all.len() - 1) }
+    }
+}
+
+/// What a run could not exceed, why, and how much of it the run reached.
+pub(super) struct Bound {
+    tokens_per_second: f64,
+    machine: Machine,
+    pub(super) share: f64,
+}
+
+impl Bound {
+    /// Of a run at `speed` tokens per second, for which the machine, as it was around the run, allowed `tokens_per_second`.
+    pub(super) fn new(machine: Machine, tokens_per_second: f64, speed: f64) -> Self {
+        Self { tokens_per_second, machine, share: speed / tokens_per_second }
     }
 }
 
@@ -58,20 +72,19 @@ impl Printer {
         }
     }
 
-    /// `roofline`: what the machine can do, if the figures are held against it.
-    pub(super) fn head(&self, roofline: Option<&Roofline>) -> io::Result<()> {
+    /// `machine`: what it can do, if the figures are held against that.
+    pub(super) fn head(&self, machine: Option<&Machine>) -> io::Result<()> {
         if self.json {
             return Ok(());
         }
         let Self { model, threads, format, isa, .. } = self;
         let mut out = io::stdout().lock();
         writeln!(out, "{model}: {format}, {isa}, {threads} threads")?;
-        if let Some(Roofline { read_bandwidth, matrix_rate }) = roofline {
-            let (gigabytes, giga) = (read_bandwidth / 1e9, matrix_rate / 1e9);
-            writeln!(out, "at most {gigabytes:.1} GB/s from memory, {giga:.1} G operations/s")?;
+        if let Some(machine) = machine {
+            writeln!(out, "at most {}", machine.limits())?;
         }
         write!(out, "{:<8} {:>7} {:>6} {:>12} {:>22} {:>10}", "kind", "tokens", "batch", "tok/s", "range", "peak MiB")?;
-        if roofline.is_some() {
+        if machine.is_some() {
             write!(out, " {:>12} {:>6}", "bound", "share")?;
         }
         if self.predicts {
@@ -95,11 +108,14 @@ impl Printer {
                 "tokens_per_second_min": slowest, "tokens_per_second_max": fastest, "peak_rss_bytes": peak,
                 "threads": threads, "format": format, "isa": isa, "model": model,
             });
-            if let Some(Bound { tokens_per_second, roofline, share }) = bound {
+            if let Some(Bound { tokens_per_second, machine, share }) = bound {
                 line["bound_tokens_per_second"] = json!(tokens_per_second);
                 line["share_of_bound"] = json!(share);
-                line["read_bytes_per_second"] = json!(roofline.read_bandwidth);
-                line["matrix_operations_per_second"] = json!(roofline.matrix_rate);
+                line["read_bytes_per_second"] = json!(machine.read_bandwidth);
+                line["matrix_operations_per_second"] = json!(machine.matrix_rate);
+                if let Some(disk) = machine.disk_bandwidth() {
+                    line["disk_bytes_per_second"] = json!(disk);
+                }
             }
             if let Some(predicted) = predicted {
                 line["predicted_tokens_per_second"] = json!(predicted);
