@@ -60,6 +60,11 @@ impl StoredExperts {
         self.count * expert_bytes(&self.layout)
     }
 
+    /// The store, if it wants to know which of this layer's experts will likely be used; and which of its layers this is.
+    pub(crate) fn predicting(&self) -> Option<(&ExpertStore, usize)> {
+        self.place().ok().filter(|(store, _)| store.predicts())
+    }
+
     /// The store, and which of its layers this is.
     pub(crate) fn place(&self) -> Result<(&ExpertStore, usize)> {
         let store = self.store.get();

@@ -69,7 +69,7 @@ impl LeftOnDisk {
     /// What the store is opened with; `io`: the way of reading a pack that was asked for.
     pub(crate) fn unopened(self, tensors: TensorSet, io: Option<Io>) -> UnopenedExperts {
         let layers = self.layers.into_inner().unwrap_or_else(PoisonError::into_inner);
-        UnopenedExperts { tensors, layers, io, store: self.store }
+        UnopenedExperts { tensors, layers, io, predicting: false, store: self.store }
     }
 }
 
@@ -78,6 +78,7 @@ pub struct UnopenedExperts {
     tensors: TensorSet,
     layers: Vec<Layer>,
     io: Option<Io>,
+    predicting: bool,
     store: Arc<OnceLock<ExpertStore>>,
 }
 
@@ -119,6 +120,12 @@ impl UnopenedExperts {
         })
     }
 
+    /// The same with a store that is told which experts the next layer will likely use, or isn't.
+    #[must_use]
+    pub fn predicting(self, predicting: bool) -> Self {
+        Self { predicting, ..self }
+    }
+
     /// Opens the store with `slots` slots, at least one; no expert is read yet.
     ///
     /// # Errors
@@ -136,7 +143,7 @@ impl UnopenedExperts {
             Box::new(Threads::start(plain, THREADS).map_err(failed)?)
         };
         let store = ExpertStore::new(tier, slots, slot_bytes, &experts);
-        let store = store.map_err(cadre_engine::Error::from)?;
+        let store = store.map_err(cadre_engine::Error::from)?.predicting(self.predicting);
         // The cell is this load's own: nobody else has filled it.
         Ok(self.store.get_or_init(|| store).clone())
     }

@@ -61,6 +61,8 @@ pub struct EngineOptions {
     pub prefix_caching: bool,
     /// The file that gets each step's routing, if it is wanted.
     pub trace_routing: Option<PathBuf>,
+    /// Read experts that the next layer's router is predicted to choose.
+    pub predict_experts: bool,
     /// Let requests ask for the experts that their tokens were routed to.
     pub return_routed_experts: bool,
 }
@@ -374,7 +376,7 @@ fn open_experts(experts: UnopenedExperts, options: &EngineOptions, split: &Memor
             pack_command(options),
         );
     }
-    Ok(experts.open(slots)?)
+    Ok(experts.predicting(options.predict_experts).open(slots)?)
 }
 
 /// What makes the pack that would compute the same.
@@ -643,6 +645,7 @@ mod tests {
             kv_dtype: None,
             prefix_caching: true,
             trace_routing: None,
+            predict_experts: false,
             return_routed_experts: false,
         };
         let engine = start(&options).unwrap();

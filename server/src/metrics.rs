@@ -86,7 +86,7 @@ fn describe() {
         "cadre_expert_ahead_used_total",
         "Misses whose expert was read, or being read, before it was wanted"
     );
-    describe_counter!("cadre_expert_ahead_wasted_total", "Experts that were read ahead for nothing");
+    describe_counter!("cadre_expert_ahead_wasted_bytes_total", "Bytes of experts that were read ahead for nothing");
     describe_gauge!("cadre_expert_stall_seconds", "Time that computing has waited for experts so far");
     describe_gauge!("cadre_expert_layer_hit_rate", "Uses of a layer's experts that were in memory, as a part of all");
     describe_histogram!("cadre_expert_read_seconds", "Time that reading one expert takes");
@@ -102,7 +102,7 @@ pub struct ExpertMeters {
     misses: Counter,
     evictions: Counter,
     ahead_used: Counter,
-    ahead_wasted: Counter,
+    ahead_wasted_bytes: Counter,
     read_bytes: Counter,
     stall_seconds: Gauge,
     layer_hit_rates: Vec<Gauge>,
@@ -121,7 +121,7 @@ impl ExpertMeters {
             misses: counter!("cadre_expert_misses_total", "tier" => TIER),
             evictions: counter!("cadre_expert_evictions_total", "tier" => TIER),
             ahead_used: counter!("cadre_expert_ahead_used_total", "tier" => TIER),
-            ahead_wasted: counter!("cadre_expert_ahead_wasted_total", "tier" => TIER),
+            ahead_wasted_bytes: counter!("cadre_expert_ahead_wasted_bytes_total", "tier" => TIER),
             read_bytes: counter!("cadre_expert_read_bytes_total", "tier" => TIER),
             stall_seconds: gauge!("cadre_expert_stall_seconds", "tier" => TIER),
             layer_hit_rates: (0..layers).map(layer_hit_rate).collect(),
@@ -137,7 +137,7 @@ impl ExpertMeters {
         self.misses.absolute(counters.misses());
         self.evictions.absolute(counters.evictions);
         self.ahead_used.absolute(counters.ahead_used);
-        self.ahead_wasted.absolute(counters.ahead_wasted);
+        self.ahead_wasted_bytes.absolute(counters.ahead_wasted_bytes);
         self.read_bytes.absolute(counters.fetched_bytes);
         self.stall_seconds.set(counters.stalled.as_secs_f64());
         for (gauge, rate) in self.layer_hit_rates.iter().zip(counters.layer_hit_rates()) {

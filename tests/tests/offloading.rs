@@ -101,6 +101,7 @@ fn a_budget_changes_the_memory_and_not_the_tokens() {
     for told in within_budgets(pack, &[], &[125, 110, 100]) {
         assert!(!told.contains("isn't packed"), "{told}");
     }
+    within_budgets(pack, &["--predict-experts"], &[100]);
 }
 
 #[test]

@@ -51,6 +51,17 @@ pub enum Lane {
     Scan,
 }
 
+/// Which experts of a layer that comes next are read before it says what it wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ahead<'a> {
+    /// All, for a scan.
+    All,
+    /// Those that decode uses more often than not, most used first.
+    Frequent,
+    /// These, which decode will likely use, in this order.
+    Predicted(&'a [usize]),
+}
+
 /// A slot that is pinned for the caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Acquired {
@@ -101,7 +112,7 @@ struct Expert {
     layer: u32,
     slot: Option<u32>,
     rate: Rate,
-    /// The number of the last [`SlotCache::begin`] that wanted it, until it was acquired.
+    /// The number of the [`SlotCache::begin`] that wanted it last, until it was acquired, or that is predicted to.
     wanted_in: u64,
 }
 
@@ -238,23 +249,33 @@ impl SlotCache {
         }
     }
 
-    /// Experts of a layer that comes next, to be read before it says what it wants: in decode those that it uses more
-    /// often than not, most used first; in a scan all. At most `most` that are not in a slot get one, as far as what
-    /// they displace is wanted later; each is pinned until its weights are there.
-    pub fn ahead(&mut self, layer: u32, lane: Lane, most: usize) -> Vec<(ExpertId, usize)> {
+    /// Experts of the layer that comes next, to be read before it says what it wants. At most `most` that are not in a
+    /// slot get one, as far as what they displace is wanted later; each is pinned until its weights are there.
+    pub fn ahead(&mut self, layer: u32, which: Ahead<'_>, most: usize) -> Vec<(ExpertId, usize)> {
         let first = self.first_expert[layer as usize];
-        let missing =
-            (first..self.first_expert[layer as usize + 1]).filter(|&index| self.experts[index].slot.is_none());
-        let mut wanted: Vec<(f32, usize)> = missing.map(|index| (self.rate(index), index)).collect();
-        if lane == Lane::Decode {
-            wanted.retain(|(rate, _)| *rate > AHEAD_RATE);
-            wanted.sort_by(|(one, _), (other, _)| other.total_cmp(one));
-        }
+        let all = first..self.first_expert[layer as usize + 1];
+        let wanted: Vec<usize> = match which {
+            Ahead::All => all.collect(),
+            Ahead::Frequent => {
+                let rates = all.map(|index| (self.rate(index), index));
+                let mut frequent: Vec<_> = rates.filter(|(rate, _)| *rate > AHEAD_RATE).collect();
+                frequent.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+                frequent.into_iter().map(|(_, index)| index).collect()
+            }
+            Ahead::Predicted(experts) => {
+                let predicted: Vec<usize> = experts.iter().map(|expert| first + expert).collect();
+                // Those that have a slot keep it until then.
+                predicted.iter().for_each(|&index| self.experts[index].wanted_in = self.begun + 1);
+                predicted
+            }
+        };
         let mut taken = Vec::new();
-        for (_, index) in wanted.into_iter().take(most) {
-            let no_sooner = (lane == Lane::Decode).then(|| self.steps_to_use(index));
+        for index in
+            wanted.into_iter().filter(|&index| self.experts[index].slot.is_none()).take(most).collect::<Vec<_>>()
+        {
+            let no_sooner = (which != Ahead::All).then(|| self.steps_to_use(index));
             let Some(slot) = self.take_slot(no_sooner) else { break };
-            self.give(slot, index, lane);
+            self.give(slot, index, if which == Ahead::All { Lane::Scan } else { Lane::Decode });
             let entry = &mut self.slots[slot as usize];
             (entry.ahead, entry.pins) = (true, 1);
             taken.push((ExpertId { layer, expert: (index - first) as u32 }, slot as usize));
@@ -312,7 +333,7 @@ impl SlotCache {
     /// Steps until decode is expected to use an expert: the way to its layer, and the steps in which it is not used.
     fn steps_to_use(&self, index: usize) -> f32 {
         let expert = &self.experts[index];
-        if expert.wanted_in == self.begun && self.begun > 0 {
+        if expert.wanted_in >= self.begun && self.begun > 0 {
             return 0.0;
         }
         let layers = self.steps.len() as u32;

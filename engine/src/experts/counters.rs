@@ -23,8 +23,8 @@ pub struct StoreCounters {
     pub evictions: u64,
     /// Misses whose expert was being read, or had been, before it was wanted.
     pub ahead_used: u64,
-    /// Experts that were read ahead for nothing.
-    pub ahead_wasted: u64,
+    /// Bytes of the slots of experts that were read ahead for nothing.
+    pub ahead_wasted_bytes: u64,
     /// Bytes fetched.
     pub fetched_bytes: u64,
     /// How long each fetch took, in seconds, from when it was begun.
@@ -71,7 +71,7 @@ impl StoreCounters {
             layers: layers.collect(),
             evictions: self.evictions - earlier.evictions,
             ahead_used: self.ahead_used - earlier.ahead_used,
-            ahead_wasted: self.ahead_wasted - earlier.ahead_wasted,
+            ahead_wasted_bytes: self.ahead_wasted_bytes - earlier.ahead_wasted_bytes,
             fetched_bytes: self.fetched_bytes - earlier.fetched_bytes,
             fetch_seconds: self.fetch_seconds.since(&earlier.fetch_seconds),
             active_per_step: self.active_per_step.since(&earlier.active_per_step),

@@ -19,6 +19,7 @@ use super::{
 #[derive(Clone)]
 pub struct ExpertStore {
     shared: Arc<Shared>,
+    predicts: bool,
 }
 
 pub(super) struct Shared {
@@ -38,6 +39,8 @@ pub(super) struct State {
     pub(super) wanted: VecDeque<Missing>,
     /// What will likely be wanted soon, for a tier that has nothing else to do.
     pub(super) ahead: VecDeque<Missing>,
+    /// A layer, and which of its experts it will likely want, the likeliest first.
+    pub(super) predicted: Option<(usize, Vec<usize>)>,
     /// How many the tier works on.
     fetching: usize,
     /// Whether a thread is giving it some.
@@ -89,13 +92,34 @@ impl ExpertStore {
             contents: vec![Content::Ready; slots],
             wanted: VecDeque::new(),
             ahead: VecDeque::new(),
+            predicted: None,
             fetching: 0,
             giving: false,
             fetched_bytes: 0,
             stalled: Duration::ZERO,
             tally: Tally::default(),
         });
-        Ok(Self { shared: Arc::new(Shared { tier, slots: memory, state, changed: Condvar::new() }) })
+        let shared = Shared { tier, slots: memory, state, changed: Condvar::new() };
+        Ok(Self { shared: Arc::new(shared), predicts: false })
+    }
+
+    /// The same that wants to know which experts the next layer will likely use, or doesn't: then it reads those ahead
+    /// that decode uses more often than not.
+    #[must_use]
+    pub fn predicting(self, predicts: bool) -> Self {
+        Self { predicts, ..self }
+    }
+
+    /// Whether [`predict`](Self::predict) is of use.
+    #[must_use]
+    pub fn predicts(&self) -> bool {
+        self.predicts
+    }
+
+    /// Experts that the layer after the next one to be visited will likely want in decode, the likeliest first: they are read
+    /// while nothing else is.
+    pub fn predict(&self, layer: usize, experts: Vec<usize>) {
+        self.shared.lock().predicted = Some((layer, experts));
     }
 
     /// How many slots there are.
@@ -113,7 +137,7 @@ impl ExpertStore {
             layers: counters.layers.clone(),
             evictions: counters.evictions,
             ahead_used: counters.ahead_used,
-            ahead_wasted: counters.ahead_wasted,
+            ahead_wasted_bytes: counters.ahead_wasted * self.shared.slots.slot_bytes() as u64,
             fetched_bytes: state.fetched_bytes,
             fetch_seconds: state.tally.fetch_seconds,
             active_per_step: state.tally.active_per_step,

@@ -208,8 +208,23 @@ fn what_is_wanted_next_is_read_while_nothing_else_is() {
     assert!(rig.agree(1, &ALL, Lane::Scan).unwrap());
     let counters = rig.store.counters();
     assert!(counters.ahead_used > 0, "{counters:?}");
-    assert_eq!((counters.misses(), counters.ahead_wasted), (2 * COUNT as u64, 0));
+    assert_eq!((counters.misses(), counters.ahead_wasted_bytes), (2 * COUNT as u64, 0));
     assert_eq!(rig.tier.0.fetches.load(Ordering::Relaxed), 2 * COUNT, "once each");
+}
+
+#[test]
+fn what_the_next_router_would_choose_is_read_ahead() {
+    let rig = Rig::new(2 * COUNT);
+    let store = rig.store.clone().predicting(true);
+    store.predict(1, vec![5, 2]);
+    assert!(rig.agree(0, &[(0, 1)], Lane::Decode).unwrap());
+    assert!(rig.agree(1, &[(3, 5)], Lane::Decode).unwrap());
+    let counters = rig.store.counters();
+    assert_eq!((counters.misses(), counters.ahead_used), (4, 1), "{counters:?}");
+    // It was for that layer alone.
+    assert!(rig.agree(0, &[(0, 1)], Lane::Decode).unwrap());
+    assert!(rig.agree(1, &[(3, 6)], Lane::Decode).unwrap());
+    assert_eq!((rig.store.counters().misses(), rig.store.counters().ahead_used), (5, 1));
 }
 
 #[test]

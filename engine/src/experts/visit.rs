@@ -10,7 +10,7 @@ use cadre_kernels::slots::SlotReader;
 
 use super::{
     ExpertId, FetchError,
-    cache::Lane,
+    cache::{Ahead, Lane},
     store::{Content, Missing, Shared, State},
 };
 
@@ -117,17 +117,19 @@ impl<'a> Visit<'a> {
     fn look_ahead(&self, state: &mut State) {
         let layers = state.experts_per_layer.len();
         let next = (self.layer + 1) % layers;
-        let goes_on = match self.lane {
-            Lane::Decode => layers > 1,
+        let predicted = state.predicted.take().filter(|(layer, _)| *layer == next);
+        let which = match (self.lane, &predicted) {
+            (Lane::Decode, Some((_, experts))) => Ahead::Predicted(experts),
+            (Lane::Decode, None) if layers > 1 => Ahead::Frequent,
             // Whether another part of the prompt follows is not known here.
-            Lane::Scan => {
-                next > 0 && self.experts.len() as f64 >= SCAN_ALL * state.experts_per_layer[self.layer] as f64
+            (Lane::Scan, _)
+                if next > 0 && self.experts.len() as f64 >= SCAN_ALL * state.experts_per_layer[self.layer] as f64 =>
+            {
+                Ahead::All
             }
+            _ => return,
         };
-        if !goes_on {
-            return;
-        }
-        for (id, slot) in state.cache.ahead(next as u32, self.lane, AHEAD.min(self.shared.slots.count() / 4)) {
+        for (id, slot) in state.cache.ahead(next as u32, which, AHEAD.min(self.shared.slots.count() / 4)) {
             state.contents[slot] = Content::Coming;
             state.ahead.push_back(Missing { id, slot, is_ahead: true });
         }

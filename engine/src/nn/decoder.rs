@@ -1,6 +1,7 @@
-use super::{Attention, Ffn, Matrix, RmsNorm, Rope};
+use super::{Attention, Ffn, Matrix, RmsNorm, Rope, RoutedExperts};
 use crate::{
     Error, Result, Tensor,
+    experts::Lane,
     model::{Model, ModelInfo, StepContext},
     ops,
 };
@@ -40,6 +41,20 @@ pub struct DecoderLayer {
     pub ffn_norm: RmsNorm,
     /// The feed-forward.
     pub ffn: Ffn,
+}
+
+impl DecoderLayer {
+    /// Tells the expert store which experts this layer's router would choose for the hidden states before the
+    /// feed-forward of the layer before it, if the store wants to know: what the two layers still add changes few
+    /// choices (Eliseev and Mazur, arXiv:2312.17238).
+    fn predict_experts(&self, step: &StepContext<'_>, hidden: &Tensor) -> Result<()> {
+        let (Ffn::Moe(ffn), Lane::Decode) = (&self.ffn, step.batch.lane()) else { return Ok(()) };
+        let RoutedExperts::Stored(experts) = &ffn.experts else { return Ok(()) };
+        let Some((store, layer)) = experts.predicting() else { return Ok(()) };
+        let normed = self.ffn_norm.forward(step.compute, hidden)?;
+        store.predict(layer, ffn.route(step.compute, &normed)?.most_used(experts.count()));
+        Ok(())
+    }
 }
 
 impl Decoder {
@@ -116,6 +131,9 @@ impl Model for Decoder {
         let attended = layer.attention.forward(step, &self.parts.rope, index, &normed)?;
         let hidden = ops::add(&hidden, &attended)?;
         let normed = layer.ffn_norm.forward(step.compute, &hidden)?;
+        if let Some(next) = self.parts.layers.get(index + 1) {
+            next.predict_experts(step, &hidden)?;
+        }
         ops::add(&hidden, &layer.ffn.forward(step, index, &normed)?)
     }
 

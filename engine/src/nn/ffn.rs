@@ -131,10 +131,14 @@ impl DenseFfn {
 }
 
 impl MoeFfn {
+    /// The experts that the router chooses for each row of `x`, `[tokens, hidden]`.
+    pub(super) fn route(&self, compute: &Compute, x: &Tensor) -> Result<Routes> {
+        ops::route(&ops::linear(compute, x, &self.router, None)?, &self.options)
+    }
+
     fn forward(&self, step: &mut StepContext<'_>, layer: usize, x: &Tensor) -> Result<Tensor> {
         let compute = step.compute;
-        let logits = ops::linear(compute, x, &self.router, None)?;
-        let routes = ops::route(&logits, &self.options)?;
+        let routes = self.route(compute, x)?;
         let routed = match &self.experts {
             RoutedExperts::Resident(experts) => ops::grouped_ffn(compute, x, experts, &routes)?,
             RoutedExperts::Stored(experts) => ops::stored_ffn(compute, x, experts, &routes, step.batch.lane())?,

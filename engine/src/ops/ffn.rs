@@ -31,6 +31,17 @@ impl Routes {
         Self { top_k: 1, experts: vec![0; tokens], weights: vec![1.0; tokens] }
     }
 
+    /// The experts of `count` that any token uses, those of the largest weights together first.
+    pub(crate) fn most_used(&self, count: usize) -> Vec<usize> {
+        let mut sums = vec![0.0; count];
+        for (expert, weight) in self.experts.iter().zip(&self.weights) {
+            sums[*expert as usize] += weight;
+        }
+        let mut used: Vec<usize> = (0..count).filter(|&expert| sums[expert] > 0.0).collect();
+        used.sort_by(|&one, &other| sums[other].total_cmp(&sums[one]));
+        used
+    }
+
     /// The rows of each of `count` experts, ascending.
     fn by_expert(&self, count: usize) -> Vec<Vec<WeightedRow>> {
         let mut groups = vec![Vec::new(); count];

@@ -111,6 +111,11 @@ struct EngineArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     max_num_batched_tokens: usize,
 
+    /// While the disk has nothing else to do, read experts that the next layer's router would choose for the hidden
+    /// states of this one, in place of those that are used in more than half of the steps
+    #[arg(long)]
+    predict_experts: bool,
+
     /// Write which experts each step used into this file, a JSON line a step, for the cache simulator in benches;
     /// a file that is there is replaced
     #[arg(long, value_name = "FILE")]
@@ -132,6 +137,7 @@ impl EngineArgs {
             kv_dtype: self.kv_dtype.into(),
             prefix_caching: true,
             trace_routing: self.trace_routing.clone(),
+            predict_experts: self.predict_experts,
             return_routed_experts: false,
         }
     }

@@ -174,7 +174,7 @@ fn with_habits(slots: usize) -> SlotCache {
 fn what_decode_uses_more_often_than_not_is_read_ahead() {
     let mut cache = with_habits(1);
     step(&mut cache, 0, &[3], Lane::Decode);
-    let taken = cache.ahead(1, Lane::Decode, 8);
+    let taken = cache.ahead(1, Ahead::Frequent, 8);
     assert_eq!(taken, [(expert(1, 0), 0)], "the most used, into the one slot");
     assert_eq!(cache.acquire(expert(0, 0), Lane::Decode), None, "it is pinned until it is read");
     cache.release(0);
@@ -182,7 +182,7 @@ fn what_decode_uses_more_often_than_not_is_read_ahead() {
     assert_eq!(step(&mut cache, 1, &[0], Lane::Decode), [0]);
     assert_eq!((cache.counters().misses(), cache.counters().ahead_used), (misses + 1, 1), "it was read for this use");
     step(&mut cache, 0, &[3], Lane::Decode);
-    let taken = cache.ahead(1, Lane::Decode, 8);
+    let taken = cache.ahead(1, Ahead::Frequent, 8);
     assert_eq!(taken.len(), 1);
     cache.release(0);
     step(&mut cache, 1, &[3], Lane::Decode);
@@ -197,9 +197,27 @@ fn reading_ahead_displaces_nothing_that_is_wanted_sooner() {
     step(&mut cache, 0, &[0], Lane::Decode);
     step(&mut cache, 1, &[0], Lane::Decode);
     assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![0], vec![0]));
-    assert_eq!(cache.ahead(1, Lane::Decode, 8), [], "1 is wanted in three of four steps, 0 of either layer in all");
-    let scan = cache.ahead(0, Lane::Scan, 1);
+    assert_eq!(cache.ahead(1, Ahead::Frequent, 8), [], "1 is wanted in three of four steps, 0 of either layer in all");
+    let scan = cache.ahead(0, Ahead::All, 1);
     assert_eq!(scan.len(), 1, "a scan wants all of a layer");
+}
+
+#[test]
+fn what_is_predicted_is_read_and_keeps_its_slot() {
+    let mut cache = with_habits(3);
+    step(&mut cache, 0, &[3], Lane::Decode);
+    assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![3], vec![0, 1]));
+    // 0 has a slot. 3, which nobody has used yet, takes that of the layer that has just been, and is pinned.
+    let taken = cache.ahead(1, Ahead::Predicted(&[3, 0]), 8);
+    assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![], vec![0, 1, 3]));
+    cache.release(taken[0].1);
+    // What is predicted displaces nothing that is too.
+    let taken = cache.ahead(1, Ahead::Predicted(&[2, 0, 3]), 8);
+    assert_eq!((taken[0].0, cached(&cache, 1, 4)), (expert(1, 2), vec![0, 2, 3]));
+    cache.release(taken[0].1);
+    assert_eq!(cache.ahead(1, Ahead::Predicted(&[0, 2, 3, 1]), 8), []);
+    step(&mut cache, 1, &[3], Lane::Decode);
+    assert_eq!((cache.counters().ahead_used, cached(&cache, 1, 4)), (1, vec![0, 2, 3]));
 }
 
 #[test]
@@ -228,7 +246,8 @@ proptest! {
             let id = if number < 4 { expert(0, number as u32) } else { expert(1, number as u32 - 4) };
             let lane = if kind == 0 { Lane::Scan } else { Lane::Decode };
             if kind == 3 {
-                pinned.extend(cache.ahead(id.layer, lane, 2));
+                let which = [Ahead::Frequent, Ahead::All, Ahead::Predicted(&[2, 0, 3])][number % 3];
+                pinned.extend(cache.ahead(id.layer, which, 2));
             } else {
                 cache.begin(id.layer, &[id.expert as usize], lane);
                 let idle: Vec<(usize, f32)> = (0..slots)

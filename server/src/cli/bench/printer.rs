@@ -155,7 +155,7 @@ fn object(experts: &StoreCounters) -> Value {
         "layer_hit_rates": experts.layer_hit_rates().collect::<Vec<_>>(),
         "evictions": experts.evictions,
         "ahead_used": experts.ahead_used,
-        "ahead_wasted": experts.ahead_wasted,
+        "ahead_wasted_bytes": experts.ahead_wasted_bytes,
         "read_bytes": experts.fetched_bytes,
         "read_seconds_mean": experts.fetch_seconds.mean(),
         "active_per_step_mean": experts.active_per_step.mean(),
