@@ -207,7 +207,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     ensure!(trace.is_none() || !info.moe_layers.is_empty(), "--trace-routing: this model has no routed experts");
     let split = MemorySplit::new(options, budget, info, formats, Loaded::all(info, experts.as_ref()))?;
     let plan = split.kv;
-    let store = experts.map(|experts| open_experts(experts, options, &split)).transpose()?;
+    let store = experts.map(|experts| open_experts(experts, info, options, &split)).transpose()?;
     let profile = store.as_ref().and_then(|store| KeptProfile::open(store, &checkpoint));
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
@@ -351,7 +351,12 @@ impl MemorySplit {
 }
 
 /// Opens the store of experts that didn't fit, with the slots that the budget leaves beside all else.
-fn open_experts(experts: UnopenedExperts, options: &EngineOptions, split: &MemorySplit) -> Result<ExpertStore> {
+fn open_experts(
+    experts: UnopenedExperts,
+    info: &ModelInfo,
+    options: &EngineOptions,
+    split: &MemorySplit,
+) -> Result<ExpertStore> {
     let budget_mib = split.budget.unwrap_or(0) >> 20;
     let slots = split.slots.context("experts stay on disk only within a budget")?;
     if options.memory.is_none() {
@@ -367,6 +372,14 @@ fn open_experts(experts: UnopenedExperts, options: &EngineOptions, split: &Memor
         experts = split.experts,
         "experts are read as they are needed"
     );
+    let cycle: usize = info.moe_layers.iter().map(|layer| layer.top_k).sum();
+    if slots < cycle {
+        tracing::warn!(
+            "a token uses {cycle} experts, more than there are slots: some are read from disk for every token; {} MiB more \
+             would hold one token's",
+            ((cycle - slots) as u64 * split.stored.slot).div_ceil(1 << 20)
+        );
+    }
     if let Some(conversion) = experts.conversion() {
         tracing::warn!(
             "this checkpoint isn't packed: each expert that is needed takes {} KiB to read and is then converted; of a \

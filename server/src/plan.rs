@@ -277,12 +277,31 @@ impl Work {
         let distinct = usage.distinct / layers.max(1.0);
         let top_k = self.model.moe_layers.first().map_or(0, |layer| layer.top_k);
         let each = machine.expert((tokens * top_k) as f64 / distinct.max(1.0));
-        let missing = distinct * (1.0 - usage.hit_rate);
         let computing = distinct * each;
-        // Those that are there compute while the others are read; the last one to land is computed alone.
-        let experts = if missing < 1e-9 { computing } else { computing.max(machine.reads(missing) + each) };
+        // Those that are there compute while the others are read; the last one to land is computed alone. How many are
+        // missing differs from layer to layer, and a layer can't use the time in which another one reads nothing.
+        let with_missing = |missing: usize| match missing {
+            0 => computing,
+            _ => computing.max(machine.reads(missing as f64) + each),
+        };
+        let likelihoods = binomial(distinct.round() as usize, 1.0 - usage.hit_rate);
+        let experts: f64 =
+            likelihoods.enumerate().map(|(missing, likelihood)| likelihood * with_missing(missing)).sum();
         machine.layers(tokens as f64) + layers * experts
     }
+}
+
+/// How likely 0, 1, … `count` of so many happen, each of which does with `likelihood`.
+fn binomial(count: usize, likelihood: f64) -> impl Iterator<Item = f64> {
+    let mut likelihoods = vec![0.0; count + 1];
+    likelihoods[0] = 1.0;
+    for tried in 1..=count {
+        for happened in (0..=tried).rev() {
+            let before = if happened > 0 { likelihoods[happened - 1] * likelihood } else { 0.0 };
+            likelihoods[happened] = before + likelihoods[happened] * (1.0 - likelihood);
+        }
+    }
+    likelihoods.into_iter()
 }
 
 /// The part of a step's uses that find their expert in a slot: the first of the experts have slots. `uses`: how likely
@@ -396,8 +415,9 @@ mod tests {
     fn parts_that_were_timed_add_up() {
         // Layers 10 ms, head 1 ms, two experts of 20 ms.
         equal(work(None).decode(1, None, &machine()).predicted, 1.0 / 0.051);
-        // One of them is read in 200 ms while the other is computed; then it is.
-        equal(work(Some(2)).decode(1, None, &machine()).predicted, 1.0 / (0.011 + 0.2 + 0.02));
+        // Both are there, one is read in 200 ms while the other is computed, or both are read in 267: 1, 2 and 1 times in 4.
+        let experts = 0.25 * 0.04 + 0.5 * (0.2 + 0.02) + 0.25 * (0.8 / 3.0 + 0.02);
+        equal(work(Some(2)).decode(1, None, &machine()).predicted, 1.0 / (0.011 + experts));
         // Four experts with two rows each of four tokens (0.02 · 2 · 3.75 experts of 2.13 rows), all in memory.
         let (distinct, rows) = (3.75, 8.0 / 3.75);
         equal(work(None).decode(4, None, &machine()).predicted, 4.0 / (0.044 + distinct * 0.02 * rows));
@@ -454,6 +474,14 @@ mod tests {
         for profile in [&[vec![1, 2, 3]][..], &[], &[vec![0, 0, 0, 0]]] {
             assert_eq!(work(Some(1)).with_profile(profile).usage(1), work(Some(1)).usage(1));
         }
+    }
+
+    #[test]
+    fn what_happens_to_some_of_many() {
+        assert_eq!(binomial(2, 0.5).collect::<Vec<_>>(), [0.25, 0.5, 0.25]);
+        assert_eq!(binomial(3, 0.0).collect::<Vec<_>>(), [1.0, 0.0, 0.0, 0.0]);
+        assert_eq!(binomial(2, 1.0).collect::<Vec<_>>(), [0.0, 0.0, 1.0]);
+        equal(binomial(64, 0.3).enumerate().map(|(count, likelihood)| count as f64 * likelihood).sum(), 19.2);
     }
 
     #[test]

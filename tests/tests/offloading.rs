@@ -105,6 +105,20 @@ fn a_budget_changes_the_memory_and_not_the_tokens() {
 }
 
 #[test]
+fn the_least_budget_holds_fewer_experts_than_a_token_uses_and_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let pack = pack(directory.path());
+    let pack = pack.to_str().unwrap();
+    let refused = run(&generate(pack, &["--memory", "40MiB", "--max-num-batched-tokens", "64"]));
+    let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
+    // What a process takes besides differs from one to the next.
+    let least = least.and_then(|number| number.parse::<u64>().ok()).unwrap() + 1;
+    for told in within_budgets(pack, &[], &[least]) {
+        assert!(told.contains("a token uses 16 experts, more than there are slots"), "{told}");
+    }
+}
+
+#[test]
 fn a_checkpoint_that_is_not_packed_runs_within_a_budget_too() {
     let directory = tempfile::tempdir().unwrap();
     let source = source(directory.path());

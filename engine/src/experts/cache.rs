@@ -283,6 +283,32 @@ impl SlotCache {
         taken
     }
 
+    /// At most `most` experts that decode is known to use, most used first.
+    #[must_use]
+    pub fn most_used(&self, most: usize) -> Vec<ExpertId> {
+        let rates = (0..self.experts.len()).map(|index| (self.rate(index), index));
+        let mut used: Vec<_> = rates.filter(|(rate, _)| *rate > 0.0).collect();
+        used.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+        let id = |index: usize| {
+            let layer = self.experts[index].layer;
+            ExpertId { layer, expert: (index - self.first_expert[layer as usize]) as u32 }
+        };
+        used.into_iter().take(most).map(|(_, index)| id(index)).collect()
+    }
+
+    /// Gives an expert that has no slot a free one, if there is one, before anybody wants it; pinned until its weights are
+    /// there.
+    pub fn preload(&mut self, id: ExpertId) -> Option<usize> {
+        let index = self.index(id);
+        if self.experts[index].slot.is_some() {
+            return None;
+        }
+        let slot = self.free.pop()?;
+        self.give(slot, index, Lane::Decode);
+        self.slots[slot as usize].pins = 1;
+        Some(slot as usize)
+    }
+
     /// Whether an expert has a slot.
     #[must_use]
     pub fn contains(&self, id: ExpertId) -> bool {

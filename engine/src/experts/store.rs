@@ -39,6 +39,8 @@ pub(super) struct State {
     pub(super) wanted: VecDeque<Missing>,
     /// What will likely be wanted soon, for a tier that has nothing else to do.
     pub(super) ahead: VecDeque<Missing>,
+    /// What free slots are filled with, first to last, while nothing else is to be fetched.
+    preload: VecDeque<ExpertId>,
     /// A layer, and which of its experts it will likely want, the likeliest first.
     pub(super) predicted: Option<(usize, Vec<usize>)>,
     /// How many the tier works on.
@@ -92,6 +94,7 @@ impl ExpertStore {
             contents: vec![Content::Ready; slots],
             wanted: VecDeque::new(),
             ahead: VecDeque::new(),
+            preload: VecDeque::new(),
             predicted: None,
             fetching: 0,
             giving: false,
@@ -151,12 +154,17 @@ impl ExpertStore {
         self.shared.lock().cache.profile()
     }
 
-    /// Begins with the uses of an earlier run.
+    /// Begins with the uses of an earlier run: what was used most is fetched into the free slots, while nothing else is to
+    /// be fetched.
     ///
     /// # Errors
     /// If `profile` is of a model with other layers or numbers of experts.
     pub fn seed(&self, profile: &[Vec<u32>]) -> crate::Result<()> {
-        self.shared.lock().cache.seed(profile)
+        let mut state = self.shared.lock();
+        state.cache.seed(profile)?;
+        state.preload = state.cache.most_used(self.slots()).into();
+        drop(self.shared.give(state));
+        Ok(())
     }
 
     /// A step comes to `layer` and wants these experts of it, in ascending order: takes as many as there is room for, those
@@ -179,6 +187,20 @@ impl State {
                 self.cache.release(missing.slot);
             }
         }
+    }
+
+    /// What the tier should fetch next.
+    fn next(&mut self) -> Option<Missing> {
+        let missing = self.wanted.pop_front().or_else(|| self.ahead.pop_front());
+        missing.or_else(|| {
+            while let Some(id) = self.preload.pop_front() {
+                if let Some(slot) = self.cache.preload(id) {
+                    self.contents[slot] = Content::Coming;
+                    return Some(Missing { id, slot, is_ahead: true });
+                }
+            }
+            None
+        })
     }
 
     fn land(&mut self, Missing { slot, is_ahead, .. }: Missing, result: Result<usize, FetchError>) {
@@ -225,7 +247,7 @@ impl Shared {
         }
         state.giving = true;
         while state.fetching < self.tier.depth() {
-            let Some(missing) = state.wanted.pop_front().or_else(|| state.ahead.pop_front()) else { break };
+            let Some(missing) = state.next() else { break };
             state.fetching += 1;
             drop(state);
             let shared = Arc::clone(self);

@@ -228,6 +228,36 @@ fn what_the_next_router_would_choose_is_read_ahead() {
 }
 
 #[test]
+fn what_an_earlier_run_used_is_there_at_the_start() {
+    let rig = Rig::new(4);
+    let mut profile = vec![vec![0; COUNT]; 2];
+    (profile[0][2], profile[0][5], profile[1][1], profile[1][3], profile[1][6]) = (900, 60_000, 40_000, 20_000, 1000);
+    rig.store.seed(&profile).unwrap();
+    while rig.store.counters().fetch_seconds.count() < 4 {
+        std::thread::yield_now();
+    }
+    assert!(rig.agree(0, &[(2, 5)], Lane::Decode).unwrap());
+    let counters = rig.store.counters();
+    assert_eq!((counters.hits(), counters.misses()), (1, 1), "2 of layer 0 is used least: {counters:?}");
+    assert!(rig.agree(1, &[(1, 3)], Lane::Decode).unwrap());
+    assert_eq!(rig.store.counters().hits(), 3);
+}
+
+#[test]
+fn nothing_waits_for_what_is_there_before_it_is_wanted() {
+    let rig = Rig::new(2 * COUNT);
+    rig.tier.stall(1, [0, 1]);
+    let mut profile = vec![vec![0; COUNT]; 2];
+    (profile[1][0], profile[1][1]) = (60_000, 50_000);
+    rig.store.seed(&profile).unwrap();
+    rig.tier.wait_until_stalled(2);
+    assert!(rig.agree(0, &ALL, Lane::Decode).unwrap());
+    rig.tier.go_on();
+    assert!(rig.agree(1, &ALL, Lane::Decode).unwrap());
+    assert_eq!(rig.tier.0.fetches.load(Ordering::Relaxed), 2 * COUNT, "once each");
+}
+
+#[test]
 fn reading_ahead_in_vain_fails_nobody() {
     let rig = Rig::new(2 * COUNT);
     rig.tier.0.broken.lock().unwrap().extend((0..COUNT as u32).map(|expert| ExpertId { layer: 1, expert }));
