@@ -15,7 +15,7 @@
 //! Invariants:
 //! - An expert is in at most one slot, and a slot holds at most one expert.
 //! - A slot is free exactly if it is empty and unpinned.
-//! - Every operation takes constant time, but for `begin` and `ahead`, which go through one layer's experts: the expert
+//! - Every operation takes constant time, but for those that go through a layer's experts or all of them: the expert
 //!   that goes is the best of a random sample. Drawn badly, that costs a read, never a token.
 
 mod rate;
@@ -112,7 +112,7 @@ struct Expert {
     layer: u32,
     slot: Option<u32>,
     rate: Rate,
-    /// The number of the [`SlotCache::begin`] that wanted it last, until it was acquired, or that is predicted to.
+    /// The value of `begun` when it was wanted last, until it was acquired; one more if it was predicted then.
     wanted_in: u64,
 }
 
@@ -143,8 +143,10 @@ pub struct SlotCache {
     steps: Vec<u32>,
     /// The layer that is being computed.
     layer: u32,
-    /// How often [`SlotCache::begin`] was called.
+    /// Twice how often [`SlotCache::begin`] was called: a number between is what is predicted for the next time.
     begun: u64,
+    /// Slots with a pin.
+    pinned: usize,
     random: u64,
     counters: Counters,
 }
@@ -171,6 +173,7 @@ impl SlotCache {
             steps: vec![0; experts_per_layer.len()],
             layer: 0,
             begun: 0,
+            pinned: 0,
             random: 1,
             counters: Counters { layers, ..Counters::default() },
         }
@@ -179,7 +182,7 @@ impl SlotCache {
     /// A step comes to a layer, and wants these experts of it.
     pub fn begin(&mut self, layer: u32, experts: &[usize], lane: Lane) {
         self.layer = layer;
-        self.begun += 1;
+        self.begun += 2;
         let step = &mut self.steps[layer as usize];
         if lane == Lane::Decode {
             *step = step.saturating_add(1);
@@ -207,8 +210,8 @@ impl SlotCache {
             }
         };
         self.experts[index].wanted_in = 0;
+        self.pin(slot);
         let entry = &mut self.slots[slot as usize];
-        entry.pins += 1;
         if lane == Lane::Decode {
             entry.scanned = false;
         }
@@ -231,6 +234,7 @@ impl SlotCache {
         if entry.pins > 0 {
             return;
         }
+        self.pinned -= 1;
         if entry.expert.is_none() {
             self.free.push(slot as u32);
         } else if entry.scanned && !std::mem::replace(&mut entry.stacked, true) {
@@ -249,12 +253,12 @@ impl SlotCache {
         }
     }
 
-    /// Experts of the layer that comes next, to be read before it says what it wants. At most `most` that are not in a
-    /// slot get one, as far as what they displace is wanted later; each is pinned until its weights are there.
-    pub fn ahead(&mut self, layer: u32, which: Ahead<'_>, most: usize) -> Vec<(ExpertId, usize)> {
+    /// Experts of the layer that comes next that have no slot and should be read before it says what it wants, the most
+    /// urgent first.
+    pub fn ahead(&mut self, layer: u32, which: Ahead<'_>) -> Vec<ExpertId> {
         let first = self.first_expert[layer as usize];
         let all = first..self.first_expert[layer as usize + 1];
-        let wanted: Vec<usize> = match which {
+        let mut wanted: Vec<usize> = match which {
             Ahead::All => all.collect(),
             Ahead::Frequent => {
                 let rates = all.map(|index| (self.rate(index), index));
@@ -264,23 +268,28 @@ impl SlotCache {
             }
             Ahead::Predicted(experts) => {
                 let predicted: Vec<usize> = experts.iter().map(|expert| first + expert).collect();
-                // Those that have a slot keep it until then.
+                // Those that have a slot keep it until that layer has come.
                 predicted.iter().for_each(|&index| self.experts[index].wanted_in = self.begun + 1);
                 predicted
             }
         };
-        let mut taken = Vec::new();
-        for index in
-            wanted.into_iter().filter(|&index| self.experts[index].slot.is_none()).take(most).collect::<Vec<_>>()
-        {
-            let no_sooner = (which != Ahead::All).then(|| self.steps_to_use(index));
-            let Some(slot) = self.take_slot(no_sooner) else { break };
-            self.give(slot, index, if which == Ahead::All { Lane::Scan } else { Lane::Decode });
-            let entry = &mut self.slots[slot as usize];
-            (entry.ahead, entry.pins) = (true, 1);
-            taken.push((ExpertId { layer, expert: (index - first) as u32 }, slot as usize));
+        wanted.retain(|&index| self.experts[index].slot.is_none());
+        wanted.into_iter().map(|index| ExpertId { layer, expert: (index - first) as u32 }).collect()
+    }
+
+    /// Gives an expert that is wanted soon a slot, in decode only if what it displaces is wanted later; pinned until its
+    /// weights are there. None: it has one, or there is none for it.
+    pub fn take_ahead(&mut self, id: ExpertId, lane: Lane) -> Option<usize> {
+        let index = self.index(id);
+        if self.experts[index].slot.is_some() {
+            return None;
         }
-        taken
+        let no_sooner = (lane == Lane::Decode).then(|| self.steps_to_use(index));
+        let slot = self.take_slot(no_sooner)?;
+        self.give(slot, index, lane);
+        self.slots[slot as usize].ahead = true;
+        self.pin(slot);
+        Some(slot as usize)
     }
 
     /// At most `most` experts that decode is known to use, most used first.
@@ -296,17 +305,27 @@ impl SlotCache {
         used.into_iter().take(most).map(|(_, index)| id(index)).collect()
     }
 
-    /// Gives an expert that has no slot a free one, if there is one, before anybody wants it; pinned until its weights are
-    /// there.
+    /// Gives an expert a slot that holds nothing, or what a scan left, before anybody wants it; pinned until its weights are
+    /// there. None: it has one, or there is none for it.
     pub fn preload(&mut self, id: ExpertId) -> Option<usize> {
         let index = self.index(id);
         if self.experts[index].slot.is_some() {
             return None;
         }
-        let slot = self.free.pop()?;
+        let slot = self.free.pop().or_else(|| {
+            let slot = self.pop_scanned()?;
+            self.evict(slot);
+            Some(slot)
+        })?;
         self.give(slot, index, Lane::Decode);
-        self.slots[slot as usize].pins = 1;
+        self.pin(slot);
         Some(slot as usize)
+    }
+
+    /// Slots that may be given away.
+    #[must_use]
+    pub fn unpinned(&self) -> usize {
+        self.slots.len() - self.pinned
     }
 
     /// Whether an expert has a slot.
@@ -389,25 +408,45 @@ impl SlotCache {
                 slot
             }
         };
+        self.evict(slot);
+        Some(slot)
+    }
+
+    fn evict(&mut self, slot: u32) {
         let entry = &mut self.slots[slot as usize];
         self.counters.evictions += 1;
         self.counters.ahead_wasted += u64::from(entry.ahead);
         if let Some(index) = entry.expert.take() {
             self.experts[index].slot = None;
         }
-        Some(slot)
+    }
+
+    fn pin(&mut self, slot: u32) {
+        let entry = &mut self.slots[slot as usize];
+        self.pinned += usize::from(entry.pins == 0);
+        entry.pins += 1;
     }
 
     fn pop_scanned(&mut self) -> Option<u32> {
+        let mut wanted = Vec::new();
+        let mut found = None;
         while let Some(slot) = self.scanned.pop() {
             let entry = &mut self.slots[slot as usize];
-            entry.stacked = false;
             // Pinned ones come back with their release.
-            if entry.scanned && entry.pins == 0 && entry.expert.is_some() {
-                return Some(slot);
+            let Some(index) = entry.expert.filter(|_| entry.scanned && entry.pins == 0) else {
+                entry.stacked = false;
+                continue;
+            };
+            if self.experts[index].wanted_in >= self.begun {
+                wanted.push(slot);
+                continue;
             }
+            entry.stacked = false;
+            found = Some(slot);
+            break;
         }
-        None
+        self.scanned.extend(wanted.into_iter().rev());
+        found
     }
 
     /// Of a sample of the unpinned slots that hold an expert, the one that is expected to be used last, and in how many

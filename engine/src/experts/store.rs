@@ -38,8 +38,8 @@ pub(super) struct State {
     /// What is wanted now and the tier has not been given yet.
     pub(super) wanted: VecDeque<Missing>,
     /// What will likely be wanted soon, for a tier that has nothing else to do.
-    pub(super) ahead: VecDeque<Missing>,
-    /// What free slots are filled with, first to last, while nothing else is to be fetched.
+    pub(super) ahead: VecDeque<(ExpertId, Lane)>,
+    /// What slots that hold nothing of use are filled with, while nothing else is to be fetched.
     preload: VecDeque<ExpertId>,
     /// A layer, and which of its experts it will likely want, the likeliest first.
     pub(super) predicted: Option<(usize, Vec<usize>)>,
@@ -155,7 +155,7 @@ impl ExpertStore {
     }
 
     /// Begins with the uses of an earlier run: what was used most is fetched into the free slots, while nothing else is to
-    /// be fetched.
+    /// be fetched, and what prompts have left there makes room for it.
     ///
     /// # Errors
     /// If `profile` is of a model with other layers or numbers of experts.
@@ -176,31 +176,42 @@ impl ExpertStore {
 }
 
 impl State {
-    /// A step has come to `layer` and wants these experts of it: what was to be read ahead is wanted now, or no longer.
-    pub(super) fn settle_ahead(&mut self, layer: usize, experts: &[usize]) {
-        for missing in std::mem::take(&mut self.ahead) {
-            if missing.id.layer as usize == layer && experts.contains(&(missing.id.expert as usize)) {
-                self.wanted.push_back(missing);
-            } else {
-                self.contents[missing.slot] = Content::Ready;
-                self.cache.discard(missing.slot);
-                self.cache.release(missing.slot);
-            }
-        }
-    }
-
     /// What the tier should fetch next.
     fn next(&mut self) -> Option<Missing> {
-        let missing = self.wanted.pop_front().or_else(|| self.ahead.pop_front());
-        missing.or_else(|| {
-            while let Some(id) = self.preload.pop_front() {
-                if let Some(slot) = self.cache.preload(id) {
-                    self.contents[slot] = Content::Coming;
-                    return Some(Missing { id, slot, is_ahead: true });
-                }
+        if let Some(missing) = self.wanted.pop_front() {
+            return Some(missing);
+        }
+        while let Some((id, lane)) = self.ahead.pop_front() {
+            if let Some(slot) = self.cache.take_ahead(id, lane) {
+                return Some(self.coming(id, slot));
             }
-            None
-        })
+        }
+        while let Some(&id) = self.preload.front() {
+            let slot = self.cache.preload(id);
+            if slot.is_none() && !self.cache.contains(id) {
+                // There is no room now; a scan may leave some.
+                break;
+            }
+            self.preload.pop_front();
+            if let Some(slot) = slot {
+                return Some(self.coming(id, slot));
+            }
+        }
+        None
+    }
+
+    /// One that nobody waits for.
+    fn coming(&mut self, id: ExpertId, slot: usize) -> Missing {
+        self.contents[slot] = Content::Coming;
+        Missing { id, slot, is_ahead: true }
+    }
+
+    /// A visit holds a slot no longer, which is not being filled.
+    pub(super) fn let_go(&mut self, slot: usize) {
+        if matches!(self.contents[slot], Content::Failed(_)) {
+            self.cache.discard(slot);
+        }
+        self.cache.release(slot);
     }
 
     fn land(&mut self, Missing { slot, is_ahead, .. }: Missing, result: Result<usize, FetchError>) {
@@ -250,9 +261,14 @@ impl Shared {
             let Some(missing) = state.next() else { break };
             state.fetching += 1;
             drop(state);
-            let shared = Arc::clone(self);
+            // Nothing is told of a store that is gone, and nothing more is fetched for it.
+            let shared = Arc::downgrade(self);
             let begun = Instant::now();
-            let arrived = move |result| shared.arrived(missing, begun, result);
+            let arrived = move |result| {
+                if let Some(shared) = shared.upgrade() {
+                    shared.arrived(missing, begun, result);
+                }
+            };
             let fetch = Fetch::new(missing.id, self.tier.name(), self.slots.write(missing.slot), arrived);
             // After a panic the fetch is dropped, and so has failed.
             let _ = catch_unwind(AssertUnwindSafe(|| self.tier.fetch(fetch)));

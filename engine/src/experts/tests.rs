@@ -300,6 +300,29 @@ fn all_goes_on_after_a_stall_of_the_whole_disk() {
 }
 
 #[test]
+fn many_visits_at_a_time_end_with_the_right_bits() {
+    for slots in [1, 2, 3, 5, 8, 12] {
+        let rig = Rig::new(slots);
+        let store = rig.store.clone().predicting(true);
+        std::thread::scope(|scope| {
+            for thread in 0..4_usize {
+                let (rig, store) = (&rig, &store);
+                scope.spawn(move || {
+                    for step in 0..40_usize {
+                        let number = (step * 31 + thread * 17) % 53;
+                        let choices = [(number % 7, (number + 2) % 7), ((number + 3) % 7, (number + 5) % 7)];
+                        store.predict(1 - number % 2, vec![number % 7, (number + 1) % 7]);
+                        let lane = if number % 5 == 0 { Lane::Scan } else { Lane::Decode };
+                        let choices = if number % 3 == 0 { &ALL[..] } else { &choices };
+                        assert!(rig.agree(number % 2, choices, lane).unwrap());
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
 fn who_misses_the_same_expert_shares_one_read() {
     let rig = Rig::new(3);
     rig.tier.stall(0, [4]);

@@ -26,8 +26,9 @@ const SCAN_ALL: f64 = 0.75;
 
 /// Experts of one layer that a step wants. Those that it holds stay in memory until they are released or it ends.
 ///
-/// Those in memory are held from the start, those to be fetched follow in ascending order as room is made; so whoever
-/// releases in ascending order is never left waiting. Several visits at a time may wait for each other's releases.
+/// Those in memory are held from the start if that leaves room for others, those to be fetched follow in ascending order as
+/// room is made. So whoever holds any holds the lowest that it has not released, and who releases in ascending order is
+/// never left waiting. Several visits at a time may wait for each other's releases.
 pub struct Visit<'a> {
     shared: &'a Arc<Shared>,
     layer: usize,
@@ -63,7 +64,8 @@ impl<'a> Visit<'a> {
         };
         let mut state = shared.lock();
         state.cache.begin(layer as u32, experts, lane);
-        state.settle_ahead(layer, experts);
+        // Those of them that are wanted are so now.
+        state.ahead.clear();
         let layers = state.experts_per_layer.len();
         state.tally.uses(layer, layers, experts.len());
         visit.hold_present(&mut state);
@@ -80,7 +82,7 @@ impl<'a> Visit<'a> {
     fn hold_present(&mut self, state: &mut State) {
         let present: Vec<usize> =
             (0..self.experts.len()).filter(|&index| state.cache.contains(self.id(index))).collect();
-        let room = self.shared.slots.count().saturating_sub((self.experts.len() - present.len()).min(WINDOW));
+        let room = state.cache.unpinned().saturating_sub((self.experts.len() - present.len()).min(WINDOW));
         for index in present.into_iter().take(room) {
             self.hold(state, index, false);
         }
@@ -129,10 +131,9 @@ impl<'a> Visit<'a> {
             }
             _ => return,
         };
-        for (id, slot) in state.cache.ahead(next as u32, which, AHEAD.min(self.shared.slots.count() / 4)) {
-            state.contents[slot] = Content::Coming;
-            state.ahead.push_back(Missing { id, slot, is_ahead: true });
-        }
+        let most = AHEAD.min(self.shared.slots.count() / 4);
+        let ids = state.cache.ahead(next as u32, which);
+        state.ahead.extend(ids.into_iter().take(most).map(|id| (id, self.lane)));
     }
 
     /// The experts, by their index in the visit, that are there and were not named before; waits until there is one. None:
@@ -151,7 +152,11 @@ impl<'a> Visit<'a> {
                 let Place::Held { slot, named: named @ false, .. } = place else { continue };
                 match &state.contents[*slot] {
                     Content::Coming => {}
-                    Content::Failed(error) => return Err(error.clone()),
+                    Content::Failed(error) => {
+                        let error = error.clone();
+                        state.stalled += waited_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
+                        return Err(error);
+                    }
                     Content::Ready => {
                         *named = true;
                         landed.push(index);
@@ -180,11 +185,12 @@ impl<'a> Visit<'a> {
         self.shared.slots.read(slot)
     }
 
-    /// Gives back experts that are no longer needed; [`Visit::landed`] takes others in their place.
+    /// Gives back experts that have landed and are no longer needed; [`Visit::landed`] takes others in their place.
     pub fn release(&mut self, indices: Range<usize>) {
         let mut state = self.shared.lock();
         for place in &mut self.places[indices] {
-            if let Place::Held { slot, follower, .. } = std::mem::replace(place, Place::Released) {
+            if let Place::Held { slot, follower, named } = std::mem::replace(place, Place::Released) {
+                debug_assert!(named, "an expert is released before it has landed");
                 self.followers -= usize::from(follower);
                 state.cache.release(slot);
             }
@@ -196,16 +202,19 @@ impl<'a> Visit<'a> {
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
-        for place in &self.places {
-            let Place::Held { slot, .. } = *place else { continue };
-            // A slot that is being filled may not become another expert's.
+        let held = self.places.iter().filter_map(|place| match place {
+            Place::Held { slot, .. } => Some(*slot),
+            Place::Waiting | Place::Released => None,
+        });
+        // A slot that is being filled may not become another expert's; nobody need wait for the others.
+        let (coming, there): (Vec<_>, Vec<_>) = held.partition(|&slot| matches!(state.contents[slot], Content::Coming));
+        there.into_iter().for_each(|slot| state.let_go(slot));
+        self.shared.let_go();
+        for slot in coming {
             while matches!(state.contents[slot], Content::Coming) {
                 state = self.shared.wait(state);
             }
-            if matches!(state.contents[slot], Content::Failed(_)) {
-                state.cache.discard(slot);
-            }
-            state.cache.release(slot);
+            state.let_go(slot);
         }
         self.shared.let_go();
     }

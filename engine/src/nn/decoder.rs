@@ -131,7 +131,8 @@ impl Model for Decoder {
         let attended = layer.attention.forward(step, &self.parts.rope, index, &normed)?;
         let hidden = ops::add(&hidden, &attended)?;
         let normed = layer.ffn_norm.forward(step.compute, &hidden)?;
-        if let Some(next) = self.parts.layers.get(index + 1) {
+        // Reading ahead follows on a visit to the store.
+        if let (Some(next), Ffn::Moe(_)) = (self.parts.layers.get(index + 1), &layer.ffn) {
             next.predict_experts(step, &hidden)?;
         }
         ops::add(&hidden, &layer.ffn.forward(step, index, &normed)?)

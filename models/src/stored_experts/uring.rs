@@ -122,7 +122,7 @@ impl<D: Fn(Fetch, io::Result<()>)> Thread<D> {
             for (tag, result) in self.wait() {
                 match usize::try_from(tag).ok().filter(|index| *index < DEPTH) {
                     Some(index) => self.ended(index, result),
-                    None => self.clear(),
+                    None => self.clear(result),
                 }
             }
         }
@@ -186,9 +186,13 @@ impl<D: Fn(Fetch, io::Result<()>)> Thread<D> {
         }
     }
 
-    /// Something was given, or no more will be.
-    fn clear(&mut self) {
+    /// Something was given, or no more will be; or it can't be watched for that, and has to be asked again.
+    fn clear(&mut self, result: i32) {
         self.waking = false;
+        if result < 0 {
+            std::thread::sleep(PAUSE);
+            return;
+        }
         let mut wakes = [0; 64];
         // There is something to be read, or the end: this doesn't wait.
         self.closed = matches!(self.woken.read(&mut wakes), Ok(0));

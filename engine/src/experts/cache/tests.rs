@@ -41,6 +41,7 @@ impl SlotCache {
         }
         let held = self.slots.iter().filter(|slot| slot.expert.is_some()).count();
         assert_eq!(self.experts.iter().filter(|expert| expert.slot.is_some()).count(), held);
+        assert_eq!(self.pinned, self.slots.iter().filter(|slot| slot.pins > 0).count());
     }
 }
 
@@ -157,6 +158,13 @@ fn a_discarded_slot_is_missing_at_once_and_free_after_its_last_release() {
     }
 }
 
+/// Begins to read at most so many ahead: which, and their slots.
+fn read_ahead(cache: &mut SlotCache, layer: u32, which: Ahead<'_>, most: usize) -> Vec<(ExpertId, usize)> {
+    let lane = if which == Ahead::All { Lane::Scan } else { Lane::Decode };
+    let ids = cache.ahead(layer, which).into_iter().take(most);
+    ids.filter_map(|id| Some((id, cache.take_ahead(id, lane)?))).collect()
+}
+
 /// Layer 1 in the store's view: 0 is used always, 1 in most steps, 2 now and then, 3 never.
 fn with_habits(slots: usize) -> SlotCache {
     let mut cache = SlotCache::new(slots, &[4, 4]);
@@ -174,7 +182,7 @@ fn with_habits(slots: usize) -> SlotCache {
 fn what_decode_uses_more_often_than_not_is_read_ahead() {
     let mut cache = with_habits(1);
     step(&mut cache, 0, &[3], Lane::Decode);
-    let taken = cache.ahead(1, Ahead::Frequent, 8);
+    let taken = read_ahead(&mut cache, 1, Ahead::Frequent, 8);
     assert_eq!(taken, [(expert(1, 0), 0)], "the most used, into the one slot");
     assert_eq!(cache.acquire(expert(0, 0), Lane::Decode), None, "it is pinned until it is read");
     cache.release(0);
@@ -182,7 +190,7 @@ fn what_decode_uses_more_often_than_not_is_read_ahead() {
     assert_eq!(step(&mut cache, 1, &[0], Lane::Decode), [0]);
     assert_eq!((cache.counters().misses(), cache.counters().ahead_used), (misses + 1, 1), "it was read for this use");
     step(&mut cache, 0, &[3], Lane::Decode);
-    let taken = cache.ahead(1, Ahead::Frequent, 8);
+    let taken = read_ahead(&mut cache, 1, Ahead::Frequent, 8);
     assert_eq!(taken.len(), 1);
     cache.release(0);
     step(&mut cache, 1, &[3], Lane::Decode);
@@ -197,8 +205,8 @@ fn reading_ahead_displaces_nothing_that_is_wanted_sooner() {
     step(&mut cache, 0, &[0], Lane::Decode);
     step(&mut cache, 1, &[0], Lane::Decode);
     assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![0], vec![0]));
-    assert_eq!(cache.ahead(1, Ahead::Frequent, 8), [], "1 is wanted in three of four steps, 0 of either layer in all");
-    let scan = cache.ahead(0, Ahead::All, 1);
+    assert_eq!(read_ahead(&mut cache, 1, Ahead::Frequent, 8), [], "1 is wanted in three of four steps, 0 of either layer in all");
+    let scan = read_ahead(&mut cache, 0, Ahead::All, 1);
     assert_eq!(scan.len(), 1, "a scan wants all of a layer");
 }
 
@@ -208,16 +216,29 @@ fn what_is_predicted_is_read_and_keeps_its_slot() {
     step(&mut cache, 0, &[3], Lane::Decode);
     assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![3], vec![0, 1]));
     // 0 has a slot. 3, which nobody has used yet, takes that of the layer that has just been, and is pinned.
-    let taken = cache.ahead(1, Ahead::Predicted(&[3, 0]), 8);
+    let taken = read_ahead(&mut cache, 1, Ahead::Predicted(&[3, 0]), 8);
     assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![], vec![0, 1, 3]));
     cache.release(taken[0].1);
     // What is predicted displaces nothing that is too.
-    let taken = cache.ahead(1, Ahead::Predicted(&[2, 0, 3]), 8);
+    let taken = read_ahead(&mut cache, 1, Ahead::Predicted(&[2, 0, 3]), 8);
     assert_eq!((taken[0].0, cached(&cache, 1, 4)), (expert(1, 2), vec![0, 2, 3]));
     cache.release(taken[0].1);
-    assert_eq!(cache.ahead(1, Ahead::Predicted(&[0, 2, 3, 1]), 8), []);
+    assert_eq!(read_ahead(&mut cache, 1, Ahead::Predicted(&[0, 2, 3, 1]), 8), []);
     step(&mut cache, 1, &[3], Lane::Decode);
     assert_eq!((cache.counters().ahead_used, cached(&cache, 1, 4)), (1, vec![0, 2, 3]));
+}
+
+#[test]
+fn what_a_scan_left_makes_room_for_what_earlier_runs_used() {
+    let mut cache = SlotCache::new(2, &[4, 4]);
+    step(&mut cache, 0, &[0], Lane::Decode);
+    step(&mut cache, 0, &[1], Lane::Scan);
+    let slot = cache.preload(expert(1, 2)).expect("the scan's");
+    assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4), cache.unpinned()), (vec![0], vec![2], 1));
+    assert_eq!(cache.preload(expert(1, 2)), None, "it has a slot");
+    assert_eq!(cache.preload(expert(1, 3)), None, "nothing that decode uses goes");
+    cache.release(slot);
+    assert_eq!((cache.preload(expert(1, 3)), cache.unpinned()), (None, 2));
 }
 
 #[test]
@@ -247,7 +268,7 @@ proptest! {
             let lane = if kind == 0 { Lane::Scan } else { Lane::Decode };
             if kind == 3 {
                 let which = [Ahead::Frequent, Ahead::All, Ahead::Predicted(&[2, 0, 3])][number % 3];
-                pinned.extend(cache.ahead(id.layer, which, 2));
+                pinned.extend(read_ahead(&mut cache, id.layer, which, 2));
             } else {
                 cache.begin(id.layer, &[id.expert as usize], lane);
                 let idle: Vec<(usize, f32)> = (0..slots)
