@@ -18,6 +18,8 @@ pub struct Summary {
     pub layers: Option<u64>,
     /// Width of the hidden states.
     pub hidden_size: Option<u64>,
+    /// Width of the logits.
+    pub vocab_size: Option<u64>,
     /// Routed experts of a layer.
     pub experts: Option<u64>,
     /// Routed experts that a token uses.
@@ -170,6 +172,7 @@ impl Summary {
         Ok(Self {
             layers,
             hidden_size: config.count("hidden_size")?,
+            vocab_size: config.count("vocab_size")?,
             experts,
             experts_per_token,
             total_parameters: used.clone().map(|part| part.parameters).sum(),

@@ -61,6 +61,8 @@ pub struct EngineOptions {
     pub prefix_caching: bool,
     /// The file that gets each step's routing, if it is wanted.
     pub trace_routing: Option<PathBuf>,
+    /// Begin with the routing profile beside the model, and keep this run's.
+    pub routing_profile: bool,
     /// Read experts that the next layer's router is predicted to choose.
     pub predict_experts: bool,
     /// Let requests ask for the experts that their tokens were routed to.
@@ -79,6 +81,8 @@ pub struct Engine {
     pub compute: Compute,
     /// How many workers.
     pub threads: usize,
+    /// What keys and values are kept as.
+    pub kv_dtype: KvDtype,
     /// Blocks of the KV cache.
     pub kv_blocks: usize,
     /// Tokens in one of them.
@@ -198,8 +202,8 @@ impl Opened {
 /// # Errors
 /// When the checkpoint can't be read, or doesn't fit the limits.
 pub fn start(options: &EngineOptions) -> Result<Engine> {
-    let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
     let Opened { threads, compute, checkpoint, budget } = Opened::new(options)?;
+    let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
     let LoadedModel { model, formats, experts } = progress::weights("loading weights", |report| {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
@@ -208,7 +212,8 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let split = MemorySplit::new(options, budget, info, formats, Loaded::all(info, experts.as_ref()))?;
     let plan = split.kv;
     let store = experts.map(|experts| open_experts(experts, info, options, &split)).transpose()?;
-    let profile = store.as_ref().and_then(|store| KeptProfile::open(store, &checkpoint));
+    let profiled = store.as_ref().filter(|_| options.routing_profile);
+    let profile = profiled.and_then(|store| KeptProfile::open(store, &checkpoint));
     tracing::info!(
         model = checkpoint.name(), architecture = checkpoint.architecture(), %formats, isa = %compute.isa, threads,
         max_model_len = plan.max_model_len, kv_blocks = plan.blocks, "the model is loaded"
@@ -229,6 +234,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         formats,
         compute,
         threads,
+        kv_dtype: plan.dtype,
         kv_blocks: plan.blocks,
         kv_block_tokens: BLOCK_SIZE,
         store,
@@ -240,8 +246,9 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
 /// What a process will hold besides weights, as far as that is known before they are loaded.
 fn other_bytes(options: &EngineOptions, model: &Summary) -> u64 {
     let kv = options.kv_memory.unwrap_or_else(|| default_kv_bytes(options.memory));
-    let hidden_size = model.hidden_size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
-    let step = memory::step_bytes(hidden_size, 0, options.max_num_batched_tokens, options.max_num_seqs);
+    let [hidden_size, vocab_size] =
+        [model.hidden_size, model.vocab_size].map(|size| size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0));
+    let step = memory::step_bytes(hidden_size, vocab_size, options.max_num_batched_tokens, options.max_num_seqs);
     kv.saturating_add(step).saturating_add(host::rss_bytes().unwrap_or(0))
 }
 
@@ -280,7 +287,8 @@ impl StoredBytes {
 impl Loaded {
     /// All weights of a model, but for `experts`.
     fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
-        let weights = host::rss_bytes().unwrap_or(info.dense_bytes);
+        let stored = experts.map_or(0, |_| info.routed_bytes());
+        let weights = host::rss_bytes().unwrap_or(info.weight_bytes - stored);
         Self { weights, ahead: 0, experts: experts.map(StoredBytes::of) }
     }
 
@@ -591,7 +599,10 @@ mod tests {
     use cadre_engine::request::{Request, StopParams};
 
     use super::*;
-    use crate::generation::{Generation, OutputOptions};
+    use crate::{
+        generation::{Generation, OutputOptions},
+        testing::engine_options,
+    };
 
     const SIZES: KvSizes = KvSizes {
         block_bytes: 1 << 20,
@@ -646,20 +657,10 @@ mod tests {
     #[tokio::test]
     async fn the_embedded_model_starts_and_answers() {
         let options = EngineOptions {
-            model: None,
             served_names: vec!["small".to_owned()],
-            threads: Some(1),
-            memory: None,
-            kv_memory: None,
-            max_num_seqs: 2,
             max_num_batched_tokens: 64,
             max_model_len: Some(128),
-            formats: FormatOptions::default(),
-            kv_dtype: None,
-            prefix_caching: true,
-            trace_routing: None,
-            predict_experts: false,
-            return_routed_experts: false,
+            ..engine_options()
         };
         let engine = start(&options).unwrap();
         let served = &engine.served;

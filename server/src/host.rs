@@ -32,22 +32,53 @@ pub fn cache_directory() -> Option<PathBuf> {
     of("XDG_CACHE_HOME").or_else(|| Some(of("HOME")?.join(".cache")))
 }
 
-/// Bytes that can be had without swapping, within the control group's limit; `None` where nobody tells.
+/// Bytes that can be had without swapping, within the limits of all control groups that the process is in; `None` where
+/// nobody tells.
 pub fn free_memory_bytes() -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok();
     let machine = meminfo.and_then(|text| kibibytes(&text, "MemAvailable:"));
-    let read = |name| fs::read_to_string(Path::new("/sys/fs/cgroup").join(name)).ok()?.trim().parse::<u64>().ok();
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let groups = control_groups(Path::new("/sys/fs/cgroup"), &groups);
+    machine.into_iter().chain(groups.iter().filter_map(|group| free_in_group(group))).min()
+}
+
+/// The control groups that `/proc/self/cgroup` names, with those around them, of both versions: see cgroups(7).
+/// Some may not be there: a container may see its own group as the root.
+fn control_groups(root: &Path, text: &str) -> BTreeSet<PathBuf> {
+    let mut groups = BTreeSet::new();
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let mount = match controllers {
+            "" => root.to_owned(),
+            _ if controllers.split(',').any(|controller| controller == "memory") => root.join(controllers),
+            _ => continue,
+        };
+        let inner = Path::new(path.trim_start_matches('/'));
+        groups.extend(inner.ancestors().map(|group| mount.join(group)));
+    }
+    groups
+}
+
+/// What a control group's limit leaves, if it has one.
+fn free_in_group(group: &Path) -> Option<u64> {
+    let read = |names: [&str; 2]| {
+        let text = names.iter().find_map(|name| fs::read_to_string(group.join(name)).ok())?;
+        text.trim().parse::<u64>().ok()
+    };
+    let limit = read(["memory.max", "memory.limit_in_bytes"])?;
+    let used = read(["memory.current", "memory.usage_in_bytes"])?;
     // What the group has of the page cache makes room when it is needed.
-    let cached = fs::read_to_string("/sys/fs/cgroup/memory.stat").map_or(0, |text| cached_bytes(&text));
-    let used = read("memory.current").map(|current| current.saturating_sub(cached));
-    let group = read("memory.max").zip(used).map(|(max, used)| max.saturating_sub(used));
-    machine.into_iter().chain(group).min()
+    let cached = fs::read_to_string(group.join("memory.stat")).map_or(0, |text| cached_bytes(&text));
+    Some(limit.saturating_sub(used.saturating_sub(cached)))
 }
 
 /// The file pages of a control group's memory.stat, in bytes.
 fn cached_bytes(stat: &str) -> u64 {
-    let value = |key| stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
-    value("inactive_file ") + value("active_file ")
+    let value = |key: &str| stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok());
+    // Version 1 has the sum with the groups within apart.
+    let sum = |total: &str, own: &str| value(total).or_else(|| value(own)).unwrap_or(0);
+    sum("total_inactive_file ", "inactive_file ") + sum("total_active_file ", "active_file ")
 }
 
 /// The memory that this process uses now; `None` where nobody tells.
@@ -94,6 +125,26 @@ mod tests {
     fn file_pages_of_a_group_are_found() {
         assert_eq!(cached_bytes("anon 5\ninactive_anon 9\ninactive_file 30\nactive_file 12\n"), 42);
         assert_eq!(cached_bytes("anon 5\n"), 0);
+    }
+
+    #[test]
+    fn the_tightest_of_all_control_groups_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |group: &str, files: &[(&str, &str)]| {
+            fs::create_dir_all(root.path().join(group)).unwrap();
+            files.iter().for_each(|(name, text)| fs::write(root.path().join(group).join(name), text).unwrap());
+        };
+        write("a", &[("memory.max", "900\n"), ("memory.current", "300\n"), ("memory.stat", "active_file 100\n")]);
+        write("a/b", &[("memory.max", "max\n"), ("memory.current", "10\n")]);
+        write("memory/v1", &[("memory.limit_in_bytes", "5000"), ("memory.usage_in_bytes", "1000")]);
+        let free = |text: &str| -> Vec<u64> {
+            control_groups(root.path(), text).iter().filter_map(|group| free_in_group(group)).collect()
+        };
+        assert_eq!(free("0::/a/b\n"), [700]);
+        assert_eq!(free("9:memory:/v1/gone\n3:cpuset:/\n0::/\n"), [4000]);
+        assert_eq!(free("0::/elsewhere\nnonsense"), [0; 0]);
+        let stat = "inactive_file 1\ntotal_inactive_file 30\ntotal_active_file 12\n";
+        assert_eq!(cached_bytes(stat), 42);
     }
 
     #[test]

@@ -166,7 +166,7 @@ impl Seen {
 pub struct Speed {
     /// What is to be expected.
     pub predicted: f64,
-    /// What can't be exceeded.
+    /// What the machine allows if it reads memory and disk one after the other.
     pub bound: f64,
 }
 
@@ -263,8 +263,8 @@ impl Work {
         2.0 * (body * tokens as f64 + self.model.head_parameters as f64 * scored as f64)
     }
 
-    /// No step is shorter: each weight once from memory, those that are missing once from the disk before; or the
-    /// multiply-adds.
+    /// What the machine needs: each weight once from memory, or if it is missing once from the disk; or the
+    /// multiply-adds. Reading both at once may beat it.
     fn least_seconds(&self, usage: Usage, dense_bytes: u64, operations: f64, machine: &Machine) -> f64 {
         let memory = (dense_bytes as f64 + usage.bytes * usage.hit_rate) / machine.read_bandwidth;
         let disk = usage.distinct * (1.0 - usage.hit_rate) * machine.read();

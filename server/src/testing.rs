@@ -6,11 +6,11 @@ use std::sync::{
 };
 
 use cadre_engine::request::{Event, FinishReason, Request, SamplingParams, SubmitError, TokenLogprobs};
-use cadre_models::{ChatTemplate, Tokenizer};
+use cadre_models::{ChatTemplate, FormatOptions, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    engine::Served,
+    engine::{EngineOptions, Served},
     generation::{Backend, Machine, Sink, Ticket},
     metrics::Meters,
 };
@@ -24,6 +24,27 @@ pub const MAX_MODEL_LEN: usize = 256;
 
 const TEMPLATE: &str = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\
     <{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}";
+
+/// The embedded model on one thread, without limits.
+pub fn engine_options() -> EngineOptions {
+    EngineOptions {
+        model: None,
+        served_names: Vec::new(),
+        threads: Some(1),
+        memory: None,
+        kv_memory: None,
+        max_num_seqs: 2,
+        max_num_batched_tokens: 512,
+        max_model_len: None,
+        formats: FormatOptions::default(),
+        kv_dtype: None,
+        prefix_caching: true,
+        trace_routing: None,
+        routing_profile: true,
+        predict_experts: false,
+        return_routed_experts: false,
+    }
+}
 
 /// Tokenizer and chat template of a checkpoint without weights whose token ids are byte values.
 fn checkpoint() -> (Tokenizer, Option<ChatTemplate>) {

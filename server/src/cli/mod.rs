@@ -97,8 +97,8 @@ struct EngineArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     memory: Option<u64>,
 
-    /// Memory for the KV cache, such as 512MiB [default: up to 512MiB, no more than the sequences can use
-    /// and no more than a quarter of the free memory]
+    /// Memory for the KV cache, such as 512MiB [default: up to 512MiB, no more than the sequences can use, than a quarter
+    /// of the free memory, and than an eighth of --memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     kv_memory: Option<u64>,
 
@@ -137,6 +137,7 @@ impl EngineArgs {
             kv_dtype: self.kv_dtype.into(),
             prefix_caching: true,
             trace_routing: self.trace_routing.clone(),
+            routing_profile: true,
             predict_experts: self.predict_experts,
             return_routed_experts: false,
         }

@@ -80,11 +80,9 @@ impl Plan {
         let split = MemorySplit::new(options, budget, &info, formats, Loaded::none(&outline))?;
         let work = Work::new(info, options.max_num_batched_tokens, split.slots).with_profile_of(&checkpoint);
 
-        let key = Key::new(&checkpoint, formats, &compute, threads)?;
+        let key = Key::new(&checkpoint, formats, split.kv.dtype, &compute, threads)?;
         let mut kept = Kept::open();
-        // What was measured when everything fitted has no reads.
-        let known = |machine: &&Machine| split.slots.is_none() || !machine.reads.is_empty();
-        let machine = match kept.machine(&key).filter(known).filter(|_| !args.measure) {
+        let machine = match kept.machine(&key, split.slots.is_some()).filter(|_| !args.measure) {
             Some(machine) => machine.clone(),
             None => {
                 let machine = measure::machine(&compute, outline, split.kv.dtype)?;
@@ -95,12 +93,12 @@ impl Plan {
             }
         };
         let figure = |kind, tokens, batch, size, expected: &dyn Fn(Option<Seen>) -> Speed| {
-            let found = kept.result(&key, options.memory, kind, size);
+            let found = kept.result(&key, options, kind, size);
             Figure {
                 kind,
                 tokens,
                 batch,
-                hit_rate: work.usage(tokens * batch).hit_rate,
+                hit_rate: work.usage((tokens * batch).min(options.max_num_batched_tokens)).hit_rate,
                 speed: expected(None),
                 measured: found.map(|found| (found, expected(found.seen))),
             }

@@ -35,8 +35,10 @@ impl Reader {
     /// When memory can't be had, or the experts can't be read.
     pub fn open(experts: UnopenedExperts, info: &ModelInfo) -> Result<Self> {
         let (slot_bytes, count) = (experts.slot_bytes().max(1), experts.count());
-        let most = TOGETHER.into_iter().fold(1, usize::max).min(SLOT_BYTES / slot_bytes).min(count / 2).max(1);
-        let mut groups = Groups::new(info.moe_layers.iter().map(|layer| layer.experts).collect());
+        let most = TOGETHER.into_iter().fold(1, usize::max).min(SLOT_BYTES / slot_bytes).min(count / 2);
+        let layers: Vec<usize> = info.moe_layers.iter().map(|layer| layer.experts).collect();
+        let most = most.min(layers.iter().copied().max().unwrap_or(1)).max(1);
+        let mut groups = Groups::new(layers);
         let store = experts.open(most)?;
         let (mut read, begun) = (0, Instant::now());
         while read < 2 * most || (begun.elapsed() < FIRST_TIME && read < count) {

@@ -205,7 +205,11 @@ fn reading_ahead_displaces_nothing_that_is_wanted_sooner() {
     step(&mut cache, 0, &[0], Lane::Decode);
     step(&mut cache, 1, &[0], Lane::Decode);
     assert_eq!((cached(&cache, 0, 4), cached(&cache, 1, 4)), (vec![0], vec![0]));
-    assert_eq!(read_ahead(&mut cache, 1, Ahead::Frequent, 8), [], "1 is wanted in three of four steps, 0 of either layer in all");
+    assert_eq!(
+        read_ahead(&mut cache, 1, Ahead::Frequent, 8),
+        [],
+        "1 is wanted in three of four steps, 0 of either layer in all"
+    );
     let scan = read_ahead(&mut cache, 0, Ahead::All, 1);
     assert_eq!(scan.len(), 1, "a scan wants all of a layer");
 }

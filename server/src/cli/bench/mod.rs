@@ -43,7 +43,7 @@ pub struct BenchArgs {
     prompt: Vec<usize>,
 
     /// Tokens that each sequence decodes, after a prompt of 16
-    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = at_least_one)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = at_least_two)]
     generate: usize,
 
     /// Numbers of sequences to decode together
@@ -55,8 +55,8 @@ pub struct BenchArgs {
     repetitions: u32,
 
     /// Measure what this machine's memory, cores and, if experts don't fit the memory, disk can do, before and after each
-    /// run since neighbours change it, and give each figure as a share of what they allow; the peak then includes a
-    /// buffer of up to 1 GiB
+    /// run since neighbours change it, and give each figure as a share of what they allow; the peak then includes
+    /// buffers of up to 1.3 GiB
     #[arg(long)]
     roofline: bool,
 
@@ -74,21 +74,21 @@ pub struct BenchArgs {
 /// When the model can't be loaded, or fails.
 pub fn run(args: &BenchArgs) -> Result<()> {
     let max_num_seqs = args.batch.iter().copied().max().unwrap_or(1);
-    let options = EngineOptions { prefix_caching: false, ..args.engine.options(max_num_seqs) };
+    // What random prompts use is no profile to begin with or to keep.
+    let options = EngineOptions { prefix_caching: false, routing_profile: false, ..args.engine.options(max_num_seqs) };
     let engine = engine::start(&options)?;
     let result = measure(args, &options, &engine);
     if let Some(store) = &engine.store {
         eprintln!("{}", store.counters());
     }
-    // What random prompts use is no profile to keep.
     engine.runtime.shutdown(Duration::ZERO);
     unless_pipe_closed(result)
 }
 
 fn measure(args: &BenchArgs, options: &EngineOptions, engine: &Engine) -> Result<()> {
     let mut kept = Kept::open();
-    let key = Key::new(&engine.checkpoint, engine.formats, &engine.compute, engine.threads)?;
-    let measured = kept.machine(&key).cloned();
+    let key = Key::new(&engine.checkpoint, engine.formats, engine.kv_dtype, &engine.compute, engine.threads)?;
+    let measured = kept.machine(&key, engine.store.is_some()).cloned();
     let (info, slots) = (engine.runtime.handle().info().clone(), engine.store.as_ref().map(ExpertStore::slots));
     let work = Work::new(info, args.engine.max_num_batched_tokens, slots).with_profile_of(&engine.checkpoint);
     let steps = || measured.as_ref().map_or_else(Vec::new, |machine| machine.steps.clone());
@@ -106,12 +106,13 @@ fn measure(args: &BenchArgs, options: &EngineOptions, engine: &Engine) -> Result
             continue;
         }
         let (mut speeds, mut bounds, mut predicted) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut experts, mut seen) = (None, None);
+        let (mut experts, mut seen, mut together) = (None, None, true);
         for _ in 0..args.repetitions {
             let times = bench.run(&run)?;
             let speed = kind.speed(&run, &times);
             speeds.push(speed);
             experts = kind.experts(&times);
+            together &= times.together;
             seen = experts.as_ref().map(Seen::of);
             let expected = |machine| kind.expected(&work, &run, seen, machine);
             if let Some(limits) = &mut limits {
@@ -128,13 +129,27 @@ fn measure(args: &BenchArgs, options: &EngineOptions, engine: &Engine) -> Result
         let predicted = median_by(predicted, |speed| *speed).filter(|_| measured.is_some());
         let speeds = Speeds::of(speeds);
         let (size, found) = (kind.size(&run), Found { speed: speeds.median, seen });
-        keep(kept.keep_result(&key, args.engine.memory, (kind.name(), size), found));
+        if kind == Kind::Prefill || together {
+            keep(kept.keep_result(&key, options, (kind.name(), size), found));
+        } else {
+            eprintln!("of {size} sequences some had ended before all had begun: give a larger --generate");
+        }
         printer.print(kind, &run, Figures { speeds, bound, experts, predicted })?;
     }
     if let (Some(limits), Some(_)) = (limits, &measured) {
         keep(kept.keep_machine(&key, limits.last().clone()));
     }
     Ok(())
+}
+
+/// A number of tokens of which the first only begins the time.
+fn at_least_two(text: &str) -> Result<usize, String> {
+    let count = at_least_one(text)?;
+    if count < 2 {
+        Err("expected at least 2, found 1: decoding is timed from the first on".to_owned())
+    } else {
+        Ok(count)
+    }
 }
 
 /// What can't be kept has been printed all the same.
@@ -238,6 +253,8 @@ struct Times {
     all_begun: Instant,
     end: Instant,
     after_all_begun: usize,
+    /// Whether none had ended before all had begun.
+    together: bool,
     /// What the expert store had done at the three moments.
     experts: Option<[StoreCounters; 3]>,
 }
@@ -328,7 +345,8 @@ fn times(start: Instant, tokens: &[Vec<Instant>]) -> Option<Times> {
     let all_begun = firsts?.into_iter().max()?;
     let end = tokens.iter().filter_map(|times| times.last().copied()).max()?;
     let after_all_begun = tokens.iter().flatten().filter(|&&at| at > all_begun).count();
-    Some(Times { start, all_begun, end, after_all_begun, experts: None })
+    let together = tokens.iter().all(|times| times.last() >= Some(&all_begun));
+    Some(Times { start, all_begun, end, after_all_begun, together, experts: None })
 }
 
 #[cfg(test)]
@@ -345,6 +363,14 @@ mod tests {
         // After second 2: tokens at 3, 4 and 3, 4, 5, in three seconds.
         assert!((Kind::Decode.speed(&run, &times) - 5.0 / 3.0).abs() < 1e-9);
         assert!((Kind::Prefill.speed(&run, &times) - 10.0).abs() < 1e-9);
+        assert!(times.together);
+    }
+
+    #[test]
+    fn those_that_ended_before_all_had_begun_are_not_together() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(!times(start, &[vec![at(1), at(2)], vec![at(3), at(4)]]).unwrap().together);
     }
 
     #[test]

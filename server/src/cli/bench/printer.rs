@@ -23,7 +23,7 @@ impl Speeds {
     }
 }
 
-/// What a run could not exceed, why, and how much of it the run reached.
+/// What the machine allowed a run, why, and how much of it the run reached.
 pub(super) struct Bound {
     tokens_per_second: f64,
     machine: Machine,
