@@ -87,8 +87,6 @@ pub struct UnopenedExperts {
 pub struct Conversion {
     /// Bytes read for the largest expert.
     pub read_bytes: usize,
-    /// Bytes that a pack in the same format would have of it.
-    pub packed_bytes: usize,
     /// Memory that experts take between disk and slot.
     pub staging_bytes: usize,
 }
@@ -115,7 +113,6 @@ impl UnopenedExperts {
         }
         Some(Conversion {
             read_bytes: plain::read_bytes(&self.tensors, &self.layers),
-            packed_bytes: self.slot_bytes(),
             staging_bytes: plain::staging_bytes(&self.tensors, &self.layers),
         })
     }

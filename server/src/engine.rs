@@ -393,7 +393,7 @@ fn open_experts(
             "this checkpoint isn't packed: each expert that is needed takes {} KiB to read and is then converted; of a \
              pack it would be {} KiB and ready: run `{}` and use its output as --model",
             conversion.read_bytes.div_ceil(1 << 10),
-            conversion.packed_bytes.div_ceil(1 << 10),
+            split.stored.slot.div_ceil(1 << 10),
             pack_command(options),
         );
     }

@@ -12,7 +12,7 @@ use cadre_tests::{
     binary::{Run, command, output, run},
     checkpoint::Qwen3Moe,
     peak::peak_of,
-    server::{MODEL, Server},
+    server::{MODEL, Server, ids},
 };
 use serde_json::{Value, json};
 
@@ -104,15 +104,70 @@ fn a_budget_changes_the_memory_and_not_the_tokens() {
     within_budgets(pack, &["--predict-experts"], &[100]);
 }
 
+/// The least budget that a run would have, in MiB.
+fn least_budget(args: &[&str]) -> u64 {
+    let refused = run(&[args, &["--memory", "40MiB"]].concat());
+    let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
+    // What a process takes besides differs from one to the next.
+    least.and_then(|number| number.parse::<u64>().ok()).unwrap() + 1
+}
+
+#[test]
+fn neither_budgets_nor_who_else_asks_change_a_token() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, pack) = (source(directory.path()), directory.path().join("pack"));
+    let [source, pack] = [&source, &pack].map(|path| path.to_str().unwrap());
+    output(&["pack", "--model", source, "--format", "q8_0", "--output", pack]);
+    let flags = [
+        "--kv-memory",
+        "12MiB",
+        "--max-num-batched-tokens",
+        "64",
+        "--max-num-seqs",
+        "32",
+        "--threads",
+        "2",
+        "--model",
+        pack,
+    ];
+    let least = least_budget(&[&["bench", "--batch", "32"], &flags[..2], &flags[2..4], &flags[6..]].concat());
+    let more = json!({"max_tokens": 6, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    let ask = |server: &Server, number: usize| {
+        let prompt: Vec<usize> = (0..5 + number % 4).map(|index| (number * 37 + index * 11) % 200).collect();
+        ids(&server.complete(prompt, more.clone()).ok()["choices"][0]["token_ids"])
+    };
+    let told = |memory: Option<u64>| -> Vec<Vec<Vec<u32>>> {
+        let memory = memory.map(|mebibytes| format!("{mebibytes}MiB"));
+        let memory: Vec<&str> = memory.iter().flat_map(|memory| ["--memory", memory]).collect();
+        let server = Server::start(&[&flags[..], &memory].concat());
+        let together = |clients: usize| -> Vec<Vec<u32>> {
+            std::thread::scope(|scope| {
+                let server = &server;
+                let clients: Vec<_> = (0..clients).map(|number| scope.spawn(move || ask(server, number))).collect();
+                clients.into_iter().map(|client| client.join().unwrap()).collect()
+            })
+        };
+        let all = [1, 8, 32].map(together).to_vec();
+        if !memory.is_empty() {
+            server.wait_until_idle();
+            assert!(server.metrics().value("cadre_expert_evictions_total", &[("tier", "disk")]) > 0.0);
+        }
+        all
+    };
+    let expected = told(None);
+    assert!(expected[2][..8] == expected[1] && expected[1][..1] == expected[0]);
+    // An expert has 0.2 MiB, all have 40: below what one token uses, and about 12, 25 and 50 % of them.
+    for beyond in [0, 4, 9, 19] {
+        assert_eq!(told(Some(least + beyond)), expected, "{beyond} MiB beyond the least budget");
+    }
+}
+
 #[test]
 fn the_least_budget_holds_fewer_experts_than_a_token_uses_and_says_so() {
     let directory = tempfile::tempdir().unwrap();
     let pack = pack(directory.path());
     let pack = pack.to_str().unwrap();
-    let refused = run(&generate(pack, &["--memory", "40MiB", "--max-num-batched-tokens", "64"]));
-    let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
-    // What a process takes besides differs from one to the next.
-    let least = least.and_then(|number| number.parse::<u64>().ok()).unwrap() + 1;
+    let least = least_budget(&generate(pack, &["--max-num-batched-tokens", "64"]));
     for told in within_budgets(pack, &[], &[least]) {
         assert!(told.contains("a token uses 16 experts, more than there are slots"), "{told}");
     }

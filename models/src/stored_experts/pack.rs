@@ -47,16 +47,10 @@ impl Pack {
     fn place(&self, id: ExpertId) -> Result<Place<'_>, FetchError> {
         let missing = || self.failed(id, "there is no such expert".to_owned());
         let layer = self.layers.get(id.layer as usize).ok_or_else(missing)?;
-        let Some(ExpertTensors::Packed(tensor)) = layer.experts.get(id.expert as usize) else { return Err(missing()) };
-        let (file, offset) = self.tensors.place(*tensor);
+        let Some(&ExpertTensors::Packed(tensor)) = layer.experts.get(id.expert as usize) else { return Err(missing()) };
+        let (file, offset) = self.tensors.place(tensor);
         let layout = PackedLayout::Expert(layer.layout);
-        Ok(Place {
-            tensor: *tensor,
-            file,
-            offset,
-            bytes: layout.bytes() as usize,
-            data_bytes: layout.data_bytes() as usize,
-        })
+        Ok(Place { tensor, file, offset, bytes: layout.bytes() as usize, data_bytes: layout.data_bytes() as usize })
     }
 
     /// Holds what was read from `place` against its checksum; says how many bytes that were.

@@ -61,9 +61,9 @@ impl BlockingTier for Plain {
 
     fn fetch(&self, id: ExpertId, out: &mut [u8]) -> Result<usize, FetchError> {
         let failed = |reason: String| FetchError { id, tier: self.name.clone(), reason };
-        let layer = self.layers.get(id.layer as usize).ok_or_else(|| failed("there is no such layer".to_owned()))?;
+        let layer = self.layers.get(id.layer as usize).ok_or_else(|| failed("there is no such expert".to_owned()))?;
         let Some(ExpertTensors::Plain(parts)) = layer.experts.get(id.expert as usize) else {
-            return Err(failed("there is no such one".to_owned()));
+            return Err(failed("there is no such expert".to_owned()));
         };
         let (bytes, room) = (expert_bytes(&layer.layout), out.len());
         let out = out.get_mut(..bytes).ok_or_else(|| failed(format!("it has {bytes} bytes, its slot {room}")))?;
