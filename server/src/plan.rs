@@ -58,7 +58,7 @@ impl Reads {
 impl Machine {
     /// Bytes per second from the disk, with many reads in flight.
     pub fn disk_bandwidth(&self) -> Option<f64> {
-        most_in_flight(&self.reads).map(Reads::bandwidth)
+        self.most_in_flight().map(Reads::bandwidth)
     }
 
     /// The better of two measurements, each limit for itself; the steps are this one's.
@@ -85,7 +85,11 @@ impl Machine {
     /// Seconds that an expert takes to read, with many reads in flight: of a checkpoint that isn't packed that is more than
     /// its packed bytes.
     fn read(&self) -> f64 {
-        most_in_flight(&self.reads).map_or(0.0, |reads| reads.seconds / reads.experts as f64)
+        self.most_in_flight().map_or(0.0, |reads| reads.seconds / reads.experts as f64)
+    }
+
+    fn most_in_flight(&self) -> Option<&Reads> {
+        self.reads.iter().max_by_key(|reads| reads.experts)
     }
 
     /// Seconds in all layers for all but routed experts.
@@ -105,10 +109,6 @@ impl Machine {
     fn reads(&self, experts: f64) -> f64 {
         along(self.reads.iter().map(|reads| (reads.experts as f64, reads.seconds)), experts)
     }
-}
-
-fn most_in_flight(reads: &[Reads]) -> Option<&Reads> {
-    reads.iter().max_by_key(|reads| reads.experts)
 }
 
 /// The value at `x` of the line through `points`; before the first and after the last it goes on in proportion.

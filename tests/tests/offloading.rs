@@ -27,8 +27,14 @@ fn source(directory: &Path) -> PathBuf {
 
 /// A pack of it.
 fn pack(directory: &Path) -> PathBuf {
+    pack_as(directory, &[])
+}
+
+/// The same in other formats.
+fn pack_as(directory: &Path, formats: &[&str]) -> PathBuf {
     let (source, pack) = (source(directory), directory.join("pack"));
-    output(&["pack", "--model", source.to_str().unwrap(), "--output", pack.to_str().unwrap()]);
+    let args = ["pack", "--model", source.to_str().unwrap(), "--output", pack.to_str().unwrap()];
+    output(&[&args, formats].concat());
     pack
 }
 
@@ -115,9 +121,8 @@ fn least_budget(args: &[&str]) -> u64 {
 #[test]
 fn neither_budgets_nor_who_else_asks_change_a_token() {
     let directory = tempfile::tempdir().unwrap();
-    let (source, pack) = (source(directory.path()), directory.path().join("pack"));
-    let [source, pack] = [&source, &pack].map(|path| path.to_str().unwrap());
-    output(&["pack", "--model", source, "--format", "q8_0", "--output", pack]);
+    let pack = pack_as(directory.path(), &["--format", "q8_0"]);
+    let pack = pack.to_str().unwrap();
     let flags = [
         "--kv-memory",
         "12MiB",

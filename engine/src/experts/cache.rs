@@ -22,6 +22,8 @@ mod rate;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use rate::Rate;
 
 use crate::{Error, Result};
@@ -260,12 +262,7 @@ impl SlotCache {
         let all = first..self.first_expert[layer as usize + 1];
         let mut wanted: Vec<usize> = match which {
             Ahead::All => all.collect(),
-            Ahead::Frequent => {
-                let rates = all.map(|index| (self.rate(index), index));
-                let mut frequent: Vec<_> = rates.filter(|(rate, _)| *rate > AHEAD_RATE).collect();
-                frequent.sort_by(|(one, _), (other, _)| other.total_cmp(one));
-                frequent.into_iter().map(|(_, index)| index).collect()
-            }
+            Ahead::Frequent => self.used_above(AHEAD_RATE, all),
             Ahead::Predicted(experts) => {
                 let predicted: Vec<usize> = experts.iter().map(|expert| first + expert).collect();
                 // Those that have a slot keep it until that layer has come.
@@ -274,52 +271,30 @@ impl SlotCache {
             }
         };
         wanted.retain(|&index| self.experts[index].slot.is_none());
-        wanted.into_iter().map(|index| ExpertId { layer, expert: (index - first) as u32 }).collect()
+        wanted.into_iter().map(|index| self.id(index)).collect()
     }
 
     /// Gives an expert that is wanted soon a slot, in decode only if what it displaces is wanted later; pinned until its
     /// weights are there. None: it has one, or there is none for it.
     pub fn take_ahead(&mut self, id: ExpertId, lane: Lane) -> Option<usize> {
         let index = self.index(id);
-        if self.experts[index].slot.is_some() {
-            return None;
-        }
         let no_sooner = (lane == Lane::Decode).then(|| self.steps_to_use(index));
-        let slot = self.take_slot(no_sooner)?;
-        self.give(slot, index, lane);
-        self.slots[slot as usize].ahead = true;
-        self.pin(slot);
-        Some(slot as usize)
+        let slot = self.place(index, lane, |cache| cache.take_slot(no_sooner))?;
+        self.slots[slot].ahead = true;
+        Some(slot)
     }
 
     /// At most `most` experts that decode is known to use, most used first.
     #[must_use]
     pub fn most_used(&self, most: usize) -> Vec<ExpertId> {
-        let rates = (0..self.experts.len()).map(|index| (self.rate(index), index));
-        let mut used: Vec<_> = rates.filter(|(rate, _)| *rate > 0.0).collect();
-        used.sort_by(|(one, _), (other, _)| other.total_cmp(one));
-        let id = |index: usize| {
-            let layer = self.experts[index].layer;
-            ExpertId { layer, expert: (index - self.first_expert[layer as usize]) as u32 }
-        };
-        used.into_iter().take(most).map(|(_, index)| id(index)).collect()
+        let used = self.used_above(0.0, 0..self.experts.len());
+        used.into_iter().take(most).map(|index| self.id(index)).collect()
     }
 
     /// Gives an expert a slot that holds nothing, or what a scan left, before anybody wants it; pinned until its weights are
     /// there. None: it has one, or there is none for it.
     pub fn preload(&mut self, id: ExpertId) -> Option<usize> {
-        let index = self.index(id);
-        if self.experts[index].slot.is_some() {
-            return None;
-        }
-        let slot = self.free.pop().or_else(|| {
-            let slot = self.pop_scanned()?;
-            self.evict(slot);
-            Some(slot)
-        })?;
-        self.give(slot, index, Lane::Decode);
-        self.pin(slot);
-        Some(slot as usize)
+        self.place(self.index(id), Lane::Decode, Self::take_spare)
     }
 
     /// Slots that may be given away.
@@ -369,6 +344,24 @@ impl SlotCache {
         self.first_expert[id.layer as usize] + id.expert as usize
     }
 
+    fn id(&self, index: usize) -> ExpertId {
+        let layer = self.experts[index].layer;
+        ExpertId { layer, expert: (index - self.first_expert[layer as usize]) as u32 }
+    }
+
+    /// Those of `indices` that decode uses more often than `least`, most used first.
+    fn used_above(&self, least: f32, indices: Range<usize>) -> Vec<usize> {
+        let rates = indices.map(|index| (self.rate(index), index));
+        let mut used: Vec<_> = rates.filter(|(rate, _)| *rate > least).collect();
+        used.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+        used.into_iter().map(|(_, index)| index).collect()
+    }
+
+    /// Whether the layer that is being computed wants an expert and has not acquired it, or the next one is predicted to.
+    fn is_wanted(&self, index: usize) -> bool {
+        self.begun > 0 && self.experts[index].wanted_in >= self.begun
+    }
+
     /// Uses per step of decode.
     fn rate(&self, index: usize) -> f32 {
         let expert = &self.experts[index];
@@ -377,10 +370,10 @@ impl SlotCache {
 
     /// Steps until decode is expected to use an expert: the way to its layer, and the steps in which it is not used.
     fn steps_to_use(&self, index: usize) -> f32 {
-        let expert = &self.experts[index];
-        if expert.wanted_in >= self.begun && self.begun > 0 {
+        if self.is_wanted(index) {
             return 0.0;
         }
+        let expert = &self.experts[index];
         let layers = self.steps.len() as u32;
         let way = (expert.layer + layers - self.layer - 1) % layers + 1;
         way as f32 / layers as f32 + 1.0 / self.rate(index).max(f32::EPSILON) - 1.0
@@ -392,22 +385,37 @@ impl SlotCache {
         (entry.expert, entry.scanned, entry.ahead) = (Some(index), lane == Lane::Scan, false);
     }
 
-    /// An empty, unpinned slot, which is no longer free. If another must go for it, its next use is later than
-    /// `no_sooner`, in steps.
+    /// Gives an expert that has no slot the one that `take` takes, pinned.
+    fn place(&mut self, index: usize, lane: Lane, take: impl FnOnce(&mut Self) -> Option<u32>) -> Option<usize> {
+        if self.experts[index].slot.is_some() {
+            return None;
+        }
+        let slot = take(self)?;
+        self.give(slot, index, lane);
+        self.pin(slot);
+        Some(slot as usize)
+    }
+
+    /// An empty, unpinned slot, which is no longer free. If an expert that decode uses must go for it, its next use is later
+    /// than `no_sooner`, in steps.
     fn take_slot(&mut self, no_sooner: Option<f32>) -> Option<u32> {
+        if let Some(slot) = self.take_spare() {
+            return Some(slot);
+        }
+        let (slot, steps) = self.latest_used()?;
+        if no_sooner.is_some_and(|least| steps <= least) {
+            return None;
+        }
+        self.evict(slot);
+        Some(slot)
+    }
+
+    /// The same, if one holds nothing, or what a scan left.
+    fn take_spare(&mut self) -> Option<u32> {
         if let Some(slot) = self.free.pop() {
             return Some(slot);
         }
-        let slot = match self.pop_scanned() {
-            Some(slot) => slot,
-            None => {
-                let (slot, steps) = self.latest_used()?;
-                if no_sooner.is_some_and(|least| steps <= least) {
-                    return None;
-                }
-                slot
-            }
-        };
+        let slot = self.pop_scanned()?;
         self.evict(slot);
         Some(slot)
     }
@@ -431,19 +439,18 @@ impl SlotCache {
         let mut wanted = Vec::new();
         let mut found = None;
         while let Some(slot) = self.scanned.pop() {
-            let entry = &mut self.slots[slot as usize];
+            let entry = self.slots[slot as usize];
             // Pinned ones come back with their release.
-            let Some(index) = entry.expert.filter(|_| entry.scanned && entry.pins == 0) else {
-                entry.stacked = false;
-                continue;
-            };
-            if self.experts[index].wanted_in >= self.begun {
+            let left = entry.expert.filter(|_| entry.scanned && entry.pins == 0);
+            if left.is_some_and(|index| self.is_wanted(index)) {
                 wanted.push(slot);
                 continue;
             }
-            entry.stacked = false;
-            found = Some(slot);
-            break;
+            self.slots[slot as usize].stacked = false;
+            if left.is_some() {
+                found = Some(slot);
+                break;
+            }
         }
         self.scanned.extend(wanted.into_iter().rev());
         found

@@ -147,15 +147,14 @@ impl<'a> Visit<'a> {
         loop {
             self.follow(&mut state);
             state = self.shared.give(state);
-            let mut landed = Vec::new();
+            let (mut landed, mut failed) = (Vec::new(), None);
             for (index, place) in self.places.iter_mut().enumerate() {
                 let Place::Held { slot, named: named @ false, .. } = place else { continue };
                 match &state.contents[*slot] {
                     Content::Coming => {}
                     Content::Failed(error) => {
-                        let error = error.clone();
-                        state.stalled += waited_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
-                        return Err(error);
+                        failed = Some(error.clone());
+                        break;
                     }
                     Content::Ready => {
                         *named = true;
@@ -164,9 +163,9 @@ impl<'a> Visit<'a> {
                 }
             }
             let all_named = |place: &Place| matches!(place, Place::Held { named: true, .. } | Place::Released);
-            if !landed.is_empty() || self.places.iter().all(all_named) {
+            if failed.is_some() || !landed.is_empty() || self.places.iter().all(all_named) {
                 state.stalled += waited_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
-                return Ok(landed);
+                return failed.map_or(Ok(landed), Err);
             }
             waited_since.get_or_insert_with(Instant::now);
             state = self.shared.wait(state);
