@@ -8,6 +8,7 @@
 //! - [`matmul`]: dense products over packed weights.
 //! - [`ffn`]: the gated feed-forward of dense layers and experts, grouped by expert.
 //! - [`attention`]: attention over paged keys and values.
+//! - [`gradient`]: what training adds: the backward passes, attention over whole sequences.
 //! - [`qkv`]: from the fused projection to queries, keys and values: bias, clip, norm and position.
 //! - [`roofline`]: the machine's own limits: memory's read rate and the rate of multiply-adds.
 //! - [`norm`], [`rope`], [`router`], [`activation`]: the small ops.
@@ -23,6 +24,7 @@ pub mod attention;
 pub mod buffer;
 pub mod ffn;
 pub mod format;
+pub mod gradient;
 pub mod isa;
 pub mod logits;
 pub mod matmul;

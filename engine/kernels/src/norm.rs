@@ -32,7 +32,7 @@ pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
 
 /// Sixteen running sums, added in a tree: one fixed order.
 #[inline(always)]
-fn sum_of_squares(x: &[f32]) -> f32 {
+pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
     let chunks = x.chunks_exact(LANES);
     let tail = chunks.remainder();

@@ -10,6 +10,15 @@ pub(crate) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
+/// The reverse turn, which is also the gradient's way back.
+#[inline(always)]
+pub(crate) fn rotate_back(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, second) = head[..2 * cos.len()].split_at_mut(cos.len());
+    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos + *b * sin, *b * cos - *a * sin);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -69,7 +69,23 @@ pub fn route(options: &RouterOptions, logits: &[f32], experts: &mut [u32], weigh
     }
 }
 
-fn score(kind: Scores, logits: &[f32], scores: &mut [f32]) {
+/// The weights of experts that were chosen before: what [`route`] gives for the same logits and experts.
+///
+/// # Panics
+/// When the sizes don't match.
+pub fn weigh_chosen(options: &RouterOptions, logits: &[f32], experts: &[u32], weights: &mut [f32]) {
+    let top_k = options.top_k;
+    assert!(top_k > 0 && experts.len().is_multiple_of(top_k) && experts.len() == weights.len(), "router outputs");
+    let count = logits.len().checked_div(experts.len() / top_k).unwrap_or(0);
+    let mut scores = vec![0.0; count];
+    let rows = experts.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k));
+    for (logits, (experts, weights)) in logits.chunks_exact(count.max(1)).zip(rows) {
+        score(options.scores, logits, &mut scores);
+        weigh(options, &scores, experts, weights);
+    }
+}
+
+pub(crate) fn score(kind: Scores, logits: &[f32], scores: &mut [f32]) {
     match kind {
         Scores::Softmax => {
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -73,6 +73,26 @@ pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
 /// # Panics
 /// When a slice has not the size that the matrix needs.
 pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
+    products(pool, isa, x, weights, y, |y, sums| y.copy_from_slice(sums));
+}
+
+/// `y[row] += x[row] · Wᵀ`; the sizes are those of [`matmul`].
+///
+/// # Panics
+/// When a slice has not the size that the matrix needs.
+pub fn matmul_add(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
+    products(pool, isa, x, weights, y, |y, sums| y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum));
+}
+
+/// Gives `store` each stretch of `y` with its products.
+fn products(
+    pool: &Pool,
+    isa: Isa,
+    x: &[f32],
+    weights: &Packed<'_>,
+    y: &mut [f32],
+    store: impl Fn(&mut [f32], &[f32]) + Sync,
+) {
     let layout = weights.layout();
     let (n, k) = (layout.n, layout.k);
     assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
@@ -94,7 +114,7 @@ pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f
                 let columns = panel * PANEL..n.min((panel + sums.len()) * PANEL);
                 // SAFETY: each task has its own rows and columns.
                 let out = target.part((first + row) * n + columns.start, columns.len());
-                out.copy_from_slice(&sums.as_flattened()[..columns.len()]);
+                store(out, &sums.as_flattened()[..columns.len()]);
             });
         }
     });
@@ -111,11 +131,31 @@ pub(crate) unsafe fn walk(
     weights: &Packed<'_>,
     panels: Range<usize>,
     sums: &mut Sums,
-    mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
+    sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
 ) {
     let layout = weights.layout();
     let k = layout.format.padded_k(layout.k);
-    let (tile_rows, tile_panels) = tile_shape(isa, layout.format, rows.len());
+    // SAFETY: the caller promises the rows; the panels are whole.
+    unsafe { walk_panels(isa, layout.format, k, rows, panels, |index| weights.panel(index).as_ptr(), sums, sink) }
+}
+
+/// [`walk`] over panels wherever they lie.
+///
+/// # Safety
+/// Each row pointer must lead to a row of activations in the form of the format and `k`, and each pointer that `panel`
+/// gives to a panel of it.
+#[allow(clippy::too_many_arguments, reason = "the loop of every product: each is one of its sizes")]
+pub(crate) unsafe fn walk_panels(
+    isa: Isa,
+    format: Format,
+    k: usize,
+    rows: &[*const u8],
+    panels: Range<usize>,
+    panel_start: impl Fn(usize) -> *const u8,
+    sums: &mut Sums,
+    mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
+) {
+    let (tile_rows, tile_panels) = tile_shape(isa, format, rows.len());
     let mut panel = panels.start;
     while panel < panels.end {
         let count = match panels.end - panel {
@@ -125,11 +165,11 @@ pub(crate) unsafe fn walk(
         };
         let mut pointers = [std::ptr::null(); TILE_PANELS];
         for (index, pointer) in pointers.iter_mut().take(count).enumerate() {
-            *pointer = weights.panel(panel + index).as_ptr();
+            *pointer = panel_start(panel + index);
         }
         for (block, rows) in rows.chunks(tile_rows).enumerate() {
-            // SAFETY: the caller promises the rows; the panels are whole.
-            unsafe { tile(isa, layout.format, rows, &pointers[..count], k, sums) };
+            // SAFETY: the caller's promises.
+            unsafe { tile(isa, format, rows, &pointers[..count], k, sums) };
             for (row, sums) in sums.iter().take(rows.len()).enumerate() {
                 sink(block * tile_rows + row, panel, &sums[..count]);
             }
