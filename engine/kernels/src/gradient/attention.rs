@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::{
     for_each_width,
-    outer::{Tokens, add_outer_here},
+    product::{Strided, add_product_here},
 };
 use crate::{
     activation::{self, LANES},
@@ -71,7 +71,7 @@ pub fn attention(pool: &Pool, isa: Isa, heads: Heads, sequences: &[Range<usize>]
     let target = SharedSlice::new(out);
     pool.run(sequences.len() * heads.num_kv_heads, |task| {
         let part = Part::new(heads, &sequences[task / heads.num_kv_heads], task % heads.num_kv_heads);
-        let values = Panels::of_inputs(part.tokens(qkv[2], false, part.kv_head), part.len);
+        let values = Panels::of_inputs(part.kv(qkv[2]));
         let mut block = Block::new(isa, &part, qkv);
         for (head, queries) in part.blocks() {
             block.probabilities(&part, head, &queries, qkv[0]);
@@ -106,8 +106,8 @@ pub fn attention_backward(
     let dim = heads.head_dim;
     pool.run(sequences.len() * heads.num_kv_heads, |task| {
         let part = Part::new(heads, &sequences[task / heads.num_kv_heads], task % heads.num_kv_heads);
-        let keys = Panels::of_inputs(part.tokens(qkv[1], false, part.kv_head), part.len);
-        let values = Panels::of_outputs(part.tokens(qkv[2], false, part.kv_head), part.len);
+        let keys = Panels::of_inputs(part.kv(qkv[1]));
+        let values = Panels::of_outputs(part.kv(qkv[2]));
         let mut block = Block::new(isa, &part, qkv);
         let mut of_scores = Scores::new(part.len);
         let (mut key_sums, mut value_sums) = (vec![0.0; part.len * dim], vec![0.0; part.len * dim]);
@@ -127,12 +127,11 @@ pub fn attention_backward(
                 // SAFETY: each task has its own rows and heads.
                 unsafe { of_query.part(place(row) + columns.start, sums.len()) }.copy_from_slice(sums);
             });
-            let from = queries.start;
-            let query = part.tokens(qkv[0], true, head).skip(from);
-            let output = part.tokens(output_gradient, true, head).skip(from);
-            let end = queries.end * dim;
-            add_outer_here(isa, queries.len(), block.scores.tokens(queries.end), output, &mut value_sums[..end]);
-            add_outer_here(isa, queries.len(), of_scores.tokens(queries.end), query, &mut key_sums[..end]);
+            let (rows, end) = (queries.clone(), queries.end * dim);
+            let query = part.head(qkv[0], heads.query_width(), head).rows(rows.clone());
+            let output = part.head(output_gradient, heads.query_width(), head).rows(rows);
+            add_product_here(isa, block.scores.matrix(&queries).transposed(), output, &mut value_sums[..end]);
+            add_product_here(isa, of_scores.matrix(&queries).transposed(), query, &mut key_sums[..end]);
         }
         for (sums, target) in [(key_sums, &of_key), (value_sums, &of_value)] {
             for (token, sums) in sums.chunks_exact(dim).enumerate() {
@@ -171,18 +170,16 @@ impl Part {
         (self.start + query) * self.heads.query_width() + head * self.heads.head_dim
     }
 
-    /// One head's values of the sequence's tokens.
-    fn tokens<'a>(&self, values: &'a [f32], queries: bool, head: usize) -> Tokens<'a> {
-        let stride = if queries { self.heads.query_width() } else { self.heads.kv_width() };
-        let start = (self.start * stride + head * self.heads.head_dim).min(values.len());
-        Tokens { values: &values[start..], stride, width: self.heads.head_dim }
+    /// One head of the sequence's tokens, `[tokens, head_dim]`.
+    fn head<'a>(&self, values: &'a [f32], width: usize, head: usize) -> Strided<'a> {
+        let dim = self.heads.head_dim;
+        let all = Strided::new(values, values.len() / width, width);
+        all.rows(self.start..self.start + self.len).columns(head * dim..(head + 1) * dim)
     }
-}
 
-impl Tokens<'_> {
-    /// Those from token `count` on.
-    fn skip(self, count: usize) -> Self {
-        Self { values: &self.values[count * self.stride..], ..self }
+    /// The same of keys or values.
+    fn kv<'a>(&self, values: &'a [f32]) -> Strided<'a> {
+        self.head(values, self.heads.kv_width(), self.kv_head)
     }
 }
 
@@ -195,26 +192,28 @@ struct Panels {
 }
 
 impl Panels {
-    /// Tokens are the outputs: products with a row of a token's width.
-    fn of_outputs(tokens: Tokens<'_>, count: usize) -> Self {
-        let inputs = tokens.width;
-        let mut values = vec![0.0; count.div_ceil(PANEL) * PANEL * inputs];
+    /// Tokens `[tokens, width]` are the outputs: for products with rows of their width.
+    fn of_outputs(tokens: Strided<'_>) -> Self {
+        let (count, inputs) = tokens.size();
+        let mut values = vec![0.0; count.next_multiple_of(PANEL) * inputs];
         for token in 0..count {
             let panel = &mut values[token / PANEL * PANEL * inputs..][..PANEL * inputs];
-            let row = &tokens.values[token * tokens.stride..][..inputs];
-            panel.chunks_exact_mut(PANEL).zip(row).for_each(|(places, value)| places[token % PANEL] = *value);
+            panel
+                .chunks_exact_mut(PANEL)
+                .zip(tokens.row(token))
+                .for_each(|(places, value)| places[token % PANEL] = *value);
         }
         Self { values, inputs, outputs: count }
     }
 
-    /// Tokens are the inputs: sums over tokens.
-    fn of_inputs(tokens: Tokens<'_>, count: usize) -> Self {
-        let outputs = tokens.width;
-        let mut values = vec![0.0; outputs.div_ceil(PANEL) * PANEL * count];
-        for (panel, values) in values.chunks_exact_mut(PANEL * count).enumerate() {
+    /// Tokens `[tokens, width]` are the inputs: for sums over tokens.
+    fn of_inputs(tokens: Strided<'_>) -> Self {
+        let (count, outputs) = tokens.size();
+        let mut values = vec![0.0; outputs.next_multiple_of(PANEL) * count];
+        for (panel, values) in values.chunks_exact_mut((PANEL * count).max(1)).enumerate() {
             let columns = panel * PANEL..outputs.min((panel + 1) * PANEL);
             for (token, places) in values.chunks_exact_mut(PANEL).enumerate() {
-                places[..columns.len()].copy_from_slice(&tokens.values[token * tokens.stride..][columns.clone()]);
+                places[..columns.len()].copy_from_slice(&tokens.row(token)[columns.clone()]);
             }
         }
         Self { values, inputs: count, outputs }
@@ -284,8 +283,9 @@ impl Scores {
         (0..count).map(|row| self.row(row, keys)).collect()
     }
 
-    fn tokens(&self, keys: usize) -> Tokens<'_> {
-        Tokens { values: &self.values, stride: self.stride, width: keys }
+    /// `[queries, keys up to the last of them]`
+    fn matrix(&self, queries: &Range<usize>) -> Strided<'_> {
+        Strided::new(&self.values, QUERIES, self.stride).rows(0..queries.len()).columns(0..queries.end)
     }
 }
 
@@ -299,7 +299,7 @@ struct Block {
 impl Block {
     fn new(isa: Isa, part: &Part, qkv: [&[f32]; 3]) -> Self {
         let tile = Tile { isa, sums: Box::new(new_sums()) };
-        let keys = Panels::of_outputs(part.tokens(qkv[1], false, part.kv_head), part.len);
+        let keys = Panels::of_outputs(part.kv(qkv[1]));
         Self { tile, keys, scores: Scores::new(part.len) }
     }
 

@@ -6,7 +6,7 @@
 mod attention;
 mod loss;
 mod norm;
-mod outer;
+mod product;
 mod qkv;
 mod router;
 mod silu;
@@ -15,7 +15,7 @@ mod transposed;
 pub use attention::{Heads, attention, attention_backward};
 pub use loss::cross_entropy;
 pub use norm::rms_norm_backward;
-pub use outer::add_outer;
+pub use product::{Strided, add_product};
 pub use qkv::{QkvGradients, split_qkv_backward};
 pub use router::{RouterLosses, route_backward, scores};
 pub use silu::{gated_silu, gated_silu_backward};

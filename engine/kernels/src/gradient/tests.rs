@@ -77,24 +77,38 @@ fn transposed_weights_are_the_rows_as_columns() {
 }
 
 #[test]
-fn outer_products_add_up_in_the_order_of_the_tokens() {
+fn products_of_any_strides_add_up_in_the_order_of_the_inputs() {
     tiers(|isa| {
-        for (tokens, rows, columns) in [(0, 3, 5), (1, 1, 1), (5, 7, 64), (300, 13, 130), (513, 6, 65)] {
-            let (a, b) = (values(tokens * rows, 1), values(tokens * columns, 2));
+        let sizes =
+            [(3, 0, 5), (1, 1, 1), (7, 5, 64), (13, 300, 130), (50, 513, 65), (25, 40, 8), (49, 9, 24), (9, 70, 48)];
+        for (rows, inputs, columns) in sizes {
+            let (a, b) = (values(rows * inputs, 1), values(inputs * columns, 2));
             let before = values(rows * columns, 3);
-            let mut out = before.clone();
-            add_outer(&Pool::new(3), isa, tokens, &a, &b, &mut out);
-            let mut alone = before.clone();
-            add_outer(&Pool::new(1), isa, tokens, &a, &b, &mut alone);
-            assert_eq!(bits(&out), bits(&alone));
+            let turned: Vec<f32> = (0..rows * inputs).map(|place| a[place % rows * inputs + place / rows]).collect();
+            let right = Strided::new(&b, inputs, columns);
+            let product = |threads, left| {
+                let mut out = before.clone();
+                add_product(&Pool::new(threads), isa, left, right, &mut out);
+                out
+            };
+            let out = product(3, Strided::new(&a, rows, inputs));
+            assert_eq!(bits(&out), bits(&product(1, Strided::new(&turned, inputs, rows).transposed())));
             for (place, found) in out.iter().enumerate() {
                 let (i, j) = (place / columns, place % columns);
-                let sum: f64 = (0..tokens).map(|t| f64::from(a[t * rows + i]) * f64::from(b[t * columns + j])).sum();
+                let sum: f64 = (0..inputs).map(|k| f64::from(a[i * inputs + k]) * f64::from(b[k * columns + j])).sum();
                 let expected = sum + f64::from(before[place]);
                 assert!(
                     (f64::from(*found) - expected).abs() < 1e-4,
-                    "{isa} {tokens} {rows} {columns}: {found} {expected}"
+                    "{isa} {rows} {inputs} {columns}: {found} {expected}"
                 );
+            }
+            // A part of the columns on both sides, each in its own place.
+            if columns > 3 && inputs > 3 {
+                let mut part = vec![0.0; rows * (columns - 3)];
+                let left = Strided::new(&a, rows, inputs).columns(1..inputs);
+                add_product(&Pool::new(2), isa, left, right.rows(1..inputs).columns(2..columns - 1), &mut part);
+                let sum: f64 = (1..inputs).map(|k| f64::from(a[k]) * f64::from(b[k * columns + 2])).sum();
+                assert!((f64::from(part[0]) - sum).abs() < 1e-4, "{isa} {rows} {inputs} {columns}");
             }
         }
     });

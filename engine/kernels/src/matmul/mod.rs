@@ -73,26 +73,6 @@ pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
 /// # Panics
 /// When a slice has not the size that the matrix needs.
 pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
-    products(pool, isa, x, weights, y, |y, sums| y.copy_from_slice(sums));
-}
-
-/// `y[row] += x[row] · Wᵀ`; the sizes are those of [`matmul`].
-///
-/// # Panics
-/// When a slice has not the size that the matrix needs.
-pub fn matmul_add(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
-    products(pool, isa, x, weights, y, |y, sums| y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum));
-}
-
-/// Gives `store` each stretch of `y` with its products.
-fn products(
-    pool: &Pool,
-    isa: Isa,
-    x: &[f32],
-    weights: &Packed<'_>,
-    y: &mut [f32],
-    store: impl Fn(&mut [f32], &[f32]) + Sync,
-) {
     let layout = weights.layout();
     let (n, k) = (layout.n, layout.k);
     assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
@@ -114,7 +94,7 @@ fn products(
                 let columns = panel * PANEL..n.min((panel + sums.len()) * PANEL);
                 // SAFETY: each task has its own rows and columns.
                 let out = target.part((first + row) * n + columns.start, columns.len());
-                store(out, &sums.as_flattened()[..columns.len()]);
+                out.copy_from_slice(&sums.as_flattened()[..columns.len()]);
             });
         }
     });
