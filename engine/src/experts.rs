@@ -23,7 +23,7 @@ pub use visit::Visit;
 
 use crate::{
     Error, Result,
-    nn::{FfnLayout, expert_bytes},
+    nn::{ExpertModules, FfnLayout, expert_bytes},
 };
 
 /// The experts of one layer that lie in a store. The store itself comes when all layers are known.
@@ -32,6 +32,7 @@ pub struct StoredExperts {
     layer: usize,
     count: usize,
     layout: FfnLayout,
+    modules: Arc<Vec<ExpertModules>>,
     store: Arc<OnceLock<ExpertStore>>,
 }
 
@@ -39,7 +40,19 @@ impl StoredExperts {
     /// `count` experts of layer `layer`, counted among the layers in the store, which `store` will hold.
     #[must_use]
     pub fn new(layer: usize, count: usize, layout: FfnLayout, store: Arc<OnceLock<ExpertStore>>) -> Self {
-        Self { layer, count, layout, store }
+        Self { layer, count, layout, modules: Arc::default(), store }
+    }
+
+    /// The same experts, which know the modules that they come from, expert after expert.
+    #[must_use]
+    pub fn of_modules(self, modules: Vec<ExpertModules>) -> Self {
+        Self { modules: Arc::new(modules), ..self }
+    }
+
+    /// The modules that they come from.
+    #[must_use]
+    pub fn modules(&self) -> &[ExpertModules] {
+        &self.modules
     }
 
     /// How many there are.

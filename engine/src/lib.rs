@@ -10,6 +10,8 @@
 //!    Experts that memory doesn't hold come from the store in [`experts`].
 //! 5. The [`sampler`] turns logits into tokens; events go back through the request's sink.
 //!
+//! Training walks the same blocks with kernels that keep what a backward pass needs: see [`train`].
+//!
 //! What is absent on purpose: any architecture's name, HTTP, files, tokenizers.
 
 pub mod compute;
@@ -24,6 +26,7 @@ pub mod runtime;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod train;
 
 pub use candle_core::Tensor;
 pub use error::Error;

@@ -47,7 +47,8 @@ pub(crate) fn decoder_parts(
     file.supports("use_sliding_window", &[false])?;
     let (model, vocab, hidden) = (weights.at("model"), config.vocab_size, config.hidden_size);
     let norm = |weights: &Weights<'_>, name| {
-        Ok::<_, crate::Error>(RmsNorm::new(weights.at(name).vector("weight", hidden)?, config.rms_norm_eps))
+        let norm = weights.at(name);
+        Ok::<_, crate::Error>(RmsNorm::new(norm.module(), norm.vector("weight", hidden)?, config.rms_norm_eps))
     };
     let layers = (0..config.num_hidden_layers).map(|index| {
         let weights = model.at(format!("layers.{index}"));
@@ -110,6 +111,7 @@ pub(crate) fn head_norms(
     eps: f32,
 ) -> Result<HeadNorms> {
     Ok(HeadNorms {
+        modules: [weights.at(query).module(), weights.at(key).module()],
         query: weights.at(query).vector("weight", query_width)?,
         key: weights.at(key).vector("weight", key_width)?,
         eps,

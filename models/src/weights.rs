@@ -14,7 +14,7 @@ use std::{
 
 use cadre_engine::{
     compute::Compute,
-    nn::{ExpertPart, Experts, FfnLayout, Format, Layout, Matrix, PackingError, RoutedExperts},
+    nn::{ExpertModules, ExpertPart, Experts, FfnLayout, Format, Layout, Matrix, Module, PackingError, RoutedExperts},
 };
 
 use crate::{
@@ -29,6 +29,8 @@ const READ_BYTES: usize = 1 << 20;
 
 /// Between the names of a packed tensor's sources.
 const JOIN: &str = "+";
+/// What a module's name is followed by.
+const WEIGHT: &str = ".weight";
 /// A gated feed-forward's tensors.
 const EXPERT_NAMES: [&str; 3] = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"];
 
@@ -332,6 +334,26 @@ impl<'a> Weights<'a> {
         Weights { loader: self.loader, prefix: prefix + dot }
     }
 
+    /// The full name of the module whose tensors these are.
+    pub(crate) fn module(&self) -> String {
+        self.prefix.trim_end_matches('.').to_owned()
+    }
+
+    /// The full name of the module whose weight the tensor `name` is.
+    fn module_of(&self, name: &str) -> String {
+        let name = self.name(name);
+        name.strip_suffix(WEIGHT).map_or(name.clone(), str::to_owned)
+    }
+
+    /// Those of `count` gated feed-forwards.
+    fn expert_modules(&self, count: usize, prefix: &impl Fn(usize) -> String) -> Vec<ExpertModules> {
+        let modules = |expert| {
+            let [gate, up, down] = EXPERT_NAMES.map(|name| self.at(prefix(expert)).module_of(name));
+            ExpertModules { gate, up, down }
+        };
+        (0..count).map(modules).collect()
+    }
+
     /// What packs.
     pub(crate) fn compute(&self) -> &'a Compute {
         self.loader.compute
@@ -349,6 +371,11 @@ impl<'a> Weights<'a> {
 
     /// The same in a format of the caller's choice.
     pub(crate) fn matrix_as(&self, format: Format, parts: &[(&str, usize)], k: usize) -> Result<Matrix> {
+        let modules = parts.iter().map(|(name, rows)| Module { name: self.module_of(name), rows: *rows }).collect();
+        Ok(self.unnamed_matrix(format, parts, k)?.of_modules(modules))
+    }
+
+    fn unnamed_matrix(&self, format: Format, parts: &[(&str, usize)], k: usize) -> Result<Matrix> {
         let names: Vec<_> = parts.iter().map(|(name, _)| *name).collect();
         let name = names.join(JOIN);
         if self.loader.tensors.pack().is_some() {
@@ -387,6 +414,11 @@ impl<'a> Weights<'a> {
     /// `count` gated feed-forwards: `gate_proj`, `up_proj` `[ff, hidden]` and `down_proj` `[hidden, ff]` below the
     /// prefix of each.
     pub(crate) fn experts(&self, count: usize, layout: FfnLayout, prefix: impl Fn(usize) -> String) -> Result<Experts> {
+        let experts = self.unnamed_experts(count, layout, &prefix)?;
+        Ok(experts.of_modules(self.expert_modules(count, &prefix)))
+    }
+
+    fn unnamed_experts(&self, count: usize, layout: FfnLayout, prefix: &impl Fn(usize) -> String) -> Result<Experts> {
         // All are looked up before the first byte is allocated; the lists grow only as tensors are found.
         if self.loader.tensors.pack().is_some() {
             let indices = self.packed_experts(count, layout, prefix)?;
@@ -398,7 +430,7 @@ impl<'a> Weights<'a> {
             indices.iter().for_each(|_| self.loader.skip_padding(PackedLayout::Expert(layout)));
             return Ok(experts);
         }
-        let tensors = self.plain_experts(count, layout, &prefix)?;
+        let tensors = self.plain_experts(count, layout, prefix)?;
         if let Some(plan) = &self.loader.plan {
             for (expert, tensors) in tensors.iter().enumerate() {
                 let content = PlannedContent::Expert(layout, *tensors);
@@ -422,13 +454,13 @@ impl<'a> Weights<'a> {
             return Ok(RoutedExperts::Resident(self.experts(count, layout, prefix)?));
         };
         let experts: Vec<ExpertTensors> = if self.loader.tensors.pack().is_some() {
-            self.packed_experts(count, layout, prefix)?.into_iter().map(ExpertTensors::Packed).collect()
+            self.packed_experts(count, layout, &prefix)?.into_iter().map(ExpertTensors::Packed).collect()
         } else {
             self.plain_experts(count, layout, &prefix)?.into_iter().map(ExpertTensors::Plain).collect()
         };
         let tensors = experts.iter().flat_map(ExpertTensors::all);
         self.loader.progress(tensors.map(|index| self.loader.tensors.info(*index).bytes).sum());
-        Ok(RoutedExperts::Stored(left.leave(experts, layout)))
+        Ok(RoutedExperts::Stored(left.leave(experts, layout).of_modules(self.expert_modules(count, &prefix))))
     }
 
     /// The numbers of gate, up and down of `count` experts of a checkpoint that isn't packed.
@@ -456,7 +488,7 @@ impl<'a> Weights<'a> {
         &self,
         count: usize,
         FfnLayout { format, hidden, intermediate }: FfnLayout,
-        prefix: impl Fn(usize) -> String,
+        prefix: &impl Fn(usize) -> String,
     ) -> Result<Vec<usize>> {
         let name = EXPERT_NAMES.join(JOIN);
         let mut indices = Vec::new();

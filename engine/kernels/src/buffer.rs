@@ -51,7 +51,7 @@ impl<T: Plain> Buffer<T> {
     /// When the system refuses the mapping.
     pub fn zeroed(len: usize) -> Result<Self, AllocError> {
         if len == 0 {
-            return Ok(Self { start: NonNull::dangling(), len });
+            return Ok(Self::default());
         }
         let refused = |reason: String| AllocError { bytes: len.saturating_mul(size_of::<T>()), reason };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| refused("more than the address space".into()))?;
@@ -91,6 +91,13 @@ impl<T: Plain> Buffer<T> {
             }
         }
         Ok(())
+    }
+}
+
+impl<T: Plain> Default for Buffer<T> {
+    /// No values.
+    fn default() -> Self {
+        Self { start: NonNull::dangling(), len: 0 }
     }
 }
 

@@ -11,7 +11,7 @@
 //! - [`gradient`]: what training adds: the backward passes, attention over whole sequences.
 //! - [`qkv`]: from the fused projection to queries, keys and values: bias, clip, norm and position.
 //! - [`roofline`]: the machine's own limits: memory's read rate and the rate of multiply-adds.
-//! - [`norm`], [`rope`], [`router`], [`activation`]: the small ops.
+//! - [`norm`], [`rope`], [`router`], [`rows`], [`activation`]: the small ops.
 //! - [`logits`]: passes over the vocabulary, for the sampler.
 //!
 //! What a kernel may assume of its slices: the sizes that its contract names (it asserts them once, at the entry),
@@ -34,6 +34,7 @@ pub mod qkv;
 pub mod roofline;
 pub mod rope;
 pub mod router;
+pub mod rows;
 mod shared;
 pub mod slots;
 #[cfg(test)]

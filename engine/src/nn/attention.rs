@@ -33,6 +33,8 @@ impl AttentionConfig {
 /// RMS norms of queries and keys: a weight of one head's width norms each head, one of the whole width all together.
 #[derive(Debug)]
 pub struct HeadNorms {
+    /// The full names of the two modules.
+    pub modules: [String; 2],
     /// Weight of the queries' norm.
     pub query: Vec<f32>,
     /// Weight of the keys' norm.

@@ -10,7 +10,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Decoder {
     info: ModelInfo,
-    pub(super) parts: DecoderParts,
+    pub(crate) parts: DecoderParts,
 }
 
 /// What a [`Decoder`] is made of.
@@ -67,7 +67,7 @@ impl Decoder {
         Ok(Self { info, parts })
     }
 
-    fn head(&self) -> &Matrix {
+    pub(crate) fn head(&self) -> &Matrix {
         self.parts.head.as_ref().unwrap_or(&self.parts.embedding)
     }
 }

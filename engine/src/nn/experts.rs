@@ -26,6 +26,18 @@ pub struct Experts {
     layout: FfnLayout,
     count: usize,
     bytes: Buffer,
+    modules: Vec<ExpertModules>,
+}
+
+/// The full names of an expert's modules, as on the hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertModules {
+    /// That of [`ExpertPart::Gate`].
+    pub gate: String,
+    /// That of [`ExpertPart::Up`].
+    pub up: String,
+    /// That of [`ExpertPart::Down`].
+    pub down: String,
 }
 
 impl Experts {
@@ -75,7 +87,19 @@ impl Experts {
             bytes: usize::MAX,
             reason: format!("{count} experts of {expert_bytes} bytes overflow"),
         })?;
-        Ok(Self { layout, count, bytes: Buffer::zeroed(total)? })
+        Ok(Self { layout, count, bytes: Buffer::zeroed(total)?, modules: Vec::new() })
+    }
+
+    /// The same experts, which know the modules that they come from, expert after expert.
+    #[must_use]
+    pub fn of_modules(self, modules: Vec<ExpertModules>) -> Self {
+        Self { modules, ..self }
+    }
+
+    /// The modules that they come from.
+    #[must_use]
+    pub fn modules(&self) -> &[ExpertModules] {
+        &self.modules
     }
 
     /// How far the packed form is from the rows that it was made of, which `read_rows` gives again.
@@ -135,10 +159,15 @@ impl Experts {
         3 * self.layout.hidden * self.layout.intermediate
     }
 
+    /// The packed bytes of one expert.
+    pub(crate) fn expert(&self, expert: usize) -> &[u8] {
+        let size = expert_bytes(&self.layout);
+        &self.bytes[expert * size..(expert + 1) * size]
+    }
+
     /// The weights of one expert with the rows that use it.
     pub(crate) fn group<'a>(&'a self, expert: usize, rows: &'a [WeightedRow]) -> Group<'a> {
-        let size = expert_bytes(&self.layout);
-        let [gate_up, down] = matrices(&self.layout, &self.bytes[expert * size..(expert + 1) * size]);
+        let [gate_up, down] = matrices(&self.layout, self.expert(expert));
         Group { gate_up, down, rows }
     }
 }

@@ -1,4 +1,4 @@
-use super::{Experts, FfnLayout, Matrix, RouterOptions};
+use super::{ExpertModules, Experts, FfnLayout, Matrix, RouterOptions};
 use crate::{
     Result, Tensor,
     compute::Compute,
@@ -55,7 +55,16 @@ impl RoutedExperts {
         }
     }
 
-    pub(super) fn layout(&self) -> FfnLayout {
+    /// The modules that they come from.
+    #[must_use]
+    pub fn modules(&self) -> &[ExpertModules] {
+        match self {
+            Self::Resident(experts) => experts.modules(),
+            Self::Stored(experts) => experts.modules(),
+        }
+    }
+
+    pub(crate) fn layout(&self) -> FfnLayout {
         match self {
             Self::Resident(experts) => experts.layout(),
             Self::Stored(experts) => experts.layout(),

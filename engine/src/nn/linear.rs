@@ -4,8 +4,8 @@ use crate::{Result, Tensor, compute::Compute, ops};
 /// `x · Wᵀ + bias` with frozen packed weights.
 #[derive(Debug)]
 pub struct Linear {
-    pub(super) weight: Matrix,
-    pub(super) bias: Option<Vec<f32>>,
+    pub(crate) weight: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
 }
 
 impl Linear {

@@ -16,6 +16,16 @@ use crate::compute::Compute;
 pub struct Matrix {
     layout: Layout,
     bytes: Buffer,
+    modules: Vec<Module>,
+}
+
+/// A module of the checkpoint whose weight is some rows of a matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Its full name, as on the hub.
+    pub name: String,
+    /// How many rows.
+    pub rows: usize,
 }
 
 impl Matrix {
@@ -55,7 +65,19 @@ impl Matrix {
     /// # Errors
     /// When the address space cannot be had.
     pub fn zeroed(layout: Layout) -> Result<Self, AllocError> {
-        Ok(Self { layout, bytes: Buffer::zeroed(layout.bytes())? })
+        Ok(Self { layout, bytes: Buffer::zeroed(layout.bytes())?, modules: Vec::new() })
+    }
+
+    /// The same matrix, which knows the modules that its rows come from, in their order.
+    #[must_use]
+    pub fn of_modules(self, modules: Vec<Module>) -> Self {
+        Self { modules, ..self }
+    }
+
+    /// The modules that the rows come from.
+    #[must_use]
+    pub fn modules(&self) -> &[Module] {
+        &self.modules
     }
 
     /// How far the packed form is from the rows that it was made of, which `read_rows` gives again.

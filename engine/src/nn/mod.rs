@@ -20,10 +20,10 @@ pub use cadre_kernels::{
 };
 pub use decoder::{Decoder, DecoderLayer, DecoderParts};
 pub(crate) use experts::matrices;
-pub use experts::{ExpertPart, Experts, expert_bytes, pack_expert};
+pub use experts::{ExpertModules, ExpertPart, Experts, expert_bytes, pack_expert};
 pub use ffn::{DenseFfn, Ffn, MoeFfn, RoutedExperts};
 pub use linear::Linear;
-pub use matrix::Matrix;
+pub use matrix::{Matrix, Module};
 pub use norm::RmsNorm;
 pub use packing::PackingError;
 pub use probe::{Probe, StepTimes};

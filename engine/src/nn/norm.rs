@@ -3,15 +3,16 @@ use crate::{Result, Tensor, compute::Compute, ops};
 /// Root-mean-square norm over the whole width.
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    weight: Vec<f32>,
-    eps: f32,
+    pub(crate) module: String,
+    pub(crate) weight: Vec<f32>,
+    pub(crate) eps: f32,
 }
 
 impl RmsNorm {
-    /// From its weight `[width]` and what is added to the mean square.
+    /// From the module's full name, its weight `[width]` and what is added to the mean square.
     #[must_use]
-    pub fn new(weight: Vec<f32>, eps: f32) -> Self {
-        Self { weight, eps }
+    pub fn new(module: String, weight: Vec<f32>, eps: f32) -> Self {
+        Self { module, weight, eps }
     }
 
     /// `[rows, width]` to the same.

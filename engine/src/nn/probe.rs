@@ -231,7 +231,8 @@ fn made_up_attention(compute: &Compute, like: &Attention) -> Result<Attention> {
         config: like.config,
         qkv: made_up_matrix(compute, like.qkv.layout())?,
         qkv_bias: like.qkv_bias.clone(),
-        norms: like.norms.as_ref().map(|HeadNorms { query, key, eps }| HeadNorms {
+        norms: like.norms.as_ref().map(|HeadNorms { modules, query, key, eps }| HeadNorms {
+            modules: modules.clone(),
             query: query.clone(),
             key: key.clone(),
             eps: *eps,

@@ -43,7 +43,7 @@ impl Routes {
     }
 
     /// The rows of each of `count` experts, ascending.
-    fn by_expert(&self, count: usize) -> Vec<Vec<WeightedRow>> {
+    pub(crate) fn by_expert(&self, count: usize) -> Vec<Vec<WeightedRow>> {
         let mut groups = vec![Vec::new(); count];
         for (index, (expert, weight)) in self.experts.iter().zip(&self.weights).enumerate() {
             let row = (index / self.top_k) as u32;

@@ -46,7 +46,7 @@ fn transposed_weights_are_the_rows_as_columns() {
             let mut bytes = vec![0; layout.bytes()];
             pack(layout, &values(n * k, 1), &mut bytes);
             let weights = Packed::new(layout, &bytes);
-            let mut room = Transposed::new().unwrap();
+            let mut room = Transposed::default();
             // Something larger was there before.
             let other = Layout { format: Format::F32, n: 300, k: 301 };
             room.fill(&pool, &Packed::new(other, &vec![255; other.bytes()])).unwrap();

@@ -7,23 +7,14 @@ use crate::{
     shared::SharedSlice,
 };
 
-/// Room for one transposed matrix at a time. f32 weights stay f32; all others become bf16, exactly so if they are bf16,
+/// Room for one transposed matrix at a time; at first it takes none. f32 weights stay f32; all others become bf16, exactly so if they are bf16,
 /// and rounded if they are integers with a scale.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Transposed {
-    layout: Layout,
     bytes: Buffer,
 }
 
 impl Transposed {
-    /// Nothing yet.
-    ///
-    /// # Errors
-    /// Never: it takes no memory.
-    pub fn new() -> Result<Self, AllocError> {
-        Ok(Self { layout: Layout { format: Format::F32, n: 0, k: 1 }, bytes: Buffer::zeroed(0)? })
-    }
-
     /// `[n, k]` becomes `[k, n]`.
     ///
     /// # Errors
@@ -46,12 +37,12 @@ impl Transposed {
         let from = weights.layout();
         let format = if from.format == Format::F32 { Format::F32 } else { Format::Bf16 };
         let rows = from.n.min(panels.end * PANEL) - panels.start * PANEL;
-        self.layout = Layout { format, n: from.k, k: rows };
-        let bytes = self.layout.bytes();
+        let layout = Layout { format, n: from.k, k: rows };
+        let bytes = layout.bytes();
         if self.bytes.len() < bytes {
             self.bytes = Buffer::zeroed(bytes)?;
         }
-        let panel_bytes = self.layout.panel_bytes();
+        let panel_bytes = layout.panel_bytes();
         // The block of 16 by 16 that one panel before shares with one panel after.
         let block_bytes = PANEL * PANEL * if format == Format::F32 { 4 } else { 2 };
         let target = SharedSlice::new(&mut self.bytes[..bytes]);
@@ -61,7 +52,7 @@ impl Transposed {
             if from.format != Format::Bf16 {
                 rows = unpacked(weights, panels.start + index);
             }
-            for after in 0..self.layout.panels() {
+            for after in 0..layout.panels() {
                 let start = after * panel_bytes + index * block_bytes;
                 // A panel of f32 ends with the last row.
                 let len = block_bytes.min((after + 1) * panel_bytes - start);
@@ -83,7 +74,7 @@ impl Transposed {
                 }
             }
         });
-        Ok(Packed::new(self.layout, &self.bytes[..bytes]))
+        Ok(Packed::new(layout, &self.bytes[..bytes]))
     }
 }
 

@@ -1,0 +1,271 @@
+use cadre_kernels::{
+    ffn::{FfnLayout, WeightedRow},
+    format::Packed,
+    gradient::{RouterLosses, Transposed, gated_silu, gated_silu_backward, route_backward},
+    router, rows,
+};
+
+use super::{layer::Walk, linear::Linear, parameters::Gradients, places::Place};
+use crate::{
+    Error, Result,
+    experts::Lane,
+    nn::{DenseFfn, Ffn, MoeFfn, RoutedExperts, matrices},
+    ops::Routes,
+};
+
+/// What the backward pass of a feed-forward needs of the forward pass.
+pub(super) struct FfnTape {
+    /// The router's, if there is one.
+    router: Option<RouterTape>,
+    /// Gate and up of each expert's rows, of the experts that any token uses, ascending.
+    routed: Vec<Vec<f32>>,
+    /// The same of the feed-forward that all tokens use.
+    shared: Option<Vec<f32>>,
+}
+
+pub(super) struct RouterTape {
+    /// `[tokens, experts]`
+    pub logits: Vec<f32>,
+    /// The choice.
+    pub routes: Routes,
+}
+
+impl FfnTape {
+    pub(super) fn router(&self) -> Option<&RouterTape> {
+        self.router.as_ref()
+    }
+}
+
+/// The two matrices of a gated feed-forward.
+#[derive(Clone, Copy)]
+struct Pair<'a> {
+    layout: FfnLayout,
+    gate_up: Linear<'a>,
+    down: Linear<'a>,
+}
+
+impl Walk<'_> {
+    fn pair<'b>(&'b self, places: [Place; 2], layout: FfnLayout, weights: [Packed<'b>; 2]) -> Pair<'b> {
+        let gate_up = Linear { paired: Some(layout.intermediate), ..self.linear(places[0], weights[0]) };
+        Pair { layout, gate_up, down: self.linear(places[1], weights[1]) }
+    }
+
+    fn routed_pair<'b>(&'b self, layer: usize, expert: usize, layout: FfnLayout, bytes: &'b [u8]) -> Pair<'b> {
+        let places = [Place::GateUp { layer, expert }, Place::Down { layer, expert }];
+        self.pair(places, layout, matrices(&layout, bytes))
+    }
+
+    fn shared_pair<'b>(&'b self, layer: usize, ffn: &'b DenseFfn) -> Pair<'b> {
+        let places = [Place::SharedGateUp { layer }, Place::SharedDown { layer }];
+        self.pair(places, ffn.weights.layout(), matrices(&ffn.weights.layout(), ffn.weights.data()))
+    }
+
+    /// The feed-forward of layer `layer`, `[tokens, hidden]` to the same; the router takes the experts of `replay` if it
+    /// is given.
+    pub(super) fn ffn(&self, layer: usize, x: &[f32], replay: Option<&[u32]>) -> Result<(Vec<f32>, FfnTape)> {
+        match &self.parts.layers[layer].ffn {
+            Ffn::Dense(ffn) => {
+                let (gate_up, out) = self.gated(&self.shared_pair(layer, ffn), x);
+                Ok((out, FfnTape { router: None, routed: Vec::new(), shared: Some(gate_up) }))
+            }
+            Ffn::Moe(ffn) => self.moe(layer, ffn, x, replay),
+        }
+    }
+
+    fn moe(&self, layer: usize, ffn: &MoeFfn, x: &[f32], replay: Option<&[u32]>) -> Result<(Vec<f32>, FfnTape)> {
+        let pool = &self.products.compute.pool;
+        let layout = ffn.experts.layout();
+        let router = self.route(layer, ffn, x, replay);
+        let groups = router.routes.by_expert(ffn.experts.count());
+        let mut out = vec![0.0; x.len()];
+        let mut routed = Vec::new();
+        each_expert(&ffn.experts, &groups, |expert, bytes| {
+            let rows = &groups[expert];
+            let mut inputs = vec![0.0; rows.len() * layout.hidden];
+            rows::gather(pool, x, layout.hidden, rows, &mut inputs);
+            let (gate_up, outputs) = self.gated(&self.routed_pair(layer, expert, layout, bytes), &inputs);
+            rows::scatter_add(pool, &outputs, layout.hidden, rows, &mut out);
+            routed.push(gate_up);
+            Ok(())
+        })?;
+        let shared = ffn.shared.as_ref().map(|shared| {
+            let (gate_up, outputs) = self.gated(&self.shared_pair(layer, shared), x);
+            rows::add(pool, &outputs, &mut out);
+            gate_up
+        });
+        Ok((out, FfnTape { router: Some(router), routed, shared }))
+    }
+
+    fn route(&self, layer: usize, ffn: &MoeFfn, x: &[f32], replay: Option<&[u32]>) -> RouterTape {
+        let linear = self.linear(Place::Router { layer }, ffn.router.packed());
+        let logits = self.products.forward(&linear, x);
+        let top_k = ffn.options.top_k;
+        let tokens = logits.len() / ffn.experts.count();
+        let mut routes = Routes { top_k, experts: vec![0; tokens * top_k], weights: vec![0.0; tokens * top_k] };
+        match replay {
+            Some(experts) => {
+                routes.experts.copy_from_slice(experts);
+                router::weigh_chosen(&ffn.options, &logits, &routes.experts, &mut routes.weights);
+            }
+            None => router::route(&ffn.options, &logits, &mut routes.experts, &mut routes.weights),
+        }
+        RouterTape { logits, routes }
+    }
+
+    /// A gated feed-forward: gate and up, and the output.
+    fn gated(&self, pair: &Pair<'_>, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let compute = self.products.compute;
+        let FfnLayout { hidden, intermediate, .. } = pair.layout;
+        let gate_up = self.products.forward(&pair.gate_up, x);
+        let mut inner = vec![0.0; x.len() / hidden * intermediate];
+        gated_silu(&compute.pool, compute.isa, intermediate, &gate_up, &mut inner);
+        let output = self.products.forward(&pair.down, &inner);
+        (gate_up, output)
+    }
+
+    /// The gradient of a gated feed-forward's input from that of its output before the rows' weights, and the gradient
+    /// of these weights.
+    fn gated_backward(
+        &self,
+        pair: &Pair<'_>,
+        room: &mut Transposed,
+        x: &[f32],
+        mut gate_up: Vec<f32>,
+        weights: &[f32],
+        of_output: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let compute = self.products.compute;
+        let mut inner = self.products.input_gradient(&pair.down, room, of_output)?;
+        let mut of_weights = vec![0.0; weights.len()];
+        gated_silu_backward(
+            &compute.pool,
+            compute.isa,
+            pair.layout.intermediate,
+            weights,
+            &mut gate_up,
+            &mut inner,
+            &mut of_weights,
+        );
+        // Now `inner` is what the second matrix took, times the rows' weights; `gate_up` its own gradient.
+        self.products.parameter_gradients(&pair.down, &inner, of_output, gradients);
+        self.products.parameter_gradients(&pair.gate_up, x, &gate_up, gradients);
+        Ok((self.products.input_gradient(&pair.gate_up, room, &gate_up)?, of_weights))
+    }
+
+    /// The gradient of the feed-forward's input `x` from that of its output; `losses` are those on the router.
+    pub(super) fn ffn_backward(
+        &mut self,
+        layer: usize,
+        x: &[f32],
+        tape: FfnTape,
+        losses: RouterLosses<'_>,
+        of_output: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f32>> {
+        let mut room = self.take_room();
+        let this = &*self;
+        let pool = &this.products.compute.pool;
+        let ones = |rows: usize| vec![1.0; rows];
+        let mut of_input = vec![0.0; x.len()];
+        let shared = match &this.parts.layers[layer].ffn {
+            Ffn::Dense(ffn) => Some(ffn),
+            Ffn::Moe(ffn) => {
+                if let Some(router) = tape.router {
+                    let routed = (router, tape.routed);
+                    this.moe_backward(layer, ffn, &mut room, x, routed, losses, of_output, &mut of_input, gradients)?;
+                }
+                ffn.shared.as_ref()
+            }
+        };
+        if let (Some(ffn), Some(gate_up)) = (shared, tape.shared) {
+            let pair = this.shared_pair(layer, ffn);
+            let weights = ones(x.len() / pair.layout.hidden);
+            let (of_shared, _) = this.gated_backward(&pair, &mut room, x, gate_up, &weights, of_output, gradients)?;
+            rows::add(pool, &of_shared, &mut of_input);
+        }
+        self.give_room(room);
+        Ok(of_input)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the tape, and the gradients on both sides")]
+    fn moe_backward(
+        &self,
+        layer: usize,
+        ffn: &MoeFfn,
+        room: &mut Transposed,
+        x: &[f32],
+        (router, routed): (RouterTape, Vec<Vec<f32>>),
+        losses: RouterLosses<'_>,
+        of_output: &[f32],
+        of_input: &mut [f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let pool = &self.products.compute.pool;
+        let layout = ffn.experts.layout();
+        let RouterTape { logits, routes } = router;
+        let groups = routes.by_expert(ffn.experts.count());
+        let mut of_weights = vec![0.0; routes.weights.len()];
+        let mut routed = routed.into_iter();
+        each_expert(&ffn.experts, &groups, |expert, bytes| {
+            let rows = &groups[expert];
+            let mut inputs = vec![0.0; rows.len() * layout.hidden];
+            let mut of_outputs = inputs.clone();
+            rows::gather(pool, x, layout.hidden, rows, &mut inputs);
+            rows::gather(pool, of_output, layout.hidden, rows, &mut of_outputs);
+            let weights: Vec<f32> = rows.iter().map(|row| row.weight).collect();
+            let gate_up = routed.next().unwrap_or_default();
+            let pair = self.routed_pair(layer, expert, layout, bytes);
+            let (of_inputs, dots) =
+                self.gated_backward(&pair, room, &inputs, gate_up, &weights, &of_outputs, gradients)?;
+            let ones: Vec<_> = rows.iter().map(|row| WeightedRow { weight: 1.0, ..*row }).collect();
+            rows::scatter_add(pool, &of_inputs, layout.hidden, &ones, of_input);
+            for (row, dot) in rows.iter().zip(dots) {
+                let start = row.row as usize * routes.top_k;
+                let slots = start..start + routes.top_k;
+                let own = slots.clone().find(|slot| routes.experts[*slot] as usize == expert);
+                own.into_iter().for_each(|slot| of_weights[slot] = dot);
+            }
+            Ok(())
+        })?;
+        let mut of_logits = vec![0.0; logits.len()];
+        route_backward(&ffn.options, &logits, &routes.experts, &of_weights, losses, &mut of_logits);
+        let linear = self.linear(Place::Router { layer }, ffn.router.packed());
+        self.products.parameter_gradients(&linear, x, &of_logits, gradients);
+        rows::add(pool, &self.products.input_gradient(&linear, room, &of_logits)?, of_input);
+        Ok(())
+    }
+}
+
+/// Gives `take` the packed bytes of each expert that has rows, in ascending order, from wherever they are.
+fn each_expert(
+    experts: &RoutedExperts,
+    groups: &[Vec<WeightedRow>],
+    mut take: impl FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let used: Vec<usize> = (0..groups.len()).filter(|&expert| !groups[expert].is_empty()).collect();
+    let stored = match experts {
+        RoutedExperts::Resident(experts) => {
+            return used.into_iter().try_for_each(|expert| take(expert, experts.expert(expert)));
+        }
+        RoutedExperts::Stored(stored) => stored,
+    };
+    let (store, layer) = stored.place()?;
+    let mut visit = store.visit(layer, &used, Lane::Scan);
+    let mut landed = vec![false; used.len()];
+    let mut next = 0;
+    while next < used.len() {
+        if !landed[next] {
+            let now = visit.landed().map_err(|error| {
+                let rows = groups[error.id.expert as usize].iter().map(|row| row.row).collect();
+                Error::Fetch { error, rows }
+            })?;
+            now.into_iter().for_each(|index| landed[index] = true);
+            continue;
+        }
+        take(used[next], &visit.bytes(next))?;
+        visit.release(next..next + 1);
+        next += 1;
+    }
+    Ok(())
+}

@@ -1,0 +1,26 @@
+//! Training: what is trained, the gradients of a step, and how they change it.
+//!
+//! A step's way through this folder:
+//! 1. A [`Batch`] holds whole sequences on one flat axis of tokens, and which of them the loss asks for.
+//! 2. [`Trainer::gradients`] walks all batches of a step through the decoder layer by layer, keeps each layer's input
+//!    and its routing (and more, as far as memory allows), then walks back. What it doesn't keep is computed again.
+//! 3. Frozen weights stay packed, in memory or in the expert store; [`places`] names the matrices, [`trained`] says
+//!    what is trained of each: adapters, or the weights themselves.
+//! 4. The [`optimizer`] changes the [`parameters`].
+//!
+//! The backward passes are written out by hand, in the order of the forward pass reversed: a tape of tensors would
+//! hide what a step keeps, and the memory that it takes is the point.
+
+mod attention;
+mod batch;
+mod experts;
+mod head;
+mod layer;
+mod linear;
+pub mod parameters;
+pub mod places;
+pub mod trained;
+mod trainer;
+
+pub use batch::{Batch, Target};
+pub use trainer::{RouterLossOptions, StepLosses, Trainer};

@@ -1,0 +1,98 @@
+//! What is trained of a decoder.
+
+use std::{collections::HashMap, ops::Range};
+
+use super::{parameters::ParameterId, places::Place};
+
+/// What is trained of each matrix, and of what isn't one.
+#[derive(Debug, Default)]
+pub struct Trained {
+    matrices: HashMap<Place, TrainedMatrix>,
+    /// The embedding `[vocab, hidden]`.
+    pub embedding: Option<ParameterId>,
+    /// The norm before the head.
+    pub norm: Option<ParameterId>,
+    /// Layer by layer; empty if nothing of them is trained.
+    pub vectors: Vec<TrainedVectors>,
+}
+
+/// What is trained of a layer that isn't a matrix.
+#[derive(Debug, Default)]
+pub struct TrainedVectors {
+    /// The norm before attention.
+    pub attention_norm: Option<ParameterId>,
+    /// The bias of the projection to queries, keys and values.
+    pub qkv_bias: Option<ParameterId>,
+    /// The norms of queries and keys.
+    pub head_norms: Option<[ParameterId; 2]>,
+    /// The bias of attention's output.
+    pub output_bias: Option<ParameterId>,
+    /// The norm before the feed-forward.
+    pub ffn_norm: Option<ParameterId>,
+}
+
+/// What is trained of one matrix.
+#[derive(Debug, Clone, Default)]
+pub struct TrainedMatrix {
+    /// Added to its products.
+    pub adapters: Vec<Adapter>,
+    /// Rows whose weights are trained themselves.
+    pub weights: Vec<TrainedRows>,
+}
+
+/// `scale · x · Aᵀ · Bᵀ`, added to some outputs of a matrix (Hu et al., arXiv:2106.09685).
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// The outputs.
+    pub rows: Range<usize>,
+    /// A, `[rank, inputs]`.
+    pub a: ParameterId,
+    /// B, `[rows, rank]`.
+    pub b: ParameterId,
+    /// The rank.
+    pub rank: usize,
+    /// What the product is multiplied with.
+    pub scale: f32,
+}
+
+/// Rows of a matrix that are trained.
+#[derive(Debug, Clone)]
+pub struct TrainedRows {
+    /// The rows.
+    pub rows: Range<usize>,
+    /// The weights, `[rows, inputs]`.
+    pub weight: ParameterId,
+}
+
+/// Of a matrix of which nothing is trained.
+static NOTHING: TrainedMatrix = TrainedMatrix { adapters: Vec::new(), weights: Vec::new() };
+
+impl Trained {
+    /// What is trained of the matrix at `place`.
+    #[must_use]
+    pub fn of(&self, place: Place) -> &TrainedMatrix {
+        self.matrices.get(&place).unwrap_or(&NOTHING)
+    }
+
+    /// The same, to add to.
+    pub fn of_mut(&mut self, place: Place) -> &mut TrainedMatrix {
+        self.matrices.entry(place).or_default()
+    }
+
+    /// All matrices of which something is trained.
+    pub fn matrices(&self) -> impl Iterator<Item = (Place, &TrainedMatrix)> {
+        self.matrices.iter().map(|(place, matrix)| (*place, matrix))
+    }
+
+    /// What is trained of the layer's vectors.
+    pub(super) fn vectors(&self, layer: usize) -> &TrainedVectors {
+        static NONE: TrainedVectors = TrainedVectors {
+            attention_norm: None,
+            qkv_bias: None,
+            head_norms: None,
+            output_bias: None,
+            ffn_norm: None,
+        };
+        self.vectors.get(layer).unwrap_or(&NONE)
+    }
+}
