@@ -261,8 +261,8 @@ def balance(model, speed):
     """The selection bias of experts with few tokens rises, of those with many it falls: no auxiliary loss."""
     for layer in model.model.layers:
         if isinstance(layer.mlp, bailing.Moe):
-            gate = layer.mlp.gate
-            gate.expert_bias += speed * (gate.counts.float().mean() - gate.counts).sign()
+            gate, counts = layer.mlp.gate, layer.mlp.counts
+            gate.expert_bias += speed * (counts.float().mean() - counts).sign()
             gate.expert_bias -= gate.expert_bias.mean()
 
 

@@ -154,7 +154,7 @@ class Mlp(nn.Module):
 
 
 class Gate(nn.Module):
-    """x [tokens, hidden] -> the chosen experts and their weights, both [tokens, k]; `counts` are the tokens per expert."""
+    """x [tokens, hidden] -> the chosen experts and their weights, both [tokens, k]."""
 
     def __init__(self, config):
         super().__init__()
@@ -192,11 +192,12 @@ class Gate(nn.Module):
             if self.normalise:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             weights = weights * self.scale
-        self.counts = torch.bincount(chosen.flatten(), minlength=len(self.weight)).detach()
         return chosen, weights
 
 
 class Moe(nn.Module):
+    """`counts` are the tokens per expert of the last forward."""
+
     def __init__(self, config):
         super().__init__()
         width, inner = config["hidden_size"], config["moe_intermediate_size"]
@@ -208,9 +209,10 @@ class Moe(nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
         chosen, weights = self.gate(flat)
+        self.counts = torch.bincount(chosen.flatten(), minlength=len(self.experts))
         # Sort the (token, expert) pairs by expert, run each expert once on its tokens, put the results back.
         order = chosen.flatten().argsort(stable=True)
-        inputs = flat.index_select(0, order // chosen.shape[1]).split(self.gate.counts.tolist())
+        inputs = flat.index_select(0, order // chosen.shape[1]).split(self.counts.tolist())
         outputs = torch.cat([expert(i) for expert, i in zip(self.experts, inputs) if len(i)])
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         outputs = outputs.index_select(0, back).view(*chosen.shape, -1)

@@ -16,6 +16,7 @@ transformers.utils.logging.disable_progress_bar()
 class Routing:
     """What one router made of a batch; every field is [sequences, tokens, ...]."""
 
+    logits: torch.Tensor  # before the softmax or sigmoid, in the graph
     chosen: torch.Tensor  # bool: which experts
     score_margin: torch.Tensor  # how far the last one taken was above the first one left
     logit_margin: torch.Tensor  # the same in units of router logits, about
@@ -41,7 +42,7 @@ def _softmax_routing(logits, k):
     logits = logits.float()
     best = logits.topk(k, -1).indices
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
-    return Routing(chosen, _margins(logits.softmax(-1), k), _margins(logits, k))
+    return Routing(logits, chosen, _margins(logits.softmax(-1), k), _margins(logits, k))
 
 
 class _Transformers:
@@ -91,7 +92,7 @@ def _grouped_routing(logits, bias, k, groups, kept):
         scores = grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k, -1).indices, True)
     margin = torch.minimum(margin, _margins(scores, k))
-    return Routing(chosen, margin, 4 * margin)  # a sigmoid's slope is 1/4 at most
+    return Routing(logits, chosen, margin, 4 * margin)  # a sigmoid's slope is 1/4 at most
 
 
 class _Bailing:
