@@ -6,7 +6,7 @@
 //!    and its routing (and more, as far as memory allows), then walks back. What it doesn't keep is computed again.
 //! 3. Frozen weights stay packed, in memory or in the expert store; [`places`] names the matrices, [`trained`] says
 //!    what is trained of each: adapters, or the weights themselves.
-//! 4. The [`optimizer`] changes the [`parameters`].
+//! 4. The [`optimizer`] changes the [`parameters`] at the learning rate of the [`schedule`].
 //!
 //! The backward passes are written out by hand, in the order of the forward pass reversed: a tape of tensors would
 //! hide what a step keeps, and the memory that it takes is the point.
@@ -17,8 +17,10 @@ mod experts;
 mod head;
 mod layer;
 mod linear;
+pub mod optimizer;
 pub mod parameters;
 pub mod places;
+pub mod schedule;
 pub mod trained;
 mod trainer;
 
