@@ -301,6 +301,42 @@ pub enum Error {
     /// The options given to the chat template contradict each other or the conversation: the caller's mistake.
     #[error("{0}")]
     TemplateOptions(&'static str),
+    /// A name of a module to be adapted or trained matches none.
+    #[error("target `{target}` matches no module of the model: expected `all-linear`, `experts`, or some of {known}")]
+    NoSuchTarget {
+        /// The name.
+        target: String,
+        /// The last components of all modules' names.
+        known: String,
+    },
+    /// A fused adapter covers gate and up, and one of them only was named.
+    #[error(
+        "{module} is adapted together with its partner in the fused layout: name both gate_proj and up_proj, or ask          for the per-expert layout"
+    )]
+    HalfTarget {
+        /// The module.
+        module: String,
+    },
+    /// An adapter has a tensor that the model has no place for.
+    #[error("{file}: no part of this model takes the tensor {tensor}: the adapter was made for another model")]
+    AdapterOfAnother {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// An adapter has no tensor.
+    #[error("{file} has no adapter of any module of this model")]
+    EmptyAdapter {
+        /// The file.
+        file: String,
+    },
+    /// What was to be written can't be put into its format.
+    #[error("cannot encode what is to be saved: {detail}")]
+    Encode {
+        /// What went wrong.
+        detail: String,
+    },
     /// The engine refused.
     #[error(transparent)]
     Engine(#[from] cadre_engine::Error),

@@ -13,6 +13,7 @@
 //! | `registry` | the table from `model_type` to the file that builds it |
 //! | `qwen3_moe`, `olmoe`, `bailing_moe`, `bailing_moe_v2` | the architectures |
 //! | [`load`](mod@load) | from a checkpoint to a model |
+//! | [`adapter`] | LoRA adapters as PEFT lays them out: what they adapt, and their files |
 //! | `routing_profile` | how often a pack's experts were used, kept beside it |
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
 //! | [`chat_template`] | a conversation to a prompt |
@@ -23,6 +24,7 @@
 //! What a file says is never believed before it is checked: no panic, and no allocation that the file's own size does
 //! not justify. There is one [`Error`]; its messages name the file, what was expected and what was found.
 
+pub mod adapter;
 mod bailing;
 mod bailing_moe;
 mod bailing_moe_v2;

@@ -1,6 +1,6 @@
 //! From a checkpoint to a model: every weight read once, and packed as it is read, unless it is packed already.
 
-use cadre_engine::{compute::Compute, model::Model, nn::Decoder};
+use cadre_engine::{compute::Compute, nn::Decoder};
 
 use crate::{
     Error, Result,
@@ -15,7 +15,7 @@ use crate::{
 /// A model that can compute.
 pub struct LoadedModel {
     /// The model.
-    pub model: Box<dyn Model>,
+    pub decoder: Decoder,
     /// What its weights are packed as.
     pub formats: Formats,
     /// The routed experts, if they were left on disk: to be opened before the model computes.
@@ -50,7 +50,7 @@ pub fn load(
     let loader = Loader::new(&tensors, compute, formats, on_bytes);
     let (decoder, left) = build(checkpoint, loader, placement)?;
     let experts = left.map(|left| left.unopened(tensors, io));
-    Ok(LoadedModel { model: Box::new(decoder), formats, experts })
+    Ok(LoadedModel { decoder, formats, experts })
 }
 
 /// A model as [`load`] would load it, but all its matrices are zeros that take no memory.

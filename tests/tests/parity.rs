@@ -75,9 +75,9 @@ impl Runner {
         let compute = Compute::new(threads);
         let folder = fixture.folder.to_str().context("path")?;
         let checkpoint = open(Some(folder), &|_| {})?;
-        let model = load(&checkpoint, &FormatOptions::all(format), Placement::Resident, &compute, &|_| {})?.model;
+        let model = load(&checkpoint, &FormatOptions::all(format), Placement::Resident, &compute, &|_| {})?.decoder;
         let kv_dtype = if format == Format::F32 { KvDtype::F32 } else { KvDtype::Bf16 };
-        Ok(Self { compute, model, kv_dtype })
+        Ok(Self { compute, model: Box::new(model), kv_dtype })
     }
 
     fn cache(&self, blocks: usize) -> Result<KvCache> {

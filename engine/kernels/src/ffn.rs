@@ -38,6 +38,12 @@ impl FfnLayout {
         Layout { format: self.format, n: 2 * self.intermediate.next_multiple_of(PANEL), k: self.hidden }
     }
 
+    /// The row of that matrix which holds row `row` of gate (`up` 0) or up (1).
+    #[must_use]
+    pub fn gate_up_row(&self, row: usize, up: usize) -> usize {
+        (row / PANEL * 2 + up) * PANEL + row % PANEL
+    }
+
     /// The matrix of down.
     #[must_use]
     pub fn down(&self) -> Layout {

@@ -3,7 +3,7 @@ use std::ops::Range;
 use cadre_kernels::{
     buffer::{AllocError, Buffer},
     ffn::{FfnLayout, Group, WeightedRow},
-    format::{Layout, PANEL, Packed},
+    format::{Layout, Packed},
 };
 
 use super::packing::{self, PackTask, PackingError, ReadTask, pack, pack_here};
@@ -112,8 +112,6 @@ impl Experts {
         read_rows: impl Fn(usize, ExpertPart, Range<usize>, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<PackingError, E> {
         let FfnLayout { hidden, intermediate, .. } = self.layout;
-        // Panels of gate and up take turns.
-        let interleaved = |row: usize, up: usize| (row / PANEL * 2 + up) * PANEL + row % PANEL;
         let mut total = PackingError::default();
         for expert in 0..self.count {
             let Group { gate_up, down, .. } = self.group(expert, &[]);
@@ -122,8 +120,9 @@ impl Experts {
                 move |rows: Range<usize>, out: &mut [f32]| read_rows(expert, part, rows, out)
             };
             let (gate, up) = (source(ExpertPart::Gate), source(ExpertPart::Up));
-            total += packing::packing_error(compute, gate_up, intermediate, |row| interleaved(row, 0), gate)?;
-            total += packing::packing_error(compute, gate_up, intermediate, |row| interleaved(row, 1), up)?;
+            total +=
+                packing::packing_error(compute, gate_up, intermediate, |row| self.layout.gate_up_row(row, 0), gate)?;
+            total += packing::packing_error(compute, gate_up, intermediate, |row| self.layout.gate_up_row(row, 1), up)?;
             total += packing::packing_error(compute, down, hidden, |row| row, source(ExpertPart::Down))?;
         }
         Ok(total)
@@ -157,6 +156,12 @@ impl Experts {
     #[must_use]
     pub fn parameters_per_expert(&self) -> usize {
         3 * self.layout.hidden * self.layout.intermediate
+    }
+
+    /// Packs one expert anew, from the rows that `read_rows` gives as in [`pack_expert`].
+    pub(crate) fn repack(&mut self, expert: usize, read_rows: impl FnMut(ExpertPart, Range<usize>, &mut [f32])) {
+        let size = expert_bytes(&self.layout);
+        pack_expert(self.layout, &mut self.bytes[expert * size..(expert + 1) * size], read_rows);
     }
 
     /// The packed bytes of one expert.

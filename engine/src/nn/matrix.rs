@@ -92,6 +92,17 @@ impl Matrix {
         packing::packing_error(compute, self.packed(), self.layout.n, |row| row, read_rows)
     }
 
+    /// Packs the matrix anew, from all its values `[n, k]`.
+    pub(crate) fn repack(&mut self, compute: &Compute, values: &[f32]) {
+        let layout = self.layout;
+        let tasks = PackTask::split((), layout, self.bytes.chunks_exact_mut(layout.panel_bytes()));
+        let packed = pack(compute, layout.format, tasks, |(), rows, out| {
+            out.copy_from_slice(&values[rows.start * layout.k..rows.end * layout.k]);
+            Ok::<_, std::convert::Infallible>(())
+        });
+        let Ok(()) = packed;
+    }
+
     /// The packed form's bytes.
     #[must_use]
     pub fn data(&self) -> &[u8] {

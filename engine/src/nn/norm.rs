@@ -6,13 +6,15 @@ pub struct RmsNorm {
     pub(crate) module: String,
     pub(crate) weight: Vec<f32>,
     pub(crate) eps: f32,
+    /// The weight isn't as stored.
+    pub(crate) is_divided: bool,
 }
 
 impl RmsNorm {
     /// From the module's full name, its weight `[width]` and what is added to the mean square.
     #[must_use]
     pub fn new(module: String, weight: Vec<f32>, eps: f32) -> Self {
-        Self { module, weight, eps }
+        Self { module, weight, eps, is_divided: false }
     }
 
     /// `[rows, width]` to the same.
@@ -26,6 +28,7 @@ impl RmsNorm {
     /// The norm with each place of its output divided by `divisors`.
     #[must_use]
     pub fn divided_by(mut self, divisors: &[f32]) -> Self {
+        self.is_divided = true;
         self.weight.iter_mut().zip(divisors).for_each(|(weight, divisor)| *weight /= divisor);
         self
     }

@@ -23,6 +23,7 @@ pub mod places;
 pub mod schedule;
 pub mod trained;
 mod trainer;
+mod whole;
 
 pub use batch::{Batch, Target};
 pub use trainer::{RouterLossOptions, StepLosses, Trainer};

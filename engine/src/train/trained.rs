@@ -2,6 +2,11 @@
 
 use std::{collections::HashMap, ops::Range};
 
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+
 use super::{parameters::ParameterId, places::Place};
 
 /// What is trained of each matrix, and of what isn't one.
@@ -95,4 +100,15 @@ impl Trained {
         };
         self.vectors.get(layer).unwrap_or(&NONE)
     }
+}
+
+/// Where A `[rank, inputs]` of adapter number `index` begins: evenly in ±1/√inputs, as PEFT's (Kaiming with a = √5).
+#[must_use]
+pub fn initial_a(seed: u64, index: u64, rank: usize, inputs: usize) -> Vec<f32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(index);
+    let bound = 1.0 / (inputs as f32).sqrt();
+    // 24 bits fill an f32's fraction.
+    let unit = |bits: u32| (bits >> 8) as f32 / (1 << 24) as f32;
+    (0..rank * inputs).map(|_| (2.0 * unit(random.next_u32()) - 1.0) * bound).collect()
 }

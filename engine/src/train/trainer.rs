@@ -107,6 +107,11 @@ impl Trainer {
         self.keep_from = layer;
     }
 
+    /// Writes the parameters that are weights themselves back into the decoder: to be called after each update.
+    pub fn write_back(&mut self) {
+        self.trained.write_back(&self.compute, &mut self.decoder, &self.parameters);
+    }
+
     /// The decoder.
     #[must_use]
     pub fn decoder(&self) -> &Decoder {

@@ -57,7 +57,7 @@ fn every_architecture_loads_and_counts_its_parameters() {
         let loaded = load(&checkpoint, &AUTO, Placement::Resident, &Compute::new(2), &|progress| {
             told.lock().unwrap().push(progress)
         });
-        let model = loaded.unwrap().model;
+        let model = loaded.unwrap().decoder;
         let (info, summary) = (model.info(), checkpoint.summary().unwrap());
         assert_eq!((info.num_layers, info.hidden_size, info.vocab_size), (2, 8, 11), "{architecture}");
         assert_eq!(info.total_parameters, summary.total_parameters, "{architecture}");
@@ -71,7 +71,7 @@ fn every_architecture_loads_and_counts_its_parameters() {
 #[test]
 fn the_embedded_model_loads() {
     let loaded = load(&open(None, &|_| {}).unwrap(), &AUTO, Placement::Resident, &Compute::new(2), &|_| {}).unwrap();
-    assert_eq!(loaded.model.info().vocab_size, 640);
+    assert_eq!(loaded.decoder.info().vocab_size, 640);
 }
 
 #[test]
@@ -210,7 +210,7 @@ fn an_outline_has_the_sizes_of_what_is_loaded() {
         for options in [AUTO, FormatOptions::all(Format::Q8_0)] {
             let loaded = load(&checkpoint, &options, Placement::Resident, &compute, &|_| {}).unwrap();
             let outline = outline(&checkpoint, &options, Placement::Resident, &compute).unwrap();
-            assert_eq!((outline.decoder.info(), outline.formats), (loaded.model.info(), loaded.formats));
+            assert_eq!((outline.decoder.info(), outline.formats), (loaded.decoder.info(), loaded.formats));
         }
         let stored = outline(&checkpoint, &AUTO, Placement::Stored, &compute).unwrap();
         let count: usize = stored.decoder.info().moe_layers.iter().map(|layer| layer.experts).sum();

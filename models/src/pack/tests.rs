@@ -100,7 +100,7 @@ fn every_architecture_packs_and_loads() {
             let source = open_directory(&place.source()).unwrap();
             let direct = load(&source, &options, Placement::Resident, &Compute::new(1), &|_| {}).unwrap();
             assert_eq!(loaded.formats, direct.formats, "{architecture}");
-            assert_eq!(loaded.model.info(), direct.model.info(), "{architecture}");
+            assert_eq!(loaded.decoder.info(), direct.decoder.info(), "{architecture}");
             let done = told.into_inner().unwrap().iter().map(|progress| progress.done_bytes).max();
             assert_eq!(done, Some(packed.pack.total_bytes), "{architecture}");
         }

@@ -56,6 +56,32 @@ impl TensorSet {
         Ok(set)
     }
 
+    /// The tensors of one file.
+    pub(crate) fn of_file(source: Source) -> Result<Self> {
+        let mut set = Self { files: Vec::new(), tensors: Vec::new(), by_name: HashMap::new(), pack: None };
+        set.add(source)?;
+        Ok(set)
+    }
+
+    /// All numbers of tensor `index`, which isn't packed.
+    pub(crate) fn values(&self, index: usize) -> Result<Vec<f32>> {
+        let info = self.info(index);
+        let Stored::Plain(dtype) = info.stored else {
+            return Err(Error::TensorEntry {
+                file: self.label(index).to_owned(),
+                tensor: info.name.clone(),
+                what: "format",
+                expected: "plain numbers".to_owned(),
+                found: info.stored.to_string(),
+            });
+        };
+        let mut bytes = vec![0; usize::try_from(info.bytes).unwrap_or(0)];
+        self.read(index, 0, &mut bytes)?;
+        let mut values = vec![0.0; bytes.len() / dtype.bytes()];
+        dtype.widen(&bytes, &mut values);
+        Ok(values)
+    }
+
     fn add(&mut self, source: Source) -> Result<()> {
         let file = self.files.len();
         let header = read_header(&source)?;

@@ -1,0 +1,132 @@
+//! From the names that a user gives to the matrices that get an adapter.
+
+use std::collections::BTreeSet;
+
+use cadre_engine::{
+    nn::Decoder,
+    train::{
+        places::{Place, PlaceInfo, places},
+        trained::initial_a,
+    },
+};
+
+use super::{AdapterConfig, AdapterLayout, At, Entry, Lora, Part, stack_of};
+use crate::{Error, Result};
+
+/// All linear modules but the router and the head.
+pub const ALL_LINEAR: &str = "all-linear";
+
+/// New adapters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraOptions {
+    /// The rank of each.
+    pub rank: usize,
+    /// The product is multiplied with `alpha / rank`, or with `alpha / √rank` if `rslora`.
+    pub alpha: f64,
+    /// Rank-stabilised (Kalajdzievski, arXiv:2312.03732).
+    pub rslora: bool,
+    /// Names of modules as on the hub, or of what holds them (`experts`, `self_attn`), or [`ALL_LINEAR`].
+    pub targets: Vec<String>,
+    /// How experts' adapters are laid out.
+    pub layout: AdapterLayout,
+    /// What A begins from; B begins from zero.
+    pub seed: u64,
+}
+
+impl LoraOptions {
+    fn scale(&self) -> f32 {
+        let rank = self.rank as f64;
+        (self.alpha / if self.rslora { rank.sqrt() } else { rank }) as f32
+    }
+}
+
+impl Lora {
+    /// New adapters of the modules that `options` name.
+    ///
+    /// # Errors
+    /// When a name matches nothing, or one half only of what a fused adapter covers.
+    pub fn new(decoder: &Decoder, base_model: &str, options: &LoraOptions) -> Result<Self> {
+        let places = places(decoder);
+        let mut entries = Vec::new();
+        let mut found = BTreeSet::new();
+        for info in &places {
+            entries.extend(entries_of(info, &places, options, &mut found)?);
+        }
+        if let Some(target) = options.targets.iter().find(|target| !found.contains(target.as_str())) {
+            let known: BTreeSet<&str> = places.iter().flat_map(|info| &info.modules).map(|m| last(&m.name)).collect();
+            return Err(Error::NoSuchTarget {
+                target: target.clone(),
+                known: known.into_iter().collect::<Vec<_>>().join(", "),
+            });
+        }
+        let config = AdapterConfig::describe(base_model, options, &places, &entries);
+        Self::assemble(config, entries, |index, entry| {
+            let a = initial_a(options.seed, index as u64, entry.rank, entry.inputs);
+            Ok([a, vec![0.0; entry.rows.len() * entry.rank]])
+        })
+    }
+}
+
+/// The last component of a module's name.
+pub(super) fn last(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+/// Whether `target` names the module, or one that holds it.
+fn names(target: &str, module: &str) -> bool {
+    let whole = format!(".{module}.");
+    whole.contains(&format!(".{target}."))
+}
+
+/// The targets that `module` of this place matches.
+fn matching<'a>(options: &'a LoraOptions, place: Place, module: &str) -> Vec<&'a str> {
+    let linear = !matches!(place, Place::Router { .. } | Place::Head);
+    let targets = options.targets.iter().map(String::as_str);
+    targets.filter(|target| if *target == ALL_LINEAR { linear } else { names(target, module) }).collect()
+}
+
+/// The adapters of one place; the targets that they match join `found`.
+fn entries_of<'a>(
+    info: &PlaceInfo,
+    places: &[PlaceInfo],
+    options: &'a LoraOptions,
+    found: &mut BTreeSet<&'a str>,
+) -> Result<Vec<Entry>> {
+    let entry = |rows, at| {
+        let (rank, scale) = (options.rank, options.scale());
+        Entry { place: info.place, rows, inputs: info.inputs, rank, scale, at }
+    };
+    let stack = stack_of(info, places).filter(|_| options.layout == AdapterLayout::Fused);
+    if let Some((experts, part, expert, count)) = stack {
+        // The stack's own name counts too.
+        let fused = matching(options, info.place, &format!("{experts}.{}", part.name()));
+        let modules: Vec<_> = info.modules.iter().map(|m| matching(options, info.place, &m.name)).collect();
+        found.extend(fused.iter().chain(modules.iter().flatten()));
+        let matched = modules.iter().filter(|targets| !targets.is_empty()).count();
+        if fused.is_empty() && matched == 0 {
+            return Ok(Vec::new());
+        }
+        if fused.is_empty() && matched < modules.len() {
+            return Err(Error::HalfTarget { module: info.modules[0].name.clone() });
+        }
+        return Ok(vec![entry(0..info.outputs(), At::Stack { experts, part, expert, count })]);
+    }
+    let (mut start, mut entries) = (0, Vec::new());
+    for module in &info.modules {
+        let rows = start..start + module.rows;
+        start = rows.end;
+        let matched = matching(options, info.place, &module.name);
+        if !matched.is_empty() {
+            entries.push(entry(rows, At::Module(module.name.clone())));
+        }
+        found.extend(matched);
+    }
+    Ok(entries)
+}
+
+impl Part {
+    /// What PEFT calls the stacked parameter.
+    pub(super) fn target(self) -> String {
+        format!("mlp.experts.{}", self.name())
+    }
+}
