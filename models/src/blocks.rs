@@ -20,6 +20,7 @@ pub(crate) struct DecoderConfig {
     pub rms_norm_eps: f32,
     #[serde(default)]
     pub tie_word_embeddings: bool,
+    pub pad_token_id: Option<i64>,
 }
 
 impl DecoderConfig {
@@ -68,6 +69,7 @@ pub(crate) fn decoder_parts(
     Ok(DecoderParts {
         layers: layers.collect::<Result<_>>()?,
         embedding: model.at(embedding).matrix_as(weights.formats().embedding, &[("weight", vocab)], hidden)?,
+        padding_token: config.pad_token_id.and_then(|id| u32::try_from(id).ok()),
         norm: norm(&model, "norm")?,
         head: (!config.tie_word_embeddings).then(|| matrix(weights, "lm_head", vocab, hidden)).transpose()?,
         max_position_embeddings: rope.max_positions(),

@@ -240,7 +240,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.word_embeddings = nn.Embedding(config["vocab_size"], config["hidden_size"], config.get("pad_token_id"))
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config["num_hidden_layers"]))
         self.norm = RmsNorm(config["hidden_size"], config["rms_norm_eps"])
 

@@ -18,6 +18,8 @@ pub struct Decoder {
 pub struct DecoderParts {
     /// `[vocab, hidden]`
     pub embedding: Matrix,
+    /// A token whose embedding is never trained (torch's `padding_idx`).
+    pub padding_token: Option<u32>,
     /// The rotary positions, shared by all layers.
     pub rope: Rope,
     /// The layers.

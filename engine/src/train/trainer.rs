@@ -154,7 +154,8 @@ impl Trainer {
             let width = self.decoder.parts.embedding.layout().k;
             let sums = gradients.of(id);
             for (batch, of_hidden) in batches.iter().zip(of_hidden) {
-                for (token, row) in batch.token_ids.iter().zip(of_hidden.chunks_exact(width)) {
+                let rows = batch.token_ids.iter().zip(of_hidden.chunks_exact(width));
+                for (token, row) in rows.filter(|(token, _)| Some(**token) != self.decoder.parts.padding_token) {
                     let sums = &mut sums[*token as usize * width..][..width];
                     sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
                 }
