@@ -24,6 +24,7 @@ pub mod runtime;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod train;
 
 pub use candle_core::Tensor;
 pub use error::Error;

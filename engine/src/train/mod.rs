@@ -1,0 +1,4 @@
+//! The parts of a trainer that know no model: what is trained, and how a gradient changes it.
+
+pub mod optimizer;
+pub mod parameters;
