@@ -6,7 +6,8 @@
 //!    and its routing (and more, as far as memory allows), then walks back. What it doesn't keep is computed again.
 //! 3. Frozen weights stay packed, in memory or in the expert store; [`places`] names the matrices, [`trained`] says
 //!    what is trained of each: adapters, or the weights themselves.
-//! 4. The [`optimizer`] changes the [`parameters`] at the learning rate of the [`schedule`].
+//! 4. The [`guard`] looks at the loss and the norm; the [`optimizer`] changes the [`parameters`] at the learning rate of
+//!    the [`schedule`].
 //!
 //! The backward passes are written out by hand, in the order of the forward pass reversed: a tape of tensors would
 //! hide what a step keeps, and the memory that it takes is the point.
@@ -14,6 +15,7 @@
 mod attention;
 mod batch;
 mod experts;
+pub mod guard;
 mod head;
 mod layer;
 mod linear;
