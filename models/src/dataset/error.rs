@@ -171,6 +171,11 @@ pub enum TurnError {
         "the chat template changes this message's text, so that it can't be found again: give it the weight 0, or use another template"
     )]
     Changed,
+    /// The template rewrites what comes before the message, and doesn't show where that ends.
+    #[error(
+        "the chat template rewrites the messages before this one, so that it can't be told where this one begins: give it the weight 0, or use another template"
+    )]
+    NoBeginning,
     /// The template refuses the conversation up to this message, which would show how it ends.
     #[error(
         "the chat template refuses the conversation that ends with this message ({0}): ask for the loss on the last one only"

@@ -6,13 +6,15 @@
 //! thinking block if the template writes one, the content, the tool calls and the end-of-turn token.
 //!
 //! Both texts must be the beginning of the whole. They aren't where a template rewrites earlier messages: strips their
-//! reasoning, or moves the system's words and the tools to the last question. There the message's own texts are marked:
+//! reasoning, or moves the system's words and the tools to the last question. There the messages' own texts are marked:
 //! a word that occurs nowhere else is put to both sides of each of them, inside of the white space at its edges, which
 //! templates trim, and between thinking tags, which templates split at. The marks count only if the text without them
-//! is the template's text, to the byte. The answer then begins at the first mark, or the `<think>` before it, and ends
-//! behind the last one with what the template writes behind it when the conversation ends there.
+//! is the template's text, to the byte. So it is known what the template writes behind a message's words: behind the
+//! answer's here, and where the conversation ends with it; behind those of the message before it here, and in the prompt
+//! that serving would make. The answer begins and ends where these part, in whole words.
 //!
-//! If that fails too, the line is refused. `{% generation %}` blocks aren't used: some hold the header as well, which
+//! Where the template makes no prompt, for an answer that nothing comes before, it begins at its first word, or the
+//! `<think>` before that. If all fails, the line is refused. `{% generation %}` blocks aren't used: some hold the header as well, which
 //! serving gives to the model.
 
 use std::ops::Range;
@@ -74,33 +76,19 @@ struct Conversation<'a> {
 impl Conversation<'_> {
     /// The bytes of the answer in `messages[index]`.
     fn answer(&mut self, index: usize) -> Result<Range<usize>, TurnError> {
-        let prompt = self.options_with_generation_prompt();
-        let prompt = self.template.render(&self.messages[..index], &prompt).ok();
-        let start = prompt.filter(|prompt| self.text.starts_with(prompt)).map(|prompt| prompt.len());
-        let until = self.until(index);
-        let end = until.as_ref().ok().map(|until| until.trim_end()).filter(|until| self.text.starts_with(until));
-        let end = end.map(str::len);
-        self.rewritten += usize::from(start.is_none());
-        if let (Some(start), Some(end)) = (start, end) {
-            return Ok(start..end.max(start));
-        }
-        let mark = self.mark();
-        let marked = marked(&self.messages[index], &mark);
-        let words = self.words(&self.messages[index + 1..], index, &marked, &mark, &self.text)?;
-        let start = start.unwrap_or_else(|| with_think_tag(&self.text, words.start));
-        let end = match end {
-            Some(end) => end,
-            None => {
-                let until = until.map_err(TurnError::Refused)?;
-                let last = self.words(&[], index, &marked, &mark, &until)?;
-                words.end + ending(&until[last.end..], &self.text[words.end..])?
+        let prompt = RenderOptions { add_generation_prompt: true, ..self.options.clone() };
+        let start = match self.template.render(&self.messages[..index], &prompt) {
+            Ok(before) if self.text.starts_with(&before) => before.len(),
+            before => {
+                self.rewritten += 1;
+                self.start(index, before.ok(), &prompt)?
             }
         };
+        let end = match self.until(index) {
+            Ok(until) if self.text.starts_with(until.trim_end()) => until.trim_end().len(),
+            until => self.end(index, &until.map_err(TurnError::Refused)?)?,
+        };
         Ok(start..end.max(start))
-    }
-
-    fn options_with_generation_prompt(&self) -> RenderOptions {
-        RenderOptions { add_generation_prompt: true, ..self.options.clone() }
     }
 
     /// The text of the conversation that ends with `messages[index]`.
@@ -111,34 +99,64 @@ impl Conversation<'_> {
         self.template.render(&self.messages[..=index], &self.options)
     }
 
-    /// A word that the conversation doesn't have.
-    fn mark(&self) -> String {
-        let mut mark = "cadremark".to_owned();
-        while self.text.contains(&mark) {
-            mark.push('x');
+    /// Where the answer begins, if not behind `before`, the prompt that serving makes with the options `prompt`.
+    fn start(&self, index: usize, before: Option<String>, prompt: &RenderOptions) -> Result<usize, TurnError> {
+        let (Some(before), Some(previous)) = (before, index.checked_sub(1)) else {
+            // The template makes no prompt for it, as nothing comes before it.
+            let words = self.words(index, &self.messages, &self.options, &self.text)?;
+            return Ok(self.text[..words.start].trim_end().strip_suffix(THINK).map_or(words.start, str::len));
+        };
+        let no_beginning = |_| TurnError::NoBeginning;
+        let there = self.words(previous, &self.messages[..index], prompt, &before).map_err(no_beginning)?;
+        let here = self.words(previous, &self.messages, &self.options, &self.text).map_err(no_beginning)?;
+        let header = &before[there.end..];
+        let shared = shared_words(header, &self.text[here.end..]).len();
+        // What the prompt has besides may be a thinking block that was opened for the model.
+        let missing = [THINK, END_THINK].iter().fold(header[shared..].to_owned(), |rest, tag| rest.replace(tag, ""));
+        if !missing.trim().is_empty() {
+            let words = self.words(index, &self.messages, &self.options, &self.text)?;
+            let between = self.text.get(here.end + shared..words.start);
+            if between.is_none_or(|between| !between.trim().is_empty()) {
+                return Err(TurnError::NoBeginning);
+            }
         }
-        mark
+        Ok(here.end + shared)
     }
 
-    /// From the first to the last word of `messages[index]` in `text`, the template's of the messages up to it and
-    /// `after`. `marked` is the message with its marks.
+    /// Where the answer ends, if not where `until` does, the text of the conversation that ends with it.
+    fn end(&self, index: usize, until: &str) -> Result<usize, TurnError> {
+        let there = self.words(index, &self.messages[..=index], &self.options, until)?;
+        let here = self.words(index, &self.messages, &self.options, &self.text)?;
+        let (last, here_on) = (until[there.end..].trim_end(), &self.text[here.end..]);
+        let shared = shared_words(last, here_on).trim_end();
+        if shared.is_empty() && !last.is_empty() {
+            return Err(TurnError::Ending { last: excerpt(last), here: excerpt(here_on) });
+        }
+        Ok(here.end + shared.len())
+    }
+
+    /// From the first to the last word of `messages[index]` in `text`, which the template makes of `messages`.
     fn words(
         &self,
-        after: &[Value],
         index: usize,
-        marked: &Value,
-        mark: &str,
+        messages: &[Value],
+        options: &RenderOptions,
         text: &str,
     ) -> Result<Range<usize>, TurnError> {
-        let messages = [&self.messages[..index], std::slice::from_ref(marked), after].concat();
-        let with_marks = self.template.render(&messages, &self.options).map_err(|_| TurnError::Changed)?;
-        let given = marked.to_string().matches(mark).count();
-        let found: Vec<usize> = with_marks.match_indices(mark).map(|(at, _)| at).collect();
+        let mut mark = "cadremark".to_owned();
+        while text.contains(&mark) {
+            mark.push('x');
+        }
+        let marked = marked(&messages[index], &mark);
+        let given = marked.to_string().matches(&mark).count();
+        let messages = [&messages[..index], &[marked], &messages[index + 1..]].concat();
+        let with_marks = self.template.render(&messages, options).map_err(|_| TurnError::Changed)?;
+        let found: Vec<usize> = with_marks.match_indices(&mark).map(|(at, _)| at).collect();
         let (Some(first), Some(last)) = (found.first(), found.last()) else { return Err(TurnError::LeftOut) };
         if found.len() > given {
             return Err(TurnError::Repeated);
         }
-        if with_marks.replace(mark, "") != text {
+        if with_marks.replace(&mark, "") != text {
             return Err(TurnError::Changed);
         }
         Ok(*first..last - mark.len() * (found.len() - 1))
@@ -159,7 +177,7 @@ fn marked(message: &Value, mark: &str) -> Value {
 
 fn mark_texts(value: &mut Value, mark: &str) {
     match value {
-        Value::String(text) => *text = surround(text, mark),
+        Value::String(text) => *text = mark_parts(text, mark),
         Value::Array(items) => items.iter_mut().for_each(|item| mark_texts(item, mark)),
         Value::Object(fields) => {
             // Templates check the form of an id, and compare the type.
@@ -170,53 +188,43 @@ fn mark_texts(value: &mut Value, mark: &str) {
     }
 }
 
-/// `text` with `mark` on both sides of what lies between thinking tags and has more than white space.
-fn surround(text: &str, mark: &str) -> String {
+/// `text` with `mark` around each part between its thinking tags; around all, if it is nothing but tags.
+fn mark_parts(text: &str, mark: &str) -> String {
+    if text.replace(THINK, "").replace(END_THINK, "").trim().is_empty() {
+        return surround(text, mark);
+    }
     let mut marked = String::with_capacity(text.len() + 2 * mark.len());
     let mut rest = text;
     loop {
         let tags = [THINK, END_THINK].into_iter().filter_map(|tag| Some((rest.find(tag)?, tag)));
         let (end, tag) = tags.min().unwrap_or((rest.len(), ""));
-        let (piece, after) = rest.split_at(end);
-        let words = piece.trim();
-        if words.is_empty() {
-            marked.push_str(piece);
-        } else {
-            let (before, _) = piece.split_at(piece.len() - piece.trim_start().len());
-            let behind = &piece[before.len() + words.len()..];
-            marked.extend([before, mark, words, mark, behind]);
-        }
+        marked.push_str(&surround(&rest[..end], mark));
         if tag.is_empty() {
             return marked;
         }
         marked.push_str(tag);
-        rest = &after[tag.len()..];
+        rest = &rest[end + tag.len()..];
     }
 }
 
-/// Where the `<think>` begins that stands before `start`; `start` if none does.
-fn with_think_tag(text: &str, start: usize) -> usize {
-    text[..start].trim_end().strip_suffix(THINK).map_or(start, str::len)
+/// `text` with `mark` on both sides, inside of its white space; nothing is marked if there is only that.
+fn surround(text: &str, mark: &str) -> String {
+    let words = text.trim();
+    if words.is_empty() {
+        return text.to_owned();
+    }
+    let before = text.len() - text.trim_start().len();
+    [&text[..before], mark, words, mark, &text[before + words.len()..]].concat()
 }
 
-/// How much of `here`, the text behind an answer, ends it, as `last` does where the conversation ends: all of `last`,
-/// or the words that both begin with.
-fn ending(last: &str, here: &str) -> Result<usize, TurnError> {
-    let last = last.trim_end();
-    if here.starts_with(last) {
-        return Ok(last.len());
-    }
-    let same = last.char_indices().zip(here.chars()).find(|((_, one), other)| one != other);
-    let same = same.map_or(last.len().min(here.len()), |((at, _), _)| at);
+/// What `there` and `here` both begin with: all of `there`, or whole words of it with the white space behind them.
+fn shared_words<'a>(there: &'a str, here: &str) -> &'a str {
+    let different = there.char_indices().zip(here.chars()).find(|((_, one), other)| one != other);
+    let same = different.map_or(there.len().min(here.len()), |((at, _), _)| at);
     let ends_word = |text: &str| text[same..].chars().next().is_none_or(char::is_whitespace);
-    let common = &last[..same];
-    let words = if ends_word(last) && ends_word(here) {
-        common
-    } else {
-        common.rfind(char::is_whitespace).map_or("", |at| &common[..at])
-    };
-    match words.trim_end().len() {
-        0 => Err(TurnError::Ending { last: excerpt(last), here: excerpt(here) }),
-        length => Ok(length),
+    let common = &there[..same];
+    if same == there.len() || ends_word(there) && ends_word(here) {
+        return common;
     }
+    &common[..common.trim_end_matches(|letter: char| !letter.is_whitespace()).len()]
 }
