@@ -17,6 +17,7 @@
 //! | `routing_profile` | how often a pack's experts were used, kept beside it |
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
 //! | [`chat_template`] | a conversation to a prompt |
+//! | [`dataset`] | JSON lines to the examples of fine-tuning, and those into bins |
 //! | [`summary`] | what a checkpoint holds, from its headers |
 //!
 //! To add an architecture: one file that assembles the blocks of `cadre_engine::nn`, one row in `registry`.
@@ -32,6 +33,7 @@ mod blocks;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
+pub mod dataset;
 mod embedded;
 mod error;
 mod files;
@@ -56,6 +58,7 @@ mod weights;
 pub use chat_template::{ChatTemplate, RenderOptions};
 pub use checkpoint::{Checkpoint, open};
 pub use config::GenerationConfig;
+pub use dataset::{Dataset, DatasetError, DatasetOptions, Example, LossOn};
 pub use error::Error;
 pub use formats::{FormatOptions, Formats};
 pub use hub::DownloadProgress;

@@ -1,12 +1,13 @@
 //! tokenizer.json and tokenizer_config.json: text to token ids and back.
 
 use std::{
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 
 use serde_json::{Map, Value};
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, PostProcessorWrapper};
 
 use crate::{Error, Result, text_stream::TextStream};
 
@@ -43,6 +44,9 @@ impl Tokenizer {
             // A prompt is never cut or padded silently, whatever the file was saved with.
             tokenizer.with_padding(None);
             tokenizer.with_truncation(None)?;
+            if let Some(processor) = tokenizer.get_post_processor().cloned() {
+                tokenizer.with_post_processor(Some(with_whole_ranges(processor)));
+            }
             Ok(tokenizer)
         })?;
         let scheme = Scheme::of(tokenizer.get_decoder());
@@ -57,6 +61,17 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding = guarded(&self.0.file, || self.0.tokenizer.encode_fast(text, add_special_tokens))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token ids of `text`, without special tokens of the post-processor, each with the bytes of `text` that it is
+    /// made of. A character that is several tokens belongs to each of them as a whole.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn encode_with_ranges(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = guarded(&self.0.file, || self.0.tokenizer.encode(text, false))?;
+        let ranges = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
+        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
     }
 
     /// The text of token ids. Ids that are not in the vocabulary are left out, as in the reference implementation.
@@ -124,6 +139,20 @@ impl Tokenizer {
     /// Whether the token is a single byte of a character written as several tokens.
     pub(crate) fn is_byte_token(&self, id: u32) -> bool {
         self.0.scheme == Scheme::WordMarks && self.token(id).is_some_and(|token| byte_token(&token).is_some())
+    }
+}
+
+/// `processor` without the wish to leave white space out of the tokens' ranges; it changes no token.
+fn with_whole_ranges(processor: PostProcessorWrapper) -> PostProcessorWrapper {
+    match processor {
+        PostProcessorWrapper::ByteLevel(processor) => processor.trim_offsets(false).into(),
+        PostProcessorWrapper::Roberta(processor) => processor.trim_offsets(false).into(),
+        PostProcessorWrapper::Sequence(mut processors) => {
+            let parts: &mut [PostProcessorWrapper] = processors.as_mut();
+            parts.iter_mut().for_each(|part| *part = with_whole_ranges(part.clone()));
+            processors.into()
+        }
+        other => other,
     }
 }
 
@@ -202,7 +231,12 @@ pub(crate) mod tests {
 
     /// A byte-level tokenizer: 256 bytes, a merge of "é", and three added tokens, two of them special.
     pub(crate) fn byte_level() -> Tokenizer {
-        read(&byte_level_json(), json!({"eos_token": {"content": "<|end|>"}, "bos_token": null}))
+        byte_level_tokenizer(&byte_level_json())
+    }
+
+    /// A variant of it.
+    pub(crate) fn byte_level_tokenizer(json: &Value) -> Tokenizer {
+        read(json, json!({"eos_token": {"content": "<|end|>"}, "bos_token": null}))
     }
 
     /// Its tokenizer.json.
@@ -301,6 +335,22 @@ pub(crate) mod tests {
             let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).collect();
             assert_eq!(String::from_utf8(bytes).unwrap().trim_start(), text);
         }
+    }
+
+    #[test]
+    fn ranges_hold_white_space_and_whole_characters() {
+        let mut trimming = byte_level_json();
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+        trimming["post_processor"] = json!({"type": "Sequence", "processors": [byte_level]});
+        for tokenizer in [byte_level_tokenizer(&byte_level_json()), byte_level_tokenizer(&trimming)] {
+            let text = "a  é漢<|end|> ";
+            let (ids, ranges): (Vec<_>, Vec<_>) = tokenizer.encode_with_ranges(text).unwrap().into_iter().unzip();
+            assert_eq!(ids, tokenizer.encode(text, false).unwrap());
+            assert_eq!(ranges, [0..1, 1..2, 2..3, 3..5, 5..8, 5..8, 5..8, 8..15, 15..16]);
+        }
+        let ranges = byte_fallback().encode_with_ranges("a é漢").unwrap().into_iter().map(|(_, range)| range);
+        assert_eq!(ranges.collect::<Vec<_>>(), [0..1, 0..1, 1..2, 2..4, 4..7, 4..7, 4..7]);
     }
 
     #[test]
