@@ -1,0 +1,4 @@
+//! What a fine-tuning run leaves behind for those who watch it and look back at it.
+
+pub mod step_log;
+pub mod tensorboard;
