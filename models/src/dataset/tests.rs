@@ -175,6 +175,10 @@ fn the_loss_is_where_it_is_asked_for() {
     let sharegpt =
         json!({"conversations": [{"from": "gpt", "value": "A", "weight": 0}, {"from": "gpt", "value": "B"}]});
     assert_eq!(all(sharegpt), "<assistant>A<e><assistant>⟦B<e>⟧");
+    let greeting = json!({"conversations": [{"from": "gpt", "value": "<think>\nhm</think> A"}]});
+    let dataset = read_rows(&[greeting], &template(CHATML), &ALL).unwrap();
+    assert_eq!(shown_with(&dataset.examples[0], &byte_level()), "<assistant>⟦<think>\nhm</think> A<e>⟧");
+    assert_eq!(dataset.rewritten_answers, 0);
 }
 
 /// As a served prompt gets them, before and behind.

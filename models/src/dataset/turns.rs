@@ -14,8 +14,8 @@
 //! that serving would make. The answer begins and ends where these part, in whole words.
 //!
 //! Where the template makes no prompt, for an answer that nothing comes before, it begins at its first word, or the
-//! `<think>` before that. If all fails, the line is refused. `{% generation %}` blocks aren't used: some hold the header as well, which
-//! serving gives to the model.
+//! `<think>` before that. If all fails, the line is refused. `{% generation %}` blocks aren't used: some hold the header
+//! as well, which serving gives to the model.
 
 use std::ops::Range;
 
@@ -80,7 +80,7 @@ impl Conversation<'_> {
         let start = match self.template.render(&self.messages[..index], &prompt) {
             Ok(before) if self.text.starts_with(&before) => before.len(),
             before => {
-                self.rewritten += 1;
+                self.rewritten += usize::from(before.is_ok());
                 self.start(index, before.ok(), &prompt)?
             }
         };
