@@ -331,6 +331,16 @@ pub enum Error {
         /// The file.
         file: String,
     },
+    /// A training checkpoint is of another run.
+    #[error("{file}: expected {expected}, found {found}")]
+    TrainingState {
+        /// The file.
+        file: String,
+        /// What it should have.
+        expected: String,
+        /// What it has.
+        found: String,
+    },
     /// What was to be written can't be put into its format.
     #[error("cannot encode what is to be saved: {detail}")]
     Encode {

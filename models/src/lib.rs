@@ -18,6 +18,7 @@
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
 //! | [`chat_template`] | a conversation to a prompt |
 //! | [`dataset`] | JSON lines to the examples of fine-tuning, and those into bins |
+//! | [`training_state`] | what a training run needs to go on |
 //! | [`summary`] | what a checkpoint holds, from its headers |
 //!
 //! To add an architecture: one file that assembles the blocks of `cadre_engine::nn`, one row in `registry`.
@@ -53,6 +54,7 @@ mod tensors;
 mod testing;
 pub mod text_stream;
 pub mod tokenizer;
+pub mod training_state;
 mod weights;
 
 pub use chat_template::{ChatTemplate, RenderOptions};

@@ -6,8 +6,10 @@ mod header;
 mod packed;
 mod set;
 mod stored;
+mod write;
 
 pub(crate) use header::{LENGTH_BYTES, TensorInfo, read_header};
 pub(crate) use packed::{ALIGNMENT, PackInfo, PackedEntry, PackedLayout};
 pub(crate) use set::{INDEX_FILE, SINGLE_FILE, TensorSet, is_plain_name, shards_of};
 pub use stored::{Stored, StoredType};
+pub(crate) use write::{Written, write_tensors};

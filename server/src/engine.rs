@@ -204,10 +204,10 @@ impl Opened {
 pub fn start(options: &EngineOptions) -> Result<Engine> {
     let Opened { threads, compute, checkpoint, budget } = Opened::new(options)?;
     let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
-    let LoadedModel { model, formats, experts } = progress::weights("loading weights", |report| {
+    let LoadedModel { decoder, formats, experts } = progress::weights("loading weights", |report| {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
-    let info = model.info();
+    let info = decoder.info();
     ensure!(trace.is_none() || !info.moe_layers.is_empty(), "--trace-routing: this model has no routed experts");
     let split = MemorySplit::new(options, budget, info, formats, Loaded::all(info, experts.as_ref()))?;
     let plan = split.kv;
@@ -226,7 +226,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let meters = Arc::new(Meters::new(&name));
     let expert_meters = |store| (store, ExpertMeters::new(info.moe_layers.len()));
     let observer = Observer { meters: meters.clone(), experts: store.clone().map(expert_meters), trace };
-    let runtime = start_runtime(options, model, &plan, compute.clone(), observer)?;
+    let runtime = start_runtime(options, Box::new(decoder), &plan, compute.clone(), observer)?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
     Ok(Engine {
         runtime,

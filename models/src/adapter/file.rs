@@ -9,14 +9,13 @@ use cadre_engine::{
         places::{PlaceInfo, places},
     },
 };
-use safetensors::{Dtype, tensor::TensorView};
 
 use super::{AdapterConfig, AdapterFiles, At, Entry, Lora, Part, stack_of};
 use crate::{
     Error, Result,
     files::Files,
     pack::write_whole,
-    tensors::{Stored, TensorSet},
+    tensors::{Stored, TensorSet, Written, write_tensors},
 };
 
 /// Of an adapter's tensors.
@@ -63,51 +62,41 @@ impl AdapterFiles {
     pub fn write(&self, directory: &Path, parameters: &Parameters) -> Result<()> {
         let path = directory.display().to_string();
         std::fs::create_dir_all(directory).map_err(|source| Error::CreateDirectory { path, source })?;
-        let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
+        let mut tensors = BTreeMap::new();
         let values: Vec<&[f32]> = parameters.iter().map(|parameter| parameter.values.as_slice()).collect();
         for (entry, values) in self.entries.iter().zip(values.chunks_exact(2)) {
             self.add(entry, values[0], values[1], &mut tensors);
         }
-        let bytes: Vec<(&String, &Vec<usize>, Vec<u8>)> = tensors
-            .iter()
-            .map(|(name, (shape, values))| (name, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect()))
-            .collect();
-        let views = bytes.iter().map(|(name, shape, bytes)| {
-            let view = TensorView::new(Dtype::F32, (*shape).clone(), bytes);
-            view.map(|view| ((*name).clone(), view)).map_err(|error| Error::Encode { detail: error.to_string() })
-        });
-        let views: Vec<_> = views.collect::<Result<_>>()?;
-        let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-        let file = safetensors::serialize(views, Some(metadata))
-            .map_err(|error| Error::Encode { detail: error.to_string() })?;
+        write_tensors(directory, WEIGHTS_FILE, tensors.iter().map(|(name, tensor)| (name.clone(), tensor)))?;
         let config =
             serde_json::to_vec_pretty(&self.config).map_err(|error| Error::Encode { detail: error.to_string() })?;
-        for (name, bytes) in [(WEIGHTS_FILE, file), (CONFIG_FILE, config)] {
-            write_whole(directory, name, &bytes)?;
-        }
-        Ok(())
+        write_whole(directory, CONFIG_FILE, &config)
     }
 
-    fn add(&self, entry: &Entry, a: &[f32], b: &[f32], tensors: &mut BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
+    fn add<'a>(&self, entry: &Entry, a: &'a [f32], b: &'a [f32], tensors: &mut BTreeMap<String, Written<'a>>) {
         let (rank, inputs, outputs) = (entry.rank, entry.inputs, entry.rows.len());
         let At::Stack { experts, part, expert, count } = &entry.at else {
             let name = format!("{PREFIX}{}", entry.name());
-            tensors.insert(format!("{name}.lora_A.weight"), (vec![rank, inputs], a.to_vec()));
-            tensors.insert(format!("{name}.lora_B.weight"), (vec![outputs, rank], b.to_vec()));
+            let written =
+                |shape: [usize; 2], values: &'a [f32]| Written { shape: shape.to_vec(), values: values.into() };
+            tensors.insert(format!("{name}.lora_A.weight"), written([rank, inputs], a));
+            tensors.insert(format!("{name}.lora_B.weight"), written([outputs, rank], b));
             return;
         };
         let name = format!("{PREFIX}{experts}{}", self.config.infix(*part));
-        let stacked_a = tensors
-            .entry(format!("{name}.lora_A.weight"))
-            .or_insert_with(|| (vec![count * rank, inputs], vec![0.0; count * rank * inputs]));
-        stacked_a.1[expert * rank * inputs..(expert + 1) * rank * inputs].copy_from_slice(a);
-        let stacked_b = tensors
-            .entry(format!("{name}.lora_B.weight"))
-            .or_insert_with(|| (vec![outputs, count * rank], vec![0.0; outputs * count * rank]));
-        for (row, values) in b.chunks_exact(rank).enumerate() {
-            let places = stacked_b.1[row * count * rank + expert..].iter_mut().step_by(*count);
-            places.zip(values).for_each(|(place, value)| *place = *value);
-        }
+        let mut stacked = |side, shape: [usize; 2], fill: &mut dyn FnMut(&mut [f32])| {
+            let zeros = || Written { shape: shape.to_vec(), values: vec![0.0; shape[0] * shape[1]].into() };
+            fill(tensors.entry(format!("{name}.{side}.weight")).or_insert_with(zeros).values.to_mut());
+        };
+        stacked("lora_A", [count * rank, inputs], &mut |stack| {
+            stack[expert * rank * inputs..(expert + 1) * rank * inputs].copy_from_slice(a);
+        });
+        stacked("lora_B", [outputs, count * rank], &mut |stack| {
+            for (row, values) in b.chunks_exact(rank).enumerate() {
+                let places = stack[row * count * rank + expert..].iter_mut().step_by(*count);
+                places.zip(values).for_each(|(place, value)| *place = *value);
+            }
+        });
     }
 }
 
