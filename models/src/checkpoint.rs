@@ -95,6 +95,12 @@ impl Checkpoint {
         self.architecture
     }
 
+    /// Whether transformers stacks the experts of a layer in one parameter.
+    #[must_use]
+    pub fn stacks_experts(&self) -> bool {
+        registry::find(&self.config).is_ok_and(|architecture| architecture.stacks_experts)
+    }
+
     /// What the model is called: the directory's name or the hub's id.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -12,20 +12,41 @@ pub(crate) struct Architecture {
     class: &'static str,
     /// Another `model_type` that some of the hub's configurations of this class have.
     also: Option<&'static str>,
+    /// transformers stacks the experts of a layer in one parameter.
+    pub stacks_experts: bool,
     /// Assembles a model from its configuration and tensors.
     pub build: fn(&ConfigFile, &Weights<'_>) -> Result<Decoder>,
 }
 
 const ARCHITECTURES: &[Architecture] = &[
-    Architecture { model_type: "bailing_moe", class: "BailingMoeForCausalLM", also: None, build: bailing_moe::build },
+    Architecture {
+        model_type: "bailing_moe",
+        class: "BailingMoeForCausalLM",
+        also: None,
+        stacks_experts: false,
+        build: bailing_moe::build,
+    },
     Architecture {
         model_type: "bailing_moe_v2",
         class: "BailingMoeV2ForCausalLM",
         also: Some("bailing_moe"),
+        stacks_experts: false,
         build: bailing_moe_v2::build,
     },
-    Architecture { model_type: "olmoe", class: "OlmoeForCausalLM", also: None, build: olmoe::build },
-    Architecture { model_type: "qwen3_moe", class: "Qwen3MoeForCausalLM", also: None, build: qwen3_moe::build },
+    Architecture {
+        model_type: "olmoe",
+        class: "OlmoeForCausalLM",
+        also: None,
+        stacks_experts: true,
+        build: olmoe::build,
+    },
+    Architecture {
+        model_type: "qwen3_moe",
+        class: "Qwen3MoeForCausalLM",
+        also: None,
+        stacks_experts: true,
+        build: qwen3_moe::build,
+    },
 ];
 
 /// The names of all supported architectures.

@@ -5,7 +5,6 @@
 
 mod cli;
 mod engine;
-#[allow(dead_code, reason = "the subcommand that uses it comes next")]
 mod finetune;
 mod generation;
 mod host;

@@ -11,6 +11,14 @@ const LOGITS: usize = 16 << 20;
 /// Rows of the head that are transposed at a time, in panels of 16.
 const HEAD_PANELS: usize = 256;
 
+/// Bytes that the end of the decoder works in: logits and their gradient, and the rows that are transposed.
+pub(super) fn bytes(head: &Matrix) -> u64 {
+    let (vocab, width) = (head.layout().n, head.layout().k);
+    let rows = (LOGITS / vocab).clamp(16, 1024);
+    let columns = vocab.min(HEAD_PANELS * PANEL);
+    4 * (rows * (vocab + columns + 5 * width) + columns * width) as u64
+}
+
 /// The losses of a batch's targets.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct TargetLosses {

@@ -73,6 +73,28 @@ impl AdapterFiles {
         write_whole(directory, CONFIG_FILE, &config)
     }
 
+    /// Reads the adapters in `directory` back, and returns the norm of what they add to the weights: the root of the sum of
+    /// |A|² |B|², which is 0 only if all of them add nothing.
+    ///
+    /// # Errors
+    /// When a file is missing or broken.
+    pub fn delta_on_disk(&self, directory: &Path) -> Result<f64> {
+        let files = Files::Directory(directory.to_owned());
+        let hint = "it was just written";
+        let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint };
+        let tensors = TensorSet::of_file(files.open(WEIGHTS_FILE)?.ok_or_else(missing)?)?;
+        let square =
+            |index: usize| Ok::<_, Error>(tensors.values(index)?.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>());
+        let mut total = 0.0;
+        for (index, info) in tensors.iter().enumerate() {
+            let Some(name) = info.name.strip_suffix(".lora_A.weight") else { continue };
+            if let Some(b) = tensors.find(&format!("{name}.lora_B.weight")) {
+                total += square(index)? * square(b)?;
+            }
+        }
+        Ok(total.sqrt())
+    }
+
     fn add<'a>(&self, entry: &Entry, a: &'a [f32], b: &'a [f32], tensors: &mut BTreeMap<String, Written<'a>>) {
         let (rank, inputs, outputs) = (entry.rank, entry.inputs, entry.rows.len());
         let At::Stack { experts, part, expert, count } = &entry.at else {

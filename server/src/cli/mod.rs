@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod finetune;
 mod generate;
 mod inspect;
 mod pack;
@@ -42,6 +43,8 @@ enum Command {
     Pack(pack::PackArgs),
     /// Tell how a model would divide the memory, and how fast it would be on this machine
     Plan(plan::PlanArgs),
+    /// Fine-tune the weights that are served: LoRA adapters of attention, experts and the rest
+    Finetune(Box<finetune::FinetuneArgs>),
     /// Measure prefill and decode throughput and peak memory
     Bench(bench::BenchArgs),
 }
@@ -61,6 +64,7 @@ pub fn run() -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Finetune(args) => finetune::run(*args),
         Command::Bench(args) => bench::run(&args),
     }
 }

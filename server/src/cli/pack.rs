@@ -4,10 +4,6 @@ use std::{
     fmt::Write as _,
     io::{self, Write as _},
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
 };
 
 use anyhow::{Context, Result};
@@ -17,7 +13,7 @@ use clap::Args;
 
 use super::{
     FormatArgs,
-    terminal::{async_runtime, unless_pipe_closed},
+    terminal::{stop_at_ctrl_c, unless_pipe_closed},
 };
 use crate::{engine, host, progress};
 
@@ -59,22 +55,6 @@ pub fn run(args: &PackArgs) -> Result<()> {
         writeln!(text, "\n{output} was packed already: nothing was written")?;
     }
     unless_pipe_closed(io::stdout().write_all(text.as_bytes()).map_err(Into::into))
-}
-
-/// A flag that Ctrl-C sets. One who presses it again is in a hurry.
-fn stop_at_ctrl_c() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let (runtime, told) = (async_runtime()?, stop.clone());
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
-                if told.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
-            }
-        });
-    });
-    Ok(stop)
 }
 
 /// Sizes before and after, bits a weight, and the error of each part.

@@ -1,8 +1,11 @@
-//! What `generate` and `chat` share: flags for sampling, and an answer that is written as it comes.
+//! What subcommands in a terminal share: flags for sampling, an answer that is written as it comes, Ctrl-C.
 
 use std::{
     io::{self, Write},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -190,6 +193,22 @@ pub fn unless_pipe_closed(result: Result<()>) -> Result<()> {
 /// When the system refuses one.
 pub fn async_runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+/// A flag that Ctrl-C sets. One who presses it again is in a hurry.
+pub fn stop_at_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (runtime, told) = (async_runtime()?, stop.clone());
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            while tokio::signal::ctrl_c().await.is_ok() {
+                if told.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        });
+    });
+    Ok(stop)
 }
 
 #[cfg(test)]

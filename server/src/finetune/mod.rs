@@ -1,5 +1,22 @@
-//! What a fine-tuning run leaves behind for those who watch it and look back at it.
+//! A fine-tuning run: from settings and data to an adapter.
+//!
+//! | part | does |
+//! |---|---|
+//! | [`settings`] | what was asked for |
+//! | [`data`] | the examples, and which of them make which step |
+//! | [`prepare`] | opens the model, finds what is trained, divides the memory; what `--dry-run` shows |
+//! | [`run`](mod@run) | the steps |
+//! | [`checkpoint`] | what a run needs to go on bit for bit |
+//! | [`step_log`], [`tensorboard`], [`report`] | what a run leaves behind for those who watch it and look back at it |
 
+mod checkpoint;
+mod data;
+mod prepare;
 pub mod report;
+mod run;
+pub mod settings;
 pub mod step_log;
 pub mod tensorboard;
+
+pub use prepare::dry_run;
+pub use run::run;

@@ -1,0 +1,404 @@
+//! The steps of a run.
+
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use cadre_engine::{
+    experts::ExpertStore,
+    train::{
+        RouterLossOptions, StepLosses, Trainer,
+        guard::{Event, Guard, GuardOptions, Observed, Verdict},
+        optimizer::{AdamW, AdamWOptions},
+        schedule::Schedule,
+    },
+};
+use cadre_models::{LoadedModel, Placement, adapter::AdapterFiles};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+
+use super::{
+    checkpoint::{self, Position},
+    data::{Data, batches},
+    prepare::Prepared,
+    report::{ExpertLoad, Price, Report},
+    settings::{ReportTo, Settings},
+    step_log::{EvaluationLine, GuardLine, Line, StepLine, StepLog},
+    tensorboard::EventFile,
+};
+use crate::{host, progress};
+
+const LOG_FILE: &str = "train_log.jsonl";
+const REPORT_FILE: &str = "report.html";
+/// Tokens of a batch that is evaluated.
+const EVALUATED_TOKENS: usize = 4096;
+
+/// Trains, from the start or from the latest checkpoint; `stop` ends it after the step that is running.
+///
+/// # Errors
+/// When a setting is wrong, the data are broken, the memory is too small, the system refuses, or the losses don't
+/// recover from spikes.
+pub fn run(settings: &Settings, resume: bool, stop: &AtomicBool) -> Result<()> {
+    let shown = settings.output.display();
+    ensure!(
+        resume || !checkpoint::is_there(&settings.output)?,
+        "{shown} has the checkpoints of a run: go on with it by --resume, or give another --output"
+    );
+    let prepared = Prepared::new(settings)?;
+    eprint!("{}", prepared.describe(settings)?);
+    fs::create_dir_all(&settings.output).with_context(|| format!("cannot make {shown}"))?;
+    let mut run = Run::new(settings, prepared, resume)?;
+    let ended = run.steps(stop);
+    run.progress.finish_and_clear();
+    match ended? {
+        Ended::Finished => run.finish(),
+        Ended::Stopped => {
+            run.save()?;
+            eprintln!("stopped after step {}: go on with --resume", run.position.step);
+            Ok(())
+        }
+    }
+}
+
+enum Ended {
+    Finished,
+    Stopped,
+}
+
+struct Run<'a> {
+    settings: &'a Settings,
+    deciding: Value,
+    data: Data,
+    eval: Option<Data>,
+    steps: u64,
+    trainer: Trainer,
+    files: AdapterFiles,
+    store: Option<ExpertStore>,
+    optimizer: AdamW,
+    schedule: Schedule,
+    guard: Guard,
+    position: Position,
+    log: StepLog,
+    events: Option<EventFile>,
+    progress: ProgressBar,
+    planned_peak: u64,
+    /// How often each expert was chosen in the first examples, before training.
+    load_before: Vec<Vec<u64>>,
+    compute: cadre_engine::compute::Compute,
+    title: String,
+}
+
+impl<'a> Run<'a> {
+    fn new(settings: &'a Settings, prepared: Prepared, resume: bool) -> Result<Self> {
+        let Prepared { compute, checkpoint, data, eval, steps, lora, memory, formats, .. } = prepared;
+        let placement = if memory.slots.is_some() { Placement::Stored } else { Placement::Resident };
+        let LoadedModel { decoder, experts, .. } = progress::weights("loading weights", |report| {
+            cadre_models::load(&checkpoint, &formats, placement, &compute, report)
+        })?;
+        let store = experts.zip(memory.slots).map(|(experts, slots)| experts.open(slots)).transpose()?;
+        let mut parameters = lora.parameters;
+        let deciding = settings.deciding();
+        let options = AdamWOptions { weight_decay: settings.weight_decay, ..AdamWOptions::default() };
+        let guard_options =
+            GuardOptions { threshold: settings.spike_threshold, seed: settings.seed, ..GuardOptions::default() };
+        let (position, optimizer, guard) = if resume {
+            let (position, state) = checkpoint::resume(&settings.output, &mut parameters, &deciding)?;
+            let guard = Guard::from_state(guard_options, position.guard.clone());
+            (position, AdamW::from_state(options, &parameters, state)?, guard)
+        } else {
+            let guard = Guard::new(guard_options);
+            let position = Position { step: 0, drawn: 0, guard: guard.state().clone() };
+            (position, AdamW::new(options, &parameters), guard)
+        };
+        let router = RouterLossOptions { balance: settings.aux_loss_coef, z: settings.z_loss_coef };
+        let mut trainer = Trainer::new(compute.clone(), decoder, lora.trained, parameters, router)?;
+        trainer.keep_from(memory.keep_from);
+        let schedule = Schedule {
+            shape: settings.scheduler.into(),
+            peak: settings.learning_rate,
+            warmup_ratio: settings.warmup_ratio,
+            steps,
+        };
+        let log = StepLog::open(&settings.output.join(LOG_FILE), position.step)?;
+        let events = match settings.report_to {
+            ReportTo::Tensorboard => Some(EventFile::create(&settings.output, position.step, SystemTime::now())?),
+            ReportTo::None => None,
+        };
+        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg} eta {eta}");
+        let progress = ProgressBar::new(steps).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        progress.set_position(position.step);
+        let title = format!("{} on {}", checkpoint.name(), shown(&settings.data));
+        Ok(Self {
+            settings,
+            deciding,
+            data,
+            eval,
+            steps,
+            trainer,
+            files: lora.files,
+            store,
+            optimizer,
+            schedule,
+            guard,
+            position,
+            log,
+            events,
+            progress,
+            planned_peak: memory.peak(),
+            load_before: Vec::new(),
+            compute,
+            title,
+        })
+    }
+
+    fn steps(&mut self, stop: &AtomicBool) -> Result<Ended> {
+        self.load_before = self.expert_load()?;
+        while self.position.step < self.steps {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(Ended::Stopped);
+            }
+            self.step()?;
+            let step = self.position.step;
+            let is_last = step == self.steps;
+            let is_due = |every: u64| every > 0 && step.is_multiple_of(every) && !is_last;
+            if is_due(self.settings.eval_every) {
+                self.evaluate()?;
+            }
+            if is_due(self.settings.save_every) {
+                self.save()?;
+            }
+        }
+        Ok(Ended::Finished)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let before = self.store.as_ref().map(ExpertStore::counters);
+        let step = self.position.step;
+        let retried = self.guard.due().map(<[u64]>::to_vec);
+        let is_new = retried.is_none();
+        let examples = retried.unwrap_or_else(|| self.data.draw(self.position.drawn));
+        let batches = batches(self.data.examples(), &examples, self.settings.grad_accum)?;
+        let (losses, mut gradients) = self.trainer.gradients(&batches)?;
+        let gradient_norm = gradients.clip(self.settings.clip);
+        let total = losses.cross_entropy
+            + f64::from(self.settings.aux_loss_coef) * losses.balance
+            + f64::from(self.settings.z_loss_coef) * losses.z;
+        let judgement = self.guard.judge(&examples, Observed { loss: total, gradient_norm });
+        let learning_rate = match judgement.verdict {
+            Verdict::Apply { learning_rate_factor } => self.schedule.at(step) * learning_rate_factor,
+            Verdict::Skip | Verdict::Stop => 0.0,
+        };
+        if let Verdict::Apply { .. } = judgement.verdict {
+            self.optimizer.update(&self.compute.pool, &mut self.trainer.parameters, &gradients, learning_rate)?;
+            self.trainer.write_back();
+        }
+        self.position.step += 1;
+        self.position.drawn += u64::from(is_new);
+        self.position.guard = self.guard.state().clone();
+        for event in &judgement.events {
+            self.tell(step, event)?;
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let reads = self.store.as_ref().zip(before).map(|(store, before)| store.counters().since(&before));
+        let read_seconds = reads.as_ref().map_or(0.0, |reads| reads.stalled.as_secs_f64());
+        let line = StepLine {
+            step,
+            epoch: self.data.epoch_after(self.position.drawn),
+            loss: losses.cross_entropy,
+            aux_loss: f64::from(self.settings.aux_loss_coef) * losses.balance,
+            z_loss: f64::from(self.settings.z_loss_coef) * losses.z,
+            grad_norm: gradient_norm,
+            learning_rate,
+            tokens: losses.tokens as u64,
+            seconds,
+            tokens_per_second: losses.tokens as f64 / seconds,
+            compute_ms: (seconds - read_seconds) * 1e3,
+            read_ms: read_seconds * 1e3,
+            peak_memory_bytes: host::peak_rss_bytes().unwrap_or(0),
+            expert_hits: reads.as_ref().map_or(0, |reads| reads.hits()),
+            expert_misses: reads.as_ref().map_or(0, |reads| reads.misses()),
+        };
+        self.report_step(line, &losses)?;
+        if judgement.verdict == Verdict::Stop {
+            self.save()?;
+            bail!(
+                "the loss or the gradients have spiked for too many steps in a row: lower --learning-rate, or look at the data that the log names"
+            );
+        }
+        Ok(())
+    }
+
+    fn report_step(&mut self, line: StepLine, losses: &StepLosses) -> Result<()> {
+        self.progress.set_position(self.position.step);
+        self.progress.set_message(format!("loss {:.4}, {:.0} tokens/s", line.loss, line.tokens_per_second));
+        if !line.step.is_multiple_of(self.settings.log_every) {
+            return Ok(());
+        }
+        if let Some(events) = &mut self.events {
+            let accuracy = losses.correct as f64 / losses.targets.max(1) as f64;
+            let scalars = [
+                ("train/loss", line.loss),
+                ("train/accuracy", accuracy),
+                ("train/grad_norm", line.grad_norm),
+                ("train/learning_rate", line.learning_rate),
+                ("train/tokens_per_second", line.tokens_per_second),
+                ("train/aux_loss", line.aux_loss),
+                ("train/z_loss", line.z_loss),
+                ("train/expert_entropy", entropy(&losses.loads)),
+                ("train/idle_experts", idle(&losses.loads)),
+            ];
+            events.write(line.step, SystemTime::now(), &scalars)?;
+        }
+        self.log.append(&Line::Step(line))
+    }
+
+    fn tell(&mut self, step: u64, event: &Event) -> Result<()> {
+        let examples = match event {
+            Event::Skipped { examples, .. } | Event::Recovered { examples } | Event::Dropped { examples, .. } => {
+                examples.clone()
+            }
+            Event::LearningRateLowered { .. } | Event::LearningRateRestored => Vec::new(),
+        };
+        let decision = event.to_string();
+        self.progress.suspend(|| eprintln!("step {step}: {decision}"));
+        self.log.append(&Line::Guard(GuardLine { step, decision, examples }))
+    }
+
+    fn evaluate(&mut self) -> Result<Option<f64>> {
+        let Some(eval) = &self.eval else { return Ok(None) };
+        let (mut loss, mut targets, mut correct) = (0.0, 0, 0);
+        let mut start = 0;
+        while start < eval.examples().len() {
+            let mut tokens = 0;
+            let mut end = start;
+            while end < eval.examples().len()
+                && (end == start || tokens + eval.examples()[end].tokens.len() <= EVALUATED_TOKENS)
+            {
+                tokens += eval.examples()[end].tokens.len();
+                end += 1;
+            }
+            let numbers: Vec<u64> = (start as u64..end as u64).collect();
+            let found = self.trainer.losses(&batches(eval.examples(), &numbers, 1)?)?;
+            loss += found.cross_entropy * found.targets as f64;
+            (targets, correct) = (targets + found.targets, correct + found.correct);
+            start = end;
+        }
+        let (loss, accuracy) = (loss / targets as f64, correct as f64 / targets as f64);
+        let step = self.position.step;
+        self.progress.suspend(|| {
+            eprintln!(
+                "step {step:>6}  held-out loss {loss:.4}  perplexity {:.2}  accuracy {:.1} %",
+                loss.exp(),
+                accuracy * 100.0
+            );
+        });
+        if let Some(events) = &mut self.events {
+            let scalars = [("eval/loss", loss), ("eval/accuracy", accuracy)];
+            events.write(step, SystemTime::now(), &scalars)?;
+        }
+        self.log.append(&Line::Evaluation(EvaluationLine { step, loss }))?;
+        Ok(Some(loss))
+    }
+
+    fn save(&self) -> Result<()> {
+        let (output, keep) = (&self.settings.output, self.settings.keep);
+        let state = self.optimizer.state();
+        checkpoint::save(output, &self.position, &self.files, &self.trainer.parameters, state, &self.deciding, keep)
+    }
+
+    /// How often each expert is chosen in the first examples.
+    fn expert_load(&self) -> Result<Vec<Vec<u64>>> {
+        let data = self.eval.as_ref().unwrap_or(&self.data);
+        let mut tokens = 0;
+        let fits = |example: &&cadre_models::dataset::Example| {
+            tokens += example.tokens.len();
+            tokens <= EVALUATED_TOKENS
+        };
+        let count = data.examples().iter().take_while(fits).count().max(1);
+        let numbers: Vec<u64> = (0..count as u64).collect();
+        Ok(self.trainer.losses(&batches(data.examples(), &numbers, 1)?)?.loads)
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.evaluate()?;
+        self.save()?;
+        let output = &self.settings.output;
+        self.files.write(output, &self.trainer.parameters)?;
+        check_saved(output, &self.files)?;
+        let after = self.expert_load()?;
+        self.write_report(after)?;
+        let peak = host::peak_rss_bytes().unwrap_or(0);
+        eprintln!(
+            "{} holds the adapter; peak memory {} MiB, planned {} MiB; {} tells the rest",
+            output.display(),
+            peak >> 20,
+            self.planned_peak >> 20,
+            output.join(REPORT_FILE).display()
+        );
+        Ok(())
+    }
+
+    fn write_report(&self, after: Vec<Vec<u64>>) -> Result<()> {
+        let output = &self.settings.output;
+        let lines = StepLog::read(&output.join(LOG_FILE))?;
+        let text = |value: &Value| match value {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let settings: Vec<(String, String)> = self
+            .deciding
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter(|(_, value)| !value.is_null())
+            .map(|(name, value)| (name.replace('_', "-"), text(value)))
+            .collect();
+        let layers: Vec<usize> = (0..after.len()).filter(|&layer| !after[layer].is_empty()).collect();
+        let of = |loads: &[Vec<u64>]| layers.iter().map(|&layer| loads[layer].clone()).collect();
+        let expert_load = (!layers.is_empty() && self.load_before.len() == after.len()).then(|| ExpertLoad {
+            before: of(&self.load_before),
+            after: of(&after),
+            layers: layers.clone(),
+        });
+        let price = self.settings.price_per_hour.map(|per_hour| Price { per_hour, currency: "" });
+        let report = Report { title: &self.title, settings: &settings, lines: &lines, expert_load, price };
+        let path = output.join(REPORT_FILE);
+        fs::write(&path, report.to_string()).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Reads the adapter back: what was written must be what was trained.
+fn check_saved(output: &Path, files: &AdapterFiles) -> Result<()> {
+    let delta = files.delta_on_disk(output)?;
+    ensure!(
+        delta > 0.0,
+        "the adapter in {} changes nothing: no step was applied, or the file was not written",
+        output.display()
+    );
+    Ok(())
+}
+
+fn shown(files: &[std::path::PathBuf]) -> String {
+    files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// The mean over layers of the entropy of the experts' load, as a part of the greatest possible.
+fn entropy(loads: &[Vec<u64>]) -> f64 {
+    let of_layer = |load: &Vec<u64>| {
+        let total = load.iter().sum::<u64>() as f64;
+        let shares = load.iter().filter(|count| **count > 0).map(|count| *count as f64 / total);
+        -shares.map(|share| share * share.ln()).sum::<f64>() / (load.len() as f64).ln()
+    };
+    let routed: Vec<f64> = loads.iter().filter(|load| load.len() > 1).map(of_layer).collect();
+    routed.iter().sum::<f64>() / routed.len().max(1) as f64
+}
+
+/// Experts without a token, in all layers together.
+fn idle(loads: &[Vec<u64>]) -> f64 {
+    loads.iter().flatten().filter(|count| **count == 0).count() as f64
+}

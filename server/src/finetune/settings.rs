@@ -1,0 +1,194 @@
+//! The settings of a run, each with its value.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use cadre_engine::{nn::Format, train::schedule::Shape};
+use cadre_models::{adapter::AdapterLayout, dataset::LossOn};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Adapters of modules
+    #[default]
+    Lora,
+}
+
+/// Which of a chat's assistant messages the loss is on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossOnName {
+    /// All of them
+    #[default]
+    All,
+    /// The last one
+    Last,
+}
+
+impl From<LossOnName> for LossOn {
+    fn from(name: LossOnName) -> Self {
+        match name {
+            LossOnName::All => Self::AllAssistant,
+            LossOnName::Last => Self::LastAssistant,
+        }
+    }
+}
+
+/// How experts' adapters are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayoutName {
+    /// Gate and up of an expert share one, and a file stacks all experts of a layer
+    Fused,
+    /// Gate, up and down of an expert have their own
+    PerExpert,
+}
+
+impl From<LayoutName> for AdapterLayout {
+    fn from(name: LayoutName) -> Self {
+        match name {
+            LayoutName::Fused => Self::Fused,
+            LayoutName::PerExpert => Self::PerExpert,
+        }
+    }
+}
+
+/// How the learning rate goes on after warm-up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SchedulerName {
+    /// It stays
+    Constant,
+    /// A line down to 0
+    Linear,
+    /// Half a cosine down to 0
+    #[default]
+    Cosine,
+    /// It stays, and falls to 0 in the last tenth
+    Wsd,
+    /// One over the root of the step
+    InverseSqrt,
+}
+
+impl From<SchedulerName> for Shape {
+    fn from(name: SchedulerName) -> Self {
+        match name {
+            SchedulerName::Constant => Self::Constant,
+            SchedulerName::Linear => Self::Linear,
+            SchedulerName::Cosine => Self::Cosine,
+            SchedulerName::Wsd => Self::Wsd,
+            SchedulerName::InverseSqrt => Self::InverseSqrt,
+        }
+    }
+}
+
+/// Where else steps are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportTo {
+    /// TensorBoard's event files in the output directory
+    #[default]
+    Tensorboard,
+    /// Nowhere
+    None,
+}
+
+/// The settings of a run. What each means is told by the flag of its name.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "the flags of the same names say what they are")]
+pub struct Settings {
+    pub model: Option<String>,
+    /// Of the frozen weights; `None`: what loses nothing.
+    pub format: Option<Format>,
+    pub data: Vec<PathBuf>,
+    pub eval: Vec<PathBuf>,
+    pub loss_on: LossOn,
+    pub skip_bad: bool,
+    pub max_length: Option<usize>,
+    pub packing: bool,
+    pub output: PathBuf,
+    pub log_every: u64,
+    pub save_every: u64,
+    pub eval_every: u64,
+    pub keep: usize,
+    pub report_to: ReportTo,
+    pub price_per_hour: Option<f64>,
+    pub method: Method,
+    pub targets: Vec<String>,
+    pub rank: usize,
+    pub alpha: f64,
+    pub rslora: bool,
+    pub layout: Option<AdapterLayout>,
+    pub aux_loss_coef: f32,
+    pub z_loss_coef: f32,
+    pub learning_rate: f64,
+    pub scheduler: SchedulerName,
+    pub warmup_ratio: f64,
+    pub epochs: f64,
+    pub max_steps: Option<u64>,
+    pub batch_size: usize,
+    pub grad_accum: usize,
+    pub weight_decay: f64,
+    pub clip: f64,
+    pub spike_threshold: f64,
+    pub seed: u64,
+    /// In bytes.
+    pub memory: Option<u64>,
+    pub threads: Option<usize>,
+}
+
+impl Settings {
+    /// Refuses what can't be meant.
+    ///
+    /// # Errors
+    /// When a setting lies outside of its bounds.
+    pub fn check(&self) -> Result<()> {
+        ensure!(!self.data.is_empty(), "--data is missing: name at least one file of JSON lines");
+        let positive = [
+            ("--learning-rate", self.learning_rate),
+            ("--epochs", self.epochs),
+            ("--alpha", self.alpha),
+            ("--clip", self.clip),
+            ("--spike-threshold", self.spike_threshold),
+        ];
+        for (name, value) in positive {
+            ensure!(value > 0.0 && value.is_finite(), "{name} must be above 0, found {value}");
+        }
+        let others = [("--weight-decay", self.weight_decay), ("--aux-loss-coef", self.aux_loss_coef.into())];
+        for (name, value) in others.into_iter().chain([("--z-loss-coef", self.z_loss_coef.into())]) {
+            ensure!(value >= 0.0 && value.is_finite(), "{name} must not be below 0, found {value}");
+        }
+        ensure!(
+            (0.0..=1.0).contains(&self.warmup_ratio),
+            "--warmup-ratio must be from 0 to 1, found {}",
+            self.warmup_ratio
+        );
+        for (name, value) in
+            [("--rank", self.rank), ("--batch-size", self.batch_size), ("--grad-accum", self.grad_accum)]
+        {
+            ensure!(value > 0, "{name} must be at least 1");
+        }
+        ensure!(self.max_steps != Some(0), "--max-steps must be at least 1");
+        Ok(())
+    }
+
+    /// Those that decide what is computed: a run can't go on with others.
+    #[must_use]
+    pub fn deciding(&self) -> Value {
+        json!({
+            "data": self.data, "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
+            "max_length": self.max_length, "packing": self.packing, "targets": self.targets, "rank": self.rank,
+            "alpha": self.alpha, "rslora": self.rslora, "adapter_layout": self.layout.map(|layout| format!("{layout:?}")),
+            "aux_loss_coef": self.aux_loss_coef, "z_loss_coef": self.z_loss_coef, "method": self.method,
+            "dtype": self.format.map(|format| format.to_string()), "learning_rate": self.learning_rate,
+            "scheduler": self.scheduler, "warmup_ratio": self.warmup_ratio, "epochs": self.epochs,
+            "max_steps": self.max_steps, "batch_size": self.batch_size, "grad_accum": self.grad_accum,
+            "weight_decay": self.weight_decay, "clip": self.clip, "spike_threshold": self.spike_threshold,
+            "seed": self.seed,
+        })
+    }
+}
