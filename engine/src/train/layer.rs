@@ -15,6 +15,7 @@ use super::{
     parameters::{Gradients, ParameterId},
     places::Place,
     trained::Trained,
+    workspace::Workspace,
 };
 use crate::{
     Result,
@@ -38,6 +39,13 @@ pub(super) struct LayerTape {
 }
 
 impl LayerTape {
+    /// Gives the buffers back.
+    pub fn release(self, workspace: &Workspace) {
+        workspace.give(self.middle);
+        self.attention.release(workspace);
+        self.ffn.release(workspace);
+    }
+
     /// The router's logits and choice, if the layer has one.
     pub fn router(&self) -> Option<&RouterTape> {
         self.ffn.router()
@@ -63,7 +71,7 @@ impl<'a> Walk<'a> {
     }
 
     pub fn norm(&self, norm: &RmsNorm, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
+        let mut out = self.products.workspace.take(x.len());
         rms_norm(&self.products.compute.pool, x, &norm.weight, norm.eps, &mut out);
         out
     }
@@ -92,9 +100,13 @@ impl<'a> Walk<'a> {
     ) -> Result<(Vec<f32>, LayerTape)> {
         let parts = &self.parts.layers[layer];
         let pool = &self.products.compute.pool;
-        let (mut middle, attention) = self.attention(layer, batch, &self.norm(&parts.attention_norm, input));
+        let normed = self.norm(&parts.attention_norm, input);
+        let (mut middle, attention) = self.attention(layer, batch, &normed);
+        self.products.workspace.give(normed);
         rows::add(pool, input, &mut middle);
-        let (mut output, ffn) = self.ffn(layer, &self.norm(&parts.ffn_norm, &middle), replay)?;
+        let normed = self.norm(&parts.ffn_norm, &middle);
+        let (mut output, ffn) = self.ffn(layer, &normed, replay)?;
+        self.products.workspace.give(normed);
         rows::add(pool, &middle, &mut output);
         Ok((output, LayerTape { attention, middle, ffn }))
     }
@@ -117,9 +129,12 @@ impl<'a> Walk<'a> {
         let normed = self.norm(&parts.ffn_norm, &middle);
         let of_normed = self.ffn_backward(layer, &normed, ffn, losses, gradient, gradients)?;
         self.norm_backward(&parts.ffn_norm, &middle, &of_normed, gradient, (vectors.ffn_norm, gradients));
+        let workspace = self.products.workspace;
+        [normed, of_normed, middle].into_iter().for_each(|buffer| workspace.give(buffer));
         let normed = self.norm(&parts.attention_norm, input);
-        let of_normed = self.attention_backward(layer, batch, &normed, &attention, gradient, gradients)?;
+        let of_normed = self.attention_backward(layer, batch, &normed, attention, gradient, gradients)?;
         self.norm_backward(&parts.attention_norm, input, &of_normed, gradient, (vectors.attention_norm, gradients));
+        [normed, of_normed].into_iter().for_each(|buffer| workspace.give(buffer));
         Ok(())
     }
 }

@@ -321,7 +321,8 @@ impl<'a> Run<'a> {
         };
         let count = data.examples().iter().take_while(fits).count().max(1);
         let numbers: Vec<u64> = (0..count as u64).collect();
-        Ok(self.trainer.losses(&batches(data.examples(), &numbers, 1)?)?.loads)
+        let batches = batches(data.examples(), &numbers, 1)?;
+        Ok(self.trainer.loads(batches.first().context("a batch")?)?)
     }
 
     fn finish(mut self) -> Result<()> {
