@@ -55,7 +55,7 @@ impl Walk<'_> {
 
     /// The gradient of attention's input `x` from that of its output.
     pub(super) fn attention_backward(
-        &mut self,
+        &self,
         layer: usize,
         batch: &Batch,
         x: &[f32],
@@ -63,21 +63,19 @@ impl Walk<'_> {
         of_output: &[f32],
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let mut room = self.take_room();
-        let this = &*self;
-        let compute = this.products.compute;
-        let attention = &this.parts.layers[layer].attention;
+        let compute = self.products.compute;
+        let attention = &self.parts.layers[layer].attention;
         let (options, heads) = sizes(attention);
-        let vectors = this.trained.vectors(layer);
-        let linear = this.output_linear(layer);
+        let vectors = self.trained.vectors(layer);
+        let linear = self.output_linear(layer);
         let AttentionTape { fused, qkv, attended } = tape;
-        this.products.parameter_gradients(&linear, &attended, of_output, gradients);
+        self.products.parameter_gradients(&linear, &attended, of_output, gradients);
         if let Some(bias) = vectors.output_bias {
             add_rows(of_output, gradients.of(bias));
         }
-        let of_attended = this.products.input_gradient(&linear, &mut room, of_output)?;
+        let of_attended = self.products.input_gradient(&linear, of_output)?;
         let [query, key, value] = &qkv;
-        let workspace = this.products.workspace;
+        let workspace = self.products.workspace;
         let mut of_parts = [query, key, value].map(|part| workspace.take(part.len()));
         let [of_query, of_key, of_value] = &mut of_parts;
         gradient::attention_backward(
@@ -92,7 +90,7 @@ impl Walk<'_> {
         let mut of_fused = workspace.take(fused.len());
         let mut norms = vectors.head_norms.map(|ids| ids.map(|id| gradients.of(id).to_vec()));
         let parts = QkvGradients { query: of_query, key: of_key, value: of_value };
-        this.parts.rope.with_table(&batch.positions, |table| {
+        self.parts.rope.with_table(&batch.positions, |table| {
             let sums = norms.as_mut().map(|norms| norms.each_mut().map(Vec::as_mut_slice));
             let (pool, positions) = (&compute.pool, &batch.positions);
             gradient::split_qkv_backward(
@@ -113,15 +111,14 @@ impl Walk<'_> {
         if let Some(bias) = vectors.qkv_bias {
             add_rows(&of_fused, gradients.of(bias));
         }
-        let linear = this.qkv_linear(layer);
-        this.products.parameter_gradients(&linear, x, &of_fused, gradients);
-        let of_input = this.products.input_gradient(&linear, &mut room, &of_fused)?;
+        let linear = self.qkv_linear(layer);
+        self.products.parameter_gradients(&linear, x, &of_fused, gradients);
+        let of_input = self.products.input_gradient(&linear, &of_fused)?;
         of_parts
             .into_iter()
             .chain(qkv)
             .chain([of_attended, of_fused, fused, attended])
             .for_each(|buffer| workspace.give(buffer));
-        self.give_room(room);
         Ok(of_input)
     }
 }

@@ -1,7 +1,7 @@
 use cadre_kernels::{
     ffn::{FfnLayout, WeightedRow},
     format::Packed,
-    gradient::{RouterLosses, Transposed, gated_silu, gated_silu_backward, route_backward},
+    gradient::{RouterLosses, gated_silu, gated_silu_backward, route_backward},
     router, rows,
 };
 
@@ -137,7 +137,6 @@ impl Walk<'_> {
     fn gated_backward(
         &self,
         pair: &Pair<'_>,
-        room: &mut Transposed,
         x: &[f32],
         mut gate_up: Vec<f32>,
         weights: &[f32],
@@ -145,7 +144,7 @@ impl Walk<'_> {
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         let compute = self.products.compute;
-        let mut inner = self.products.input_gradient(&pair.down, room, of_output)?;
+        let mut inner = self.products.input_gradient(&pair.down, of_output)?;
         let mut of_weights = vec![0.0; weights.len()];
         gated_silu_backward(
             &compute.pool,
@@ -159,7 +158,7 @@ impl Walk<'_> {
         // Now `inner` is what the second matrix took, times the rows' weights; `gate_up` its own gradient.
         self.products.parameter_gradients(&pair.down, &inner, of_output, gradients);
         self.products.parameter_gradients(&pair.gate_up, x, &gate_up, gradients);
-        let of_input = self.products.input_gradient(&pair.gate_up, room, &gate_up)?;
+        let of_input = self.products.input_gradient(&pair.gate_up, &gate_up)?;
         self.products.workspace.give(inner);
         self.products.workspace.give(gate_up);
         Ok((of_input, of_weights))
@@ -167,7 +166,7 @@ impl Walk<'_> {
 
     /// The gradient of the feed-forward's input `x` from that of its output; `losses` are those on the router.
     pub(super) fn ffn_backward(
-        &mut self,
+        &self,
         layer: usize,
         x: &[f32],
         tape: FfnTape,
@@ -175,29 +174,26 @@ impl Walk<'_> {
         of_output: &[f32],
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let mut room = self.take_room();
-        let this = &*self;
-        let pool = &this.products.compute.pool;
+        let pool = &self.products.compute.pool;
         let ones = |rows: usize| vec![1.0; rows];
-        let mut of_input = this.products.workspace.zeros(x.len());
-        let shared = match &this.parts.layers[layer].ffn {
+        let mut of_input = self.products.workspace.zeros(x.len());
+        let shared = match &self.parts.layers[layer].ffn {
             Ffn::Dense(ffn) => Some(ffn),
             Ffn::Moe(ffn) => {
                 if let Some(router) = tape.router {
                     let routed = (router, tape.routed);
-                    this.moe_backward(layer, ffn, &mut room, x, routed, losses, of_output, &mut of_input, gradients)?;
+                    self.moe_backward(layer, ffn, x, routed, losses, of_output, &mut of_input, gradients)?;
                 }
                 ffn.shared.as_ref()
             }
         };
         if let (Some(ffn), Some(gate_up)) = (shared, tape.shared) {
-            let pair = this.shared_pair(layer, ffn);
+            let pair = self.shared_pair(layer, ffn);
             let weights = ones(x.len() / pair.layout.hidden);
-            let (of_shared, _) = this.gated_backward(&pair, &mut room, x, gate_up, &weights, of_output, gradients)?;
+            let (of_shared, _) = self.gated_backward(&pair, x, gate_up, &weights, of_output, gradients)?;
             rows::add(pool, &of_shared, &mut of_input);
-            this.products.workspace.give(of_shared);
+            self.products.workspace.give(of_shared);
         }
-        self.give_room(room);
         Ok(of_input)
     }
 
@@ -206,7 +202,6 @@ impl Walk<'_> {
         &self,
         layer: usize,
         ffn: &MoeFfn,
-        room: &mut Transposed,
         x: &[f32],
         (router, routed): (RouterTape, Vec<Vec<f32>>),
         losses: RouterLosses<'_>,
@@ -229,8 +224,7 @@ impl Walk<'_> {
             let weights: Vec<f32> = rows.iter().map(|row| row.weight).collect();
             let gate_up = routed.next().unwrap_or_default();
             let pair = self.routed_pair(layer, expert, layout, bytes);
-            let (of_inputs, dots) =
-                self.gated_backward(&pair, room, &inputs, gate_up, &weights, &of_outputs, gradients)?;
+            let (of_inputs, dots) = self.gated_backward(&pair, &inputs, gate_up, &weights, &of_outputs, gradients)?;
             let ones: Vec<_> = rows.iter().map(|row| WeightedRow { weight: 1.0, ..*row }).collect();
             rows::scatter_add(pool, &of_inputs, layout.hidden, &ones, of_input);
             [inputs, of_outputs, of_inputs].into_iter().for_each(|buffer| workspace.give(buffer));
@@ -246,7 +240,7 @@ impl Walk<'_> {
         route_backward(&ffn.options, &logits, &routes.experts, &of_weights, losses, &mut of_logits);
         let linear = self.linear(Place::Router { layer }, ffn.router.packed());
         self.products.parameter_gradients(&linear, x, &of_logits, gradients);
-        rows::add(pool, &self.products.input_gradient(&linear, room, &of_logits)?, of_input);
+        rows::add(pool, &self.products.input_gradient(&linear, &of_logits)?, of_input);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use cadre_kernels::{
     format::Packed,
-    gradient::{RouterLosses, Transposed, rms_norm_backward},
+    gradient::{RouterLosses, rms_norm_backward},
     norm::rms_norm,
     rows,
 };
@@ -27,7 +27,6 @@ pub(super) struct Walk<'a> {
     pub products: Products<'a>,
     pub parts: &'a DecoderParts,
     pub trained: &'a Trained,
-    room: Transposed,
 }
 
 /// What a layer's backward pass needs of its forward pass beside the input.
@@ -54,16 +53,7 @@ impl LayerTape {
 
 impl<'a> Walk<'a> {
     pub fn new(products: Products<'a>, parts: &'a DecoderParts, trained: &'a Trained) -> Self {
-        Self { products, parts, trained, room: Transposed::default() }
-    }
-
-    /// Room for transposed weights, which a backward pass borrows.
-    pub fn take_room(&mut self) -> Transposed {
-        std::mem::take(&mut self.room)
-    }
-
-    pub fn give_room(&mut self, room: Transposed) {
-        self.room = room;
+        Self { products, parts, trained }
     }
 
     pub fn linear<'b>(&'b self, place: Place, weight: Packed<'b>) -> Linear<'b> {
@@ -113,8 +103,9 @@ impl<'a> Walk<'a> {
 
     /// The gradient of the layer's input: `gradient` is that of its output and becomes it. `losses` are those on the
     /// router.
+    #[allow(clippy::too_many_arguments, reason = "a place in the walk, the tape, and the gradients on both sides")]
     pub fn layer_backward(
-        &mut self,
+        &self,
         layer: usize,
         batch: &Batch,
         input: &[f32],

@@ -1,5 +1,7 @@
 //! A frozen matrix with what is trained of it: the product, the gradient of its input, and of what is trained.
 
+use std::cell::RefCell;
+
 use cadre_kernels::{
     format::{PANEL, Packed},
     gradient::{Strided, Transposed, add_product},
@@ -27,6 +29,8 @@ pub(super) struct Products<'a> {
     pub compute: &'a Compute,
     pub parameters: &'a Parameters,
     pub workspace: &'a Workspace,
+    /// For transposed weights.
+    pub room: RefCell<Transposed>,
 }
 
 impl Linear<'_> {
@@ -78,12 +82,12 @@ impl<'a> Products<'a> {
     }
 
     /// The gradient of the input, `[rows, k]`, from that of the output, `[rows, n]`.
-    pub fn input_gradient(&self, linear: &Linear<'_>, room: &mut Transposed, gradient: &[f32]) -> Result<Vec<f32>> {
+    pub fn input_gradient(&self, linear: &Linear<'_>, gradient: &[f32]) -> Result<Vec<f32>> {
         let Compute { pool, isa } = self.compute;
         let (k, n) = (linear.inputs(), linear.outputs());
         let rows = gradient.len() / n;
         let mut out = self.workspace.take(rows * k);
-        matmul(pool, *isa, gradient, &room.fill(pool, &linear.weight)?, &mut out);
+        matmul(pool, *isa, gradient, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
         self.add_adapters_input_gradient(linear, gradient, &mut out);
         Ok(out)
     }

@@ -1,3 +1,5 @@
+use std::cell::RefCell;
+
 use cadre_kernels::gradient::{self, RouterLosses};
 
 use super::{
@@ -127,7 +129,7 @@ impl Trainer {
     pub fn gradients(&self, batches: &[Batch]) -> Result<(StepLosses, Gradients)> {
         let mut gradients = Gradients::zeros_like(&self.parameters);
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let mut walk = self.walk();
+        let walk = self.walk();
         let mut forward = self.forward(&walk, batches, true, &mut sums)?;
         let weight = 1.0 / losses.targets as f32;
         let mut of_hidden = Vec::new();
@@ -179,7 +181,7 @@ impl Trainer {
     /// As for [`Trainer::gradients`].
     pub fn losses(&self, batches: &[Batch]) -> Result<StepLosses> {
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let mut walk = self.walk();
+        let walk = self.walk();
         let forward = self.forward(&walk, batches, false, &mut sums)?;
         for (batch, hidden) in batches.iter().zip(forward.hidden) {
             let (found, _) = walk.head(self.decoder.head(), batch, &hidden, 0.0, None)?;
@@ -204,7 +206,12 @@ impl Trainer {
     }
 
     fn walk(&self) -> Walk<'_> {
-        let products = Products { compute: &self.compute, parameters: &self.parameters, workspace: &self.workspace };
+        let products = Products {
+            compute: &self.compute,
+            parameters: &self.parameters,
+            workspace: &self.workspace,
+            room: RefCell::default(),
+        };
         Walk::new(products, &self.decoder.parts, &self.trained)
     }
 
