@@ -69,11 +69,13 @@ impl Walk<'_> {
         let vectors = self.trained.vectors(layer);
         let linear = self.output_linear(layer);
         let AttentionTape { fused, qkv, attended } = tape;
-        self.products.parameter_gradients(&linear, &attended, of_output, gradients);
+        let gradient = self.products.gradient(&linear, of_output);
+        self.products.parameter_gradients(&linear, &attended, &gradient, gradients);
         if let Some(bias) = vectors.output_bias {
             add_rows(of_output, gradients.of(bias));
         }
-        let of_attended = self.products.input_gradient(&linear, of_output)?;
+        let of_attended = self.products.input_gradient(&linear, &gradient)?;
+        self.products.workspace.give(gradient.of_inner);
         let [query, key, value] = &qkv;
         let workspace = self.products.workspace;
         let mut of_parts = [query, key, value].map(|part| workspace.take(part.len()));
@@ -112,8 +114,10 @@ impl Walk<'_> {
             add_rows(&of_fused, gradients.of(bias));
         }
         let linear = self.qkv_linear(layer);
-        self.products.parameter_gradients(&linear, x, &of_fused, gradients);
-        let of_input = self.products.input_gradient(&linear, &of_fused)?;
+        let gradient = self.products.gradient(&linear, &of_fused);
+        self.products.parameter_gradients(&linear, x, &gradient, gradients);
+        let of_input = self.products.input_gradient(&linear, &gradient)?;
+        self.products.workspace.give(gradient.of_inner);
         of_parts
             .into_iter()
             .chain(qkv)

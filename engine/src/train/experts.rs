@@ -1,13 +1,15 @@
 use cadre_kernels::{
     ffn::{FfnLayout, WeightedRow},
     format::Packed,
-    gradient::{RouterLosses, gated_silu, gated_silu_backward, route_backward},
+    gradient::{RouterLosses, Transposed, gated_silu, gated_silu_backward, route_backward},
+    matmul::Inputs,
     router, rows,
 };
 
 use super::{layer::Walk, linear::Linear, parameters::Gradients, places::Place, workspace::Workspace};
 use crate::{
     Error, Result,
+    compute::Compute,
     experts::Lane,
     nn::{DenseFfn, Ffn, MoeFfn, RoutedExperts, matrices},
     ops::Routes,
@@ -40,6 +42,22 @@ impl FfnTape {
     }
 }
 
+/// Some rows of hidden states, or of their gradient.
+#[derive(Clone, Copy)]
+struct Picked<'a> {
+    /// All rows, in the form that the frozen weights take.
+    converted: &'a Inputs<'a>,
+    /// Which, and how much their output counts.
+    rows: &'a [WeightedRow],
+    /// Their values; none where nothing is trained that would need them.
+    values: &'a [f32],
+}
+
+/// All of so many rows, each counting once.
+fn all_rows(count: usize) -> Vec<WeightedRow> {
+    (0..count as u32).map(|row| WeightedRow { row, weight: 1.0 }).collect()
+}
+
 /// The two matrices of a gated feed-forward.
 #[derive(Clone, Copy)]
 struct Pair<'a> {
@@ -69,7 +87,7 @@ impl Walk<'_> {
     pub(super) fn ffn(&self, layer: usize, x: &[f32], replay: Option<&[u32]>) -> Result<(Vec<f32>, FfnTape)> {
         match &self.parts.layers[layer].ffn {
             Ffn::Dense(ffn) => {
-                let (gate_up, out) = self.gated(&self.shared_pair(layer, ffn), x);
+                let (gate_up, out) = self.shared(layer, ffn, x);
                 Ok((out, FfnTape { router: None, routed: Vec::new(), shared: Some(gate_up) }))
             }
             Ffn::Moe(ffn) => self.moe(layer, ffn, x, replay),
@@ -84,24 +102,44 @@ impl Walk<'_> {
         let workspace = self.products.workspace;
         let mut out = workspace.zeros(x.len());
         let mut routed = Vec::new();
+        let converted = Inputs::new(pool, self.products.compute.isa, layout.format, x, layout.hidden);
         each_expert(&ffn.experts, &groups, |expert, bytes| {
             let rows = &groups[expert];
-            let mut inputs = workspace.take(rows.len() * layout.hidden);
-            rows::gather(pool, x, layout.hidden, rows, &mut inputs);
-            let (gate_up, outputs) = self.gated(&self.routed_pair(layer, expert, layout, bytes), &inputs);
+            let pair = self.routed_pair(layer, expert, layout, bytes);
+            let values = self.values(pair.gate_up.is_trained(), x, layout.hidden, rows);
+            let picked = Picked { converted: &converted, rows, values: &values };
+            let (gate_up, outputs) = self.gated(&pair, picked);
             rows::scatter_add(pool, &outputs, layout.hidden, rows, &mut out);
-            workspace.give(inputs);
+            workspace.give(values);
             workspace.give(outputs);
             routed.push(gate_up);
             Ok(())
         })?;
         let shared = ffn.shared.as_ref().map(|shared| {
-            let (gate_up, outputs) = self.gated(&self.shared_pair(layer, shared), x);
+            let (gate_up, outputs) = self.shared(layer, shared, x);
             rows::add(pool, &outputs, &mut out);
             workspace.give(outputs);
             gate_up
         });
         Ok((out, FfnTape { router: Some(router), routed, shared }))
+    }
+
+    /// The feed-forward that all tokens use: gate and up, and the output.
+    fn shared(&self, layer: usize, ffn: &DenseFfn, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let FfnLayout { format, hidden, .. } = ffn.weights.layout();
+        let compute = self.products.compute;
+        let converted = Inputs::new(&compute.pool, compute.isa, format, x, hidden);
+        let rows = all_rows(x.len() / hidden);
+        self.gated(&self.shared_pair(layer, ffn), Picked { converted: &converted, rows: &rows, values: x })
+    }
+
+    /// Rows of `x`, if they are wanted.
+    fn values(&self, wanted: bool, x: &[f32], width: usize, rows: &[WeightedRow]) -> Vec<f32> {
+        let mut values = self.products.workspace.take(if wanted { rows.len() * width } else { 0 });
+        if wanted {
+            rows::gather(&self.products.compute.pool, x, width, rows, &mut values);
+        }
+        values
     }
 
     fn route(&self, layer: usize, ffn: &MoeFfn, x: &[f32], replay: Option<&[u32]>) -> RouterTape {
@@ -121,11 +159,11 @@ impl Walk<'_> {
     }
 
     /// A gated feed-forward: gate and up, and the output.
-    fn gated(&self, pair: &Pair<'_>, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn gated(&self, pair: &Pair<'_>, x: Picked<'_>) -> (Vec<f32>, Vec<f32>) {
         let compute = self.products.compute;
-        let FfnLayout { hidden, intermediate, .. } = pair.layout;
-        let gate_up = self.products.forward(&pair.gate_up, x);
-        let mut inner = self.products.workspace.take(x.len() / hidden * intermediate);
+        let intermediate = pair.layout.intermediate;
+        let gate_up = self.products.forward_rows(&pair.gate_up, x.converted, x.rows, x.values);
+        let mut inner = self.products.workspace.take(x.rows.len() * intermediate);
         gated_silu(&compute.pool, compute.isa, intermediate, &gate_up, &mut inner);
         let output = self.products.forward(&pair.down, &inner);
         self.products.workspace.give(inner);
@@ -139,28 +177,31 @@ impl Walk<'_> {
         pair: &Pair<'_>,
         x: &[f32],
         mut gate_up: Vec<f32>,
-        weights: &[f32],
-        of_output: &[f32],
+        of_output: Picked<'_>,
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let compute = self.products.compute;
-        let mut inner = self.products.input_gradient(&pair.down, of_output)?;
+        let (compute, workspace) = (self.products.compute, self.products.workspace);
+        let Picked { converted, rows, values } = of_output;
+        let of_down = self.products.gradient(&pair.down, values);
+        let mut inner = self.products.input_gradient_rows(&pair.down, converted, rows, &of_down)?;
+        let weights: Vec<f32> = rows.iter().map(|row| row.weight).collect();
         let mut of_weights = vec![0.0; weights.len()];
         gated_silu_backward(
             &compute.pool,
             compute.isa,
             pair.layout.intermediate,
-            weights,
+            &weights,
             &mut gate_up,
             &mut inner,
             &mut of_weights,
         );
         // Now `inner` is what the second matrix took, times the rows' weights; `gate_up` its own gradient.
-        self.products.parameter_gradients(&pair.down, &inner, of_output, gradients);
-        self.products.parameter_gradients(&pair.gate_up, x, &gate_up, gradients);
-        let of_input = self.products.input_gradient(&pair.gate_up, &gate_up)?;
-        self.products.workspace.give(inner);
-        self.products.workspace.give(gate_up);
+        self.products.parameter_gradients(&pair.down, &inner, &of_down, gradients);
+        let of_gate_up = self.products.gradient(&pair.gate_up, &gate_up);
+        self.products.parameter_gradients(&pair.gate_up, x, &of_gate_up, gradients);
+        let of_input = self.products.input_gradient(&pair.gate_up, &of_gate_up)?;
+        [of_down.of_inner, of_gate_up.of_inner, inner].into_iter().for_each(|buffer| workspace.give(buffer));
+        workspace.give(gate_up);
         Ok((of_input, of_weights))
     }
 
@@ -174,8 +215,7 @@ impl Walk<'_> {
         of_output: &[f32],
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let pool = &self.products.compute.pool;
-        let ones = |rows: usize| vec![1.0; rows];
+        let Compute { pool, isa } = self.products.compute;
         let mut of_input = self.products.workspace.zeros(x.len());
         let shared = match &self.parts.layers[layer].ffn {
             Ffn::Dense(ffn) => Some(ffn),
@@ -189,8 +229,11 @@ impl Walk<'_> {
         };
         if let (Some(ffn), Some(gate_up)) = (shared, tape.shared) {
             let pair = self.shared_pair(layer, ffn);
-            let weights = ones(x.len() / pair.layout.hidden);
-            let (of_shared, _) = self.gated_backward(&pair, x, gate_up, &weights, of_output, gradients)?;
+            let FfnLayout { format, hidden, .. } = pair.layout;
+            let converted = Inputs::new(pool, *isa, Transposed::format(format), of_output, hidden);
+            let rows = all_rows(x.len() / hidden);
+            let picked = Picked { converted: &converted, rows: &rows, values: of_output };
+            let (of_shared, _) = self.gated_backward(&pair, x, gate_up, picked, gradients)?;
             rows::add(pool, &of_shared, &mut of_input);
             self.products.workspace.give(of_shared);
         }
@@ -209,22 +252,22 @@ impl Walk<'_> {
         of_input: &mut [f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let pool = &self.products.compute.pool;
+        let Compute { pool, isa } = self.products.compute;
         let layout = ffn.experts.layout();
         let RouterTape { logits, routes } = router;
+        let converted = Inputs::new(pool, *isa, Transposed::format(layout.format), of_output, layout.hidden);
         let workspace = self.products.workspace;
         let groups = routes.by_expert(ffn.experts.count());
         let mut of_weights = vec![0.0; routes.weights.len()];
         let mut routed = routed.into_iter();
         each_expert(&ffn.experts, &groups, |expert, bytes| {
             let rows = &groups[expert];
-            let [mut inputs, mut of_outputs] = [(); 2].map(|()| workspace.take(rows.len() * layout.hidden));
-            rows::gather(pool, x, layout.hidden, rows, &mut inputs);
-            rows::gather(pool, of_output, layout.hidden, rows, &mut of_outputs);
-            let weights: Vec<f32> = rows.iter().map(|row| row.weight).collect();
-            let gate_up = routed.next().unwrap_or_default();
             let pair = self.routed_pair(layer, expert, layout, bytes);
-            let (of_inputs, dots) = self.gated_backward(&pair, &inputs, gate_up, &weights, &of_outputs, gradients)?;
+            let inputs = self.values(pair.gate_up.is_trained(), x, layout.hidden, rows);
+            let of_outputs = self.values(pair.down.is_trained(), of_output, layout.hidden, rows);
+            let gate_up = routed.next().unwrap_or_default();
+            let picked = Picked { converted: &converted, rows, values: &of_outputs };
+            let (of_inputs, dots) = self.gated_backward(&pair, &inputs, gate_up, picked, gradients)?;
             let ones: Vec<_> = rows.iter().map(|row| WeightedRow { weight: 1.0, ..*row }).collect();
             rows::scatter_add(pool, &of_inputs, layout.hidden, &ones, of_input);
             [inputs, of_outputs, of_inputs].into_iter().for_each(|buffer| workspace.give(buffer));
@@ -239,8 +282,9 @@ impl Walk<'_> {
         let mut of_logits = vec![0.0; logits.len()];
         route_backward(&ffn.options, &logits, &routes.experts, &of_weights, losses, &mut of_logits);
         let linear = self.linear(Place::Router { layer }, ffn.router.packed());
-        self.products.parameter_gradients(&linear, x, &of_logits, gradients);
-        rows::add(pool, &self.products.input_gradient(&linear, &of_logits)?, of_input);
+        let gradient = self.products.gradient(&linear, &of_logits);
+        self.products.parameter_gradients(&linear, x, &gradient, gradients);
+        rows::add(pool, &self.products.input_gradient(&linear, &gradient)?, of_input);
         Ok(())
     }
 }

@@ -62,7 +62,8 @@ impl Walk<'_> {
                 [inputs, normed, logits].into_iter().for_each(|buffer| workspace.give(buffer));
                 continue;
             };
-            self.products.parameter_gradients(&linear, &normed, &logits, gradients);
+            let gradient = self.products.gradient(&linear, &logits);
+            self.products.parameter_gradients(&linear, &normed, &gradient, gradients);
             let (mut of_normed, mut part) = (workspace.zeros(normed.len()), workspace.take(normed.len()));
             for start in (0..head.layout().panels()).step_by(HEAD_PANELS) {
                 let panels = start..head.layout().panels().min(start + HEAD_PANELS);
@@ -81,7 +82,8 @@ impl Walk<'_> {
                 rows::add(pool, &part, &mut of_normed);
                 workspace.give(of_logits);
             }
-            self.products.add_adapters_input_gradient(&linear, &logits, &mut of_normed);
+            self.products.add_adapters_input_gradient(&linear, &gradient, &mut of_normed);
+            self.products.workspace.give(gradient.of_inner);
             let mut of_inputs = workspace.zeros(inputs.len());
             let trained = (self.trained.norm, gradients);
             self.norm_backward(&self.parts.norm, &inputs, &of_normed, &mut of_inputs, trained);

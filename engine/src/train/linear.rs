@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 
 use cadre_kernels::{
+    ffn::WeightedRow,
     format::{PANEL, Packed},
     gradient::{Strided, Transposed, add_product},
-    matmul::matmul,
+    matmul::{Inputs, matmul, matmul_rows},
 };
 
 use super::{
@@ -33,7 +34,20 @@ pub(super) struct Products<'a> {
     pub room: RefCell<Transposed>,
 }
 
+/// The gradient of a product.
+pub(super) struct OutputGradient<'a> {
+    /// `[rows, n]`
+    values: &'a [f32],
+    /// That of what the adapters take between A and B; empty if there are none.
+    pub of_inner: Vec<f32>,
+}
+
 impl Linear<'_> {
+    /// Whether anything of it is.
+    pub fn is_trained(&self) -> bool {
+        !self.trained.adapters.is_empty() || !self.trained.weights.is_empty()
+    }
+
     /// Outputs as they are packed.
     fn outputs(&self) -> usize {
         self.weight.layout().n
@@ -66,55 +80,93 @@ impl<'a> Products<'a> {
     /// `[rows, k]` to `[rows, n]`, adapters included.
     pub fn forward(&self, linear: &Linear<'_>, x: &[f32]) -> Vec<f32> {
         let Compute { pool, isa } = self.compute;
-        let (k, n) = (linear.inputs(), linear.outputs());
-        let rows = x.len() / k;
-        let mut y = self.workspace.take(rows * n);
+        let mut y = self.workspace.take(x.len() / linear.inputs() * linear.outputs());
         matmul(pool, *isa, x, &linear.weight, &mut y);
+        self.add_adapters(linear, x, &mut y);
+        y
+    }
+
+    /// The same of some rows of inputs that were converted for the frozen weights; `x` has these rows, if there are adapters.
+    pub fn forward_rows(&self, linear: &Linear<'_>, inputs: &Inputs<'_>, rows: &[WeightedRow], x: &[f32]) -> Vec<f32> {
+        let Compute { pool, isa } = self.compute;
+        let mut y = self.workspace.take(rows.len() * linear.outputs());
+        matmul_rows(pool, *isa, inputs, rows, &linear.weight, &mut y);
+        self.add_adapters(linear, x, &mut y);
+        y
+    }
+
+    fn add_adapters(&self, linear: &Linear<'_>, x: &[f32], y: &mut [f32]) {
+        let Compute { pool, isa } = self.compute;
+        let n = linear.outputs();
+        let rows = y.len() / n;
         if linear.rank() > 0 && rows > 0 {
             let inner = self.inner(linear, x);
             let b = self.b_transposed(linear);
             let rank = linear.rank();
-            add_product(pool, *isa, Strided::new(&inner, rows, rank), Strided::new(&b, rank, n), &mut y);
+            add_product(pool, *isa, Strided::new(&inner, rows, rank), Strided::new(&b, rank, n), y);
             self.workspace.give(inner);
             self.workspace.give(b);
         }
-        y
     }
 
-    /// The gradient of the input, `[rows, k]`, from that of the output, `[rows, n]`.
-    pub fn input_gradient(&self, linear: &Linear<'_>, gradient: &[f32]) -> Result<Vec<f32>> {
+    /// An output's gradient `[rows, n]`, for the two that follow.
+    pub fn gradient<'g>(&self, linear: &Linear<'_>, values: &'g [f32]) -> OutputGradient<'g> {
+        let is_adapted = linear.rank() > 0 && !values.is_empty();
+        OutputGradient { values, of_inner: if is_adapted { self.inner_gradient(linear, values) } else { Vec::new() } }
+    }
+
+    /// The gradient of the input, `[rows, k]`, from that of the output.
+    pub fn input_gradient(&self, linear: &Linear<'_>, gradient: &OutputGradient<'_>) -> Result<Vec<f32>> {
         let Compute { pool, isa } = self.compute;
-        let (k, n) = (linear.inputs(), linear.outputs());
-        let rows = gradient.len() / n;
-        let mut out = self.workspace.take(rows * k);
-        matmul(pool, *isa, gradient, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
+        let rows = gradient.values.len() / linear.outputs();
+        let mut out = self.workspace.take(rows * linear.inputs());
+        matmul(pool, *isa, gradient.values, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
+        self.add_adapters_input_gradient(linear, gradient, &mut out);
+        Ok(out)
+    }
+
+    /// The same of some rows of gradients that were converted for the transposed weights; `gradient` has these rows, if there
+    /// are adapters.
+    pub fn input_gradient_rows(
+        &self,
+        linear: &Linear<'_>,
+        converted: &Inputs<'_>,
+        rows: &[WeightedRow],
+        gradient: &OutputGradient<'_>,
+    ) -> Result<Vec<f32>> {
+        let Compute { pool, isa } = self.compute;
+        let mut out = self.workspace.take(rows.len() * linear.inputs());
+        matmul_rows(pool, *isa, converted, rows, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
         self.add_adapters_input_gradient(linear, gradient, &mut out);
         Ok(out)
     }
 
     /// The adapters' part of [`Products::input_gradient`].
-    pub fn add_adapters_input_gradient(&self, linear: &Linear<'_>, gradient: &[f32], out: &mut [f32]) {
-        let (k, n, rank) = (linear.inputs(), linear.outputs(), linear.rank());
-        let rows = gradient.len() / n;
-        if rank == 0 || rows == 0 {
+    pub fn add_adapters_input_gradient(&self, linear: &Linear<'_>, gradient: &OutputGradient<'_>, out: &mut [f32]) {
+        let (k, rank) = (linear.inputs(), linear.rank());
+        if gradient.of_inner.is_empty() {
             return;
         }
-        let of_inner = self.inner_gradient(linear, gradient);
         let a: Vec<f32> = linear.trained.adapters.iter().flat_map(|adapter| self.values(adapter).0).copied().collect();
-        let (left, right) = (Strided::new(&of_inner, rows, rank), Strided::new(&a, rank, k));
-        add_product(&self.compute.pool, self.compute.isa, left, right, out);
-        self.workspace.give(of_inner);
+        let left = Strided::new(&gradient.of_inner, gradient.of_inner.len() / rank, rank);
+        add_product(&self.compute.pool, self.compute.isa, left, Strided::new(&a, rank, k), out);
     }
 
     /// Adds to `gradients` those of what is trained, from the input `[rows, k]` and the output's gradient `[rows, n]`.
-    pub fn parameter_gradients(&self, linear: &Linear<'_>, x: &[f32], gradient: &[f32], gradients: &mut Gradients) {
+    pub fn parameter_gradients(
+        &self,
+        linear: &Linear<'_>,
+        x: &[f32],
+        gradient: &OutputGradient<'_>,
+        gradients: &mut Gradients,
+    ) {
         let Compute { pool, isa } = self.compute;
         let (k, n, rank) = (linear.inputs(), linear.outputs(), linear.rank());
         let rows = x.len() / k;
-        if rows == 0 {
+        if rows == 0 || !linear.is_trained() {
             return;
         }
-        let (x, outputs) = (Strided::new(x, rows, k), Strided::new(gradient, rows, n));
+        let (x, outputs) = (Strided::new(x, rows, k), Strided::new(gradient.values, rows, n));
         for whole in &linear.trained.weights {
             let sums = gradients.of(whole.weight);
             for (row, output, len) in linear.stretches(&whole.rows) {
@@ -126,8 +178,8 @@ impl<'a> Products<'a> {
         if rank == 0 {
             return;
         }
-        let buffers = [self.inner_of(linear, x), self.inner_gradient(linear, gradient)];
-        let [inner, of_inner] = buffers.each_ref().map(|values| Strided::new(values, rows, rank));
+        let inner = self.inner_of(linear, x);
+        let of_inner = Strided::new(&gradient.of_inner, rows, rank);
         let mut start = 0;
         for adapter in &linear.trained.adapters {
             let own = start..start + adapter.rank;
@@ -137,11 +189,11 @@ impl<'a> Products<'a> {
             for (row, output, len) in linear.stretches(&adapter.rows) {
                 let at = (row - adapter.rows.start) * adapter.rank;
                 let left = outputs.columns(output..output + len).transposed();
-                let right = inner.columns(own.clone());
+                let right = Strided::new(&inner, rows, rank).columns(own.clone());
                 add_product(pool, *isa, left, right, &mut sums[at..at + len * adapter.rank]);
             }
         }
-        buffers.into_iter().for_each(|buffer| self.workspace.give(buffer));
+        self.workspace.give(inner);
     }
 
     /// A and B of an adapter.

@@ -15,6 +15,12 @@ pub struct Transposed {
 }
 
 impl Transposed {
+    /// What weights of `format` become.
+    #[must_use]
+    pub fn format(format: Format) -> Format {
+        if format == Format::F32 { Format::F32 } else { Format::Bf16 }
+    }
+
     /// `[n, k]` becomes `[k, n]`.
     ///
     /// # Errors
@@ -35,7 +41,7 @@ impl Transposed {
         panels: std::ops::Range<usize>,
     ) -> Result<Packed<'_>, AllocError> {
         let from = weights.layout();
-        let format = if from.format == Format::F32 { Format::F32 } else { Format::Bf16 };
+        let format = Self::format(from.format);
         let rows = from.n.min(panels.end * PANEL) - panels.start * PANEL;
         let layout = Layout { format, n: from.k, k: rows };
         let bytes = layout.bytes();

@@ -23,6 +23,7 @@ use std::ops::Range;
 use activations::Activations;
 
 use crate::{
+    ffn::WeightedRow,
     format::{Format, Layout, PANEL, Packed, mxfp4},
     isa::Isa,
     pool::Pool,
@@ -74,18 +75,68 @@ pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
 /// When a slice has not the size that the matrix needs.
 pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
     let layout = weights.layout();
-    let (n, k) = (layout.n, layout.k);
-    assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
-    let rows = x.len() / k;
+    let inputs = Inputs::new(pool, isa, layout.format, x, layout.k);
+    products(pool, isa, &inputs, inputs.rows, |row| row, weights, y);
+}
+
+/// Rows that several products take some of: converted to the form of their weights once.
+pub struct Inputs<'a> {
+    activations: Activations<'a>,
+    format: Format,
+    rows: usize,
+    k: usize,
+}
+
+impl<'a> Inputs<'a> {
+    /// `x` is `[rows, k]`, for weights of `format`.
+    ///
+    /// # Panics
+    /// When `x` is not a whole number of rows.
+    #[must_use]
+    pub fn new(pool: &Pool, isa: Isa, format: Format, x: &'a [f32], k: usize) -> Self {
+        assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
+        Self { activations: Activations::new(pool, isa, format, x, k), format, rows: x.len() / k, k }
+    }
+}
+
+/// `y[i] = x[rows[i]] · Wᵀ`: [`matmul`] of some rows, `y` is `[rows.len(), n]`.
+///
+/// # Panics
+/// When there is no such row, the inputs are for other weights, or `y` has not the size that the matrix needs.
+pub fn matmul_rows(
+    pool: &Pool,
+    isa: Isa,
+    inputs: &Inputs<'_>,
+    rows: &[WeightedRow],
+    weights: &Packed<'_>,
+    y: &mut [f32],
+) {
+    assert!(rows.iter().all(|row| (row.row as usize) < inputs.rows), "rows of {}", inputs.rows);
+    products(pool, isa, inputs, rows.len(), |row| rows[row].row as usize, weights, y);
+}
+
+/// The products of `rows` of the inputs, which `pick` names.
+fn products(
+    pool: &Pool,
+    isa: Isa,
+    inputs: &Inputs<'_>,
+    rows: usize,
+    pick: impl Fn(usize) -> usize + Sync,
+    weights: &Packed<'_>,
+    y: &mut [f32],
+) {
+    let layout = weights.layout();
+    let n = layout.n;
+    assert_eq!((inputs.format, inputs.k), (layout.format, layout.k), "inputs of a product");
     assert_eq!(y.len(), rows * n, "outputs of {rows} rows by {n}");
-    let activations = Activations::new(pool, isa, layout.format, x, k);
+    let activations = &inputs.activations;
     let panels_per_task = panels_per_task(pool, &layout);
     let panel_tasks = layout.panels().div_ceil(panels_per_task);
     let row_tasks = rows.div_ceil(TASK_ROWS);
     let target = SharedSlice::new(y);
     pool.run(panel_tasks * row_tasks, |task| {
         let first = task % row_tasks * TASK_ROWS;
-        let pointers: Vec<_> = (first..rows.min(first + TASK_ROWS)).map(|row| activations.row(row)).collect();
+        let pointers: Vec<_> = (first..rows.min(first + TASK_ROWS)).map(|row| activations.row(pick(row))).collect();
         let start = task / row_tasks * panels_per_task;
         let panels = start..layout.panels().min(start + panels_per_task);
         // SAFETY: the pointers are rows of activations made for this matrix's format and k.
