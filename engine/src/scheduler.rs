@@ -127,8 +127,9 @@ impl Scheduler {
 
     /// Notes that a planned sequence's tokens are computed, and offers its full blocks to the prefix cache.
     pub fn advance(&mut self, planned: &Planned) {
-        let scope = self.scope(planned.id);
+        let caching = self.config.enable_prefix_caching;
         if let Some(sequence) = self.running.get_mut(&planned.id) {
+            let scope = scope(caching, sequence);
             sequence.computed = planned.positions.end;
             register_full_blocks(&mut self.pool, scope, sequence);
         }
@@ -232,11 +233,6 @@ impl Scheduler {
         running.chain(self.waiting.range(ids).map(|(&id, _)| (id, Phase::Queue)))
     }
 
-    /// Within which prefixes are shared: everywhere, or among the choices of one request.
-    fn scope(&self, id: SequenceId) -> u64 {
-        if self.config.enable_prefix_caching { 0 } else { id.request }
-    }
-
     fn plan_decodes(&mut self, plan: &mut StepPlan) {
         let decodes: Vec<_> = self.running.values().filter(|one| one.is_decoding()).map(Sequence::id).collect();
         for id in decodes {
@@ -312,8 +308,8 @@ impl Scheduler {
     /// Starts a waiting sequence if there are blocks for all of its tokens, beside those that others were promised.
     fn admit_one(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
         let reserved = self.reserved();
-        let scope = self.scope(id);
         let Some(mut sequence) = self.waiting.remove(&id) else { return true };
+        let scope = scope(self.config.enable_prefix_caching, &sequence);
         sequence.block_table = self.pool.acquire_prefix(scope, &sequence.tokens()[..reusable(&sequence)]);
         sequence.registered = sequence.block_table.len();
         sequence.computed = sequence.registered * BLOCK_SIZE;
@@ -346,6 +342,13 @@ impl Scheduler {
     fn reserved(&self) -> usize {
         self.running.values().map(|sequence| missing(sequence) + 1).sum()
     }
+}
+
+/// Within which prefixes are shared: among the requests of one adapter, those of none being as one, or, without `caching`,
+/// among the choices of one request.
+fn scope(caching: bool, sequence: &Sequence) -> u64 {
+    let adapter = || sequence.request().adapter.as_ref().map_or(0, |adapter| adapter.id());
+    if caching { adapter() } else { sequence.id().request }
 }
 
 /// Blocks for up to `wanted` tokens more than are computed; says for how many of them the table suffices.

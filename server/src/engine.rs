@@ -680,6 +680,7 @@ mod tests {
             logprobs: Some(1),
             prompt_logprobs: None,
             routed_experts_from: None,
+            adapter: None,
         };
         let mut generation = Generation::start(&served.machine(), vec![request], OutputOptions::default()).unwrap();
         let completed = generation.collect().await.unwrap();

@@ -134,8 +134,8 @@ impl Rig {
         let bits = |tensor: Tensor| -> crate::Result<Vec<u32>> {
             Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
         };
-        let stored = bits(stored_ffn(&self.compute, &x, &self.stored[layer], &routes, lane)?)?;
-        Ok(stored == bits(grouped_ffn(&self.compute, &x, &self.resident[layer], &routes)?)?)
+        let stored = bits(stored_ffn(&self.compute, &x, &self.stored[layer], &routes, None, lane)?)?;
+        Ok(stored == bits(grouped_ffn(&self.compute, &x, &self.resident[layer], &routes, None)?)?)
     }
 }
 
@@ -437,6 +437,6 @@ fn a_store_that_was_not_opened_is_an_error() {
     let rig = Rig::new(1);
     let unopened = StoredExperts::new(0, COUNT, LAYOUT, Arc::default());
     let x = Tensor::zeros((1, LAYOUT.hidden), candle_core::DType::F32, &Device::Cpu).unwrap();
-    let result = stored_ffn(&rig.compute, &x, &unopened, &Routes::dense(1), Lane::Decode);
+    let result = stored_ffn(&rig.compute, &x, &unopened, &Routes::dense(1), None, Lane::Decode);
     assert!(result.unwrap_err().to_string().contains("not opened"));
 }
