@@ -137,12 +137,7 @@ impl Ffn {
 }
 
 impl DenseFfn {
-    pub(super) fn forward(
-        &self,
-        compute: &Compute,
-        x: &Tensor,
-        adapters: Option<FfnAdapters<'_>>,
-    ) -> Result<Tensor> {
+    pub(super) fn forward(&self, compute: &Compute, x: &Tensor, adapters: Option<FfnAdapters<'_>>) -> Result<Tensor> {
         let tokens = x.dims().first().copied().unwrap_or(0);
         ops::grouped_ffn(compute, x, &self.weights, &Routes::dense(tokens), adapters)
     }

@@ -37,12 +37,20 @@ impl Lora {
     /// # Errors
     /// When a file is missing or broken, or the adapter is of another model, or of a kind that cadre hasn't.
     pub fn read(directory: &Path, decoder: &Decoder) -> Result<Self> {
+        Self::read_for(directory, &places(decoder))
+    }
+
+    /// The same for a decoder that has these places.
+    ///
+    /// # Errors
+    /// As [`Lora::read`].
+    pub fn read_for(directory: &Path, places: &[PlaceInfo]) -> Result<Self> {
         let files = Files::Directory(directory.to_owned());
         let hint = "expected the folder of a LoRA adapter as PEFT saves it";
         let config = AdapterConfig::parse(&files.label(CONFIG_FILE), &files.require(CONFIG_FILE, hint)?)?;
         let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint };
         let tensors = TensorSet::of_file(files.open(WEIGHTS_FILE)?.ok_or_else(missing)?)?;
-        let (entries, pairs) = entries(&config, &tensors, &places(decoder))?;
+        let (entries, pairs) = entries(&config, &tensors, places)?;
         Self::assemble(config, entries, |index, entry| {
             let Pair { a, b } = pairs[index];
             let (a, b) = (tensors.values(a)?, tensors.values(b)?);
