@@ -27,7 +27,7 @@ mod plan;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Bound::{Excluded, Unbounded},
     sync::Arc,
 };
@@ -36,6 +36,7 @@ pub use plan::{Admission, Planned, StepPlan};
 
 use crate::{
     Error, Result,
+    adapter::LoadedAdapter,
     kv::blocks::{BLOCK_SIZE, BlockPool, BlockTokens, Parent, PrefixCounters, blocks_for},
     request::Request,
     sequence::{RequestId, Sequence, SequenceId},
@@ -205,6 +206,12 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// The names of the adapters of running and of waiting sequences, ascending, each once.
+    #[must_use]
+    pub fn adapters(&self) -> (Vec<String>, Vec<String>) {
+        (adapters(self.running.values()), adapters(self.waiting.values()))
+    }
+
     /// KV blocks that sequences hold.
     #[must_use]
     pub fn num_used_blocks(&self) -> usize {
@@ -349,6 +356,12 @@ impl Scheduler {
 fn scope(caching: bool, sequence: &Sequence) -> u64 {
     let adapter = || sequence.request().adapter.as_ref().map_or(0, |adapter| adapter.id());
     if caching { adapter() } else { sequence.id().request }
+}
+
+fn adapters<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> Vec<String> {
+    let named = sequences.filter_map(|sequence| sequence.request().adapter.as_deref());
+    let names: BTreeSet<&str> = named.map(LoadedAdapter::name).collect();
+    names.into_iter().map(str::to_owned).collect()
 }
 
 /// Blocks for up to `wanted` tokens more than are computed; says for how many of them the table suffices.

@@ -18,6 +18,8 @@ use crate::{
     tensors::{Stored, TensorSet, Written, write_tensors},
 };
 
+/// The files of an adapter's folder.
+pub const FILES: [&str; 2] = [CONFIG_FILE, WEIGHTS_FILE];
 /// Of an adapter's tensors.
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What they are of.
