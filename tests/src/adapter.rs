@@ -40,9 +40,9 @@ pub fn write(directory: &Path, adapts: Adapts, seed: u64) {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                // Of both signs, below 0.15 in size: enough to change what the model says.
+                // Of both signs, below 1 in size: enough to change what the model says.
                 let unit = f32::from((random >> 48) as u16) / f32::from(u16::MAX) - 0.5;
-                bytes.extend_from_slice(&(0.3 * unit).to_le_bytes());
+                bytes.extend_from_slice(&(2.0 * unit).to_le_bytes());
             }
             tensors.push((format!("base_model.model.{module}.{side}.weight"), shape.to_vec(), bytes));
         }

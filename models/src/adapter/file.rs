@@ -53,13 +53,19 @@ impl Lora {
         let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint };
         let tensors = TensorSet::of_file(files.open(WEIGHTS_FILE)?.ok_or_else(missing)?)?;
         let (entries, pairs) = entries(&config, &tensors, places)?;
+        // Every expert of a layer asks for its two stacks, gate|up and down in turn: each is read once.
+        let mut stacks = BTreeMap::new();
         Self::assemble(config, entries, |index, entry| {
             let Pair { a, b } = pairs[index];
-            let (a, b) = (tensors.values(a)?, tensors.values(b)?);
-            Ok(match entry.at {
-                At::Module(_) => [a, b],
-                At::Stack { expert, count, .. } => entry.unstacked(expert, count, &a, &b),
-            })
+            let At::Stack { expert, count, .. } = entry.at else { return Ok([tensors.values(a)?, tensors.values(b)?]) };
+            if !stacks.contains_key(&a) {
+                if stacks.len() == 2 {
+                    stacks.clear();
+                }
+                stacks.insert(a, [tensors.values(a)?, tensors.values(b)?]);
+            }
+            let [a, b] = &stacks[&a];
+            Ok(entry.unstacked(expert, count, a, b))
         })
     }
 }

@@ -29,10 +29,10 @@ fn flag(folder: &TempDir, name: &str) -> String {
 /// Questions to the base model and both adapters in turn, with equal beginnings among them.
 fn requests() -> Vec<Value> {
     let body = |index: usize| {
-        let model = [MODEL, "one", "two"][index % 3];
+        let (model, index) = ([MODEL, "one", "two"][index % 3], index / 3);
         let draws = if index % 2 == 0 { json!({}) } else { json!({"temperature": 1.0, "seed": index}) };
         let more = json!({"model": model, "ignore_eos": true, "max_tokens": 12 + index % 5, "stream": true});
-        chat_body(&QUESTIONS[index / 3 % QUESTIONS.len()].repeat(1 + index / 12), merge(more, draws))
+        chat_body(&QUESTIONS[index % QUESTIONS.len()].repeat(1 + index / 4), merge(more, draws))
     };
     (0..24).map(body).collect()
 }
