@@ -8,9 +8,12 @@ use std::{
 };
 
 use cadre_engine::{adapter::LoadedAdapter, train::places::PlaceInfo};
-use cadre_models::adapter::{FILES, Lora};
+use cadre_models::adapter::{CONFIG_FILE, Lora, WEIGHTS_FILE};
 
 use crate::metrics;
+
+/// What an adapter's folder must have.
+const FILES: [&str; 2] = [CONFIG_FILE, WEIGHTS_FILE];
 
 /// An adapter and where it lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,7 +51,7 @@ pub enum AdapterError {
     #[error("`{0}` is not below the folder that adapters may be loaded from")]
     Outside(String),
     /// Nothing there.
-    #[error("no adapter found in `{0}`: expected a folder as PEFT saves it")]
+    #[error("no adapter found in `{0}`: expected a folder as PEFT saves it, with {CONFIG_FILE} and {WEIGHTS_FILE}")]
     NotFound(String),
     /// Its files are broken, or of another model.
     #[error(transparent)]
@@ -128,8 +131,8 @@ impl Adapters {
         }
         let missing = || AdapterError::NotFound(path.to_owned());
         let directory = asked.canonicalize().map_err(|_| missing())?;
-        let files = FILES.iter().map(|file| directory.join(file).canonicalize().map_err(|_| missing()));
-        for found in files.chain([Ok(directory.clone())]) {
+        let files = FILES.map(|file| directory.join(file).canonicalize().map_err(|_| missing()));
+        for found in files.into_iter().chain([Ok(directory.clone())]) {
             if !found?.starts_with(folder) {
                 return Err(outside());
             }
@@ -160,12 +163,7 @@ impl Adapters {
     }
 
     fn check_name(&self, name: &str, in_place: bool) -> Result<(), AdapterError> {
-        if name.is_empty() {
-            return Err(AdapterError::Unnamed);
-        }
-        if self.base.iter().any(|base| base == name) {
-            return Err(AdapterError::ModelsName(name.to_owned()));
-        }
+        check_name(&self.base, name)?;
         if !in_place && self.get(name).is_some() {
             return Err(AdapterError::Duplicate(name.to_owned()));
         }
@@ -186,9 +184,34 @@ impl Adapters {
     }
 }
 
+/// Whether `sources` can be served beside a model that is served as `base`, as far as that is known before it is loaded.
+///
+/// # Errors
+/// When a name is taken, or a folder has no adapter.
+pub fn check(base: &[String], sources: &[AdapterSource]) -> Result<(), AdapterError> {
+    for (index, AdapterSource { name, directory }) in sources.iter().enumerate() {
+        check_name(base, name)?;
+        if sources[..index].iter().any(|other| other.name == *name) {
+            return Err(AdapterError::Duplicate(name.clone()));
+        }
+        if !FILES.iter().all(|file| directory.join(file).exists()) {
+            return Err(AdapterError::NotFound(directory.display().to_string()));
+        }
+    }
+    Ok(())
+}
+
+fn check_name(base: &[String], name: &str) -> Result<(), AdapterError> {
+    match name {
+        "" => Err(AdapterError::Unnamed),
+        name if base.iter().any(|base| base == name) => Err(AdapterError::ModelsName(name.to_owned())),
+        _ => Ok(()),
+    }
+}
+
 /// Bytes that adapters will take at most, as far as their files tell: numbers of 32 bits in memory, 16 or 32 in the file, and
 /// zeros where adapters of other modules have the outputs.
 pub fn expected_bytes(sources: &[AdapterSource]) -> u64 {
-    let file = |source: &AdapterSource| source.directory.join(FILES[1]).metadata().map_or(0, |file| file.len());
+    let file = |source: &AdapterSource| source.directory.join(WEIGHTS_FILE).metadata().map_or(0, |file| file.len());
     sources.iter().map(|source| file(source).saturating_mul(2)).sum()
 }

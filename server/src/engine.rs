@@ -224,6 +224,7 @@ impl Opened {
 pub fn start(options: &EngineOptions) -> Result<Engine> {
     let Opened { threads, compute, checkpoint, budget } = Opened::new(options)?;
     let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
+    adapters::check(&served_names(options, &checkpoint), &options.adapters).context("--adapter")?;
     let LoadedModel { decoder, formats, experts } = progress::weights("loading weights", |report| {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;

@@ -18,12 +18,10 @@ use crate::{
     tensors::{Stored, TensorSet, Written, write_tensors},
 };
 
-/// The files of an adapter's folder.
-pub const FILES: [&str; 2] = [CONFIG_FILE, WEIGHTS_FILE];
-/// Of an adapter's tensors.
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// What they are of.
-const CONFIG_FILE: &str = "adapter_config.json";
+/// The file of an adapter's tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The file that says what they are of.
+pub const CONFIG_FILE: &str = "adapter_config.json";
 /// What PEFT's names begin with.
 const PREFIX: &str = "base_model.model.";
 

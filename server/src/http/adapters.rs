@@ -9,7 +9,7 @@ use axum::{
 use serde_json::{Map, Value};
 
 use super::{
-    App, answer,
+    App, answer, blocking,
     body::JsonBody,
     error::{ApiError, Kind, sentence},
     fields::Fields,
@@ -30,7 +30,7 @@ pub async fn load(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Resu
     let path = fields.string("lora_path")?.ok_or_else(|| required("lora_path"))?.to_owned();
     let in_place = fields.boolean("load_inplace")?.unwrap_or(false);
     let added = format!("Success: LoRA adapter '{name}' added successfully.");
-    app.prepare(move || Ok(adapters.load_below(&name, &path, in_place)?)).await?;
+    blocking(move || Ok(adapters.load_below(&name, &path, in_place)?)).await?;
     Ok(told(added, &unknown))
 }
 
