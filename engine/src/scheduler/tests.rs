@@ -86,6 +86,21 @@ fn prefixes_are_shared_among_requests_of_one_adapter() {
 }
 
 #[test]
+fn tells_whose_adapters_run_and_wait() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_num_seqs: 2, ..config() }, 64);
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    assert_eq!(simulation.scheduler.adapters(), (vec![], vec![]));
+    let [one, two] = ["one", "two"].map(adapter);
+    for adapter in [Some(&two), None, Some(&two), Some(&one), Some(&one)] {
+        simulation.add(Request { adapter: adapter.cloned(), ..request(&[3; 5], 9) });
+    }
+    simulation.step();
+    assert_eq!(simulation.scheduler.adapters(), (names(&["two"]), names(&["one", "two"])));
+    simulation.run_to_end();
+    assert_eq!(simulation.scheduler.adapters(), (vec![], vec![]));
+}
+
+#[test]
 fn generated_tokens_are_reused_by_the_next_turn() {
     let mut simulation = Simulation::new(config(), 16);
     let id = simulation.add(request(&[7; 10], 30));

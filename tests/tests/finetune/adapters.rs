@@ -109,12 +109,14 @@ fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The sequences of a fixture, and the logits that PEFT gives them.
-fn expected(folder: &Path) -> Result<(Vec<Vec<u32>>, Vec<Vec<f32>>)> {
+/// A sequence of a fixture, and the logits that PEFT gives it.
+type Expected = (Vec<u32>, Vec<f32>);
+
+fn expected(folder: &Path) -> Result<Vec<Expected>> {
     let tensors = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu)?;
     let tensor = |name: &str| -> Result<&Tensor> { tensors.get(name).with_context(|| name.to_owned()) };
-    let tokens = tensor("input_ids")?.to_dtype(DType::U32)?.to_vec2()?;
-    Ok((tokens, tensor("logits")?.flatten_from(1)?.to_vec2()?))
+    let tokens: Vec<Vec<u32>> = tensor("input_ids")?.to_dtype(DType::U32)?.to_vec2()?;
+    Ok(tokens.into_iter().zip(tensor("logits")?.flatten_from(1)?.to_vec2()?).collect())
 }
 
 /// The logits of PEFT in f32; and in every format the bits that a sequence has alone, in a batch of all adapters and none
@@ -126,11 +128,10 @@ fn check(family: &str) -> Result<()> {
         let mut asked = Vec::new();
         for folder in &folders {
             let adapter = two.adapter(folder)?;
-            let (sequences, logits) = expected(folder)?;
-            for (tokens, logits) in sequences.into_iter().zip(logits) {
+            for (tokens, logits) in expected(folder)? {
                 let own = Asked { tokens, adapter: Some(Arc::clone(&adapter)) };
                 if format == Format::F32 {
-                    let found = two.logits(&[own.clone()], own.tokens.len())?.remove(0);
+                    let found = two.logits(std::slice::from_ref(&own), own.tokens.len())?.remove(0);
                     close(folder, &found, &logits)?;
                 }
                 asked.push(Asked { adapter: None, ..own.clone() });
