@@ -45,7 +45,7 @@ fn grouped(c: &mut Criterion) {
             group.throughput(Throughput::Elements(multiply_adds as u64));
         }
         group.bench_function(BenchmarkId::from_parameter(tokens), |b| {
-            b.iter(|| grouped_ffn(&compute, &x, &experts, &routes));
+            b.iter(|| grouped_ffn(&compute, &x, &experts, &routes, None));
         });
     }
     group.finish();

@@ -32,6 +32,7 @@ fn sequence(sampling: SamplingParams, logprobs: Option<u32>) -> Sequence {
         logprobs,
         prompt_logprobs: None,
         routed_experts_from: None,
+        adapter: None,
     };
     Sequence::new(SequenceId { request: 1, choice: 0 }, Arc::new(request))
 }

@@ -14,6 +14,7 @@
 //!
 //! What is absent on purpose: any architecture's name, HTTP, files, tokenizers.
 
+pub mod adapter;
 pub mod compute;
 pub mod error;
 pub mod experts;

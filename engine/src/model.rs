@@ -1,8 +1,8 @@
 //! What the runtime asks of an architecture: a forward pass cut at layer boundaries, over one flat axis of tokens.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use crate::{Result, Tensor, compute::Compute, experts::Lane, kv::KvCache, ops::Routes};
+use crate::{Result, Tensor, adapter::LoadedAdapter, compute::Compute, experts::Lane, kv::KvCache, ops::Routes};
 
 /// A decoder-only language model. Serving walks it batch by batch; a layer-major caller walks one layer over many batches.
 pub trait Model: Send {
@@ -21,7 +21,7 @@ pub trait Model: Send {
     /// When an op fails.
     fn layer(&self, step: &mut StepContext<'_>, index: usize, hidden: Tensor) -> Result<Tensor>;
 
-    /// Hidden states `[rows, hidden]` to logits `[rows, vocab]`, final norm included.
+    /// Hidden states `[rows, hidden]` of the batch's logit rows to logits `[rows, vocab]`, final norm included.
     ///
     /// # Errors
     /// When an op fails.
@@ -125,6 +125,8 @@ pub struct SequenceRows {
     pub context_len: usize,
     /// The KV blocks that hold them: position `p` lies in block `block_table[p / BLOCK_SIZE]`, place `p % BLOCK_SIZE`.
     pub block_table: Vec<u32>,
+    /// What is added to the model for it.
+    pub adapter: Option<Arc<LoadedAdapter>>,
 }
 
 /// What a model is given besides the hidden states.

@@ -1,8 +1,8 @@
 //! What crosses the channel between callers and the runtime: a [`Request`] in, [`Event`]s out.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
-use crate::experts::ExpertId;
+use crate::{adapter::LoadedAdapter, experts::ExpertId};
 
 /// One request: a prompt and how to continue it, `n` times.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,8 @@ pub struct Request {
     /// Also report the experts that tokens were routed to, from this position of the prompt on. Those tokens of the prompt
     /// are computed, even if the prefix cache holds them.
     pub routed_experts_from: Option<u32>,
+    /// What is added to the model for it.
+    pub adapter: Option<Arc<LoadedAdapter>>,
 }
 
 /// How the next token is chosen from the logits. The order of application is that of vLLM's v1 sampler:

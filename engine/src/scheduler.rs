@@ -27,7 +27,7 @@ mod plan;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Bound::{Excluded, Unbounded},
     sync::Arc,
 };
@@ -36,6 +36,7 @@ pub use plan::{Admission, Planned, StepPlan};
 
 use crate::{
     Error, Result,
+    adapter::LoadedAdapter,
     kv::blocks::{BLOCK_SIZE, BlockPool, BlockTokens, Parent, PrefixCounters, blocks_for},
     request::Request,
     sequence::{RequestId, Sequence, SequenceId},
@@ -127,8 +128,9 @@ impl Scheduler {
 
     /// Notes that a planned sequence's tokens are computed, and offers its full blocks to the prefix cache.
     pub fn advance(&mut self, planned: &Planned) {
-        let scope = self.scope(planned.id);
+        let caching = self.config.enable_prefix_caching;
         if let Some(sequence) = self.running.get_mut(&planned.id) {
+            let scope = scope(caching, sequence);
             sequence.computed = planned.positions.end;
             register_full_blocks(&mut self.pool, scope, sequence);
         }
@@ -204,6 +206,12 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// The names of the adapters of running and of waiting sequences, ascending, each once.
+    #[must_use]
+    pub fn adapters(&self) -> (Vec<String>, Vec<String>) {
+        (adapters(self.running.values()), adapters(self.waiting.values()))
+    }
+
     /// KV blocks that sequences hold.
     #[must_use]
     pub fn num_used_blocks(&self) -> usize {
@@ -230,11 +238,6 @@ impl Scheduler {
             .range(ids.clone())
             .map(|(&id, sequence)| (id, if sequence.is_decoding() { Phase::Decode } else { Phase::Prefill }));
         running.chain(self.waiting.range(ids).map(|(&id, _)| (id, Phase::Queue)))
-    }
-
-    /// Within which prefixes are shared: everywhere, or among the choices of one request.
-    fn scope(&self, id: SequenceId) -> u64 {
-        if self.config.enable_prefix_caching { 0 } else { id.request }
     }
 
     fn plan_decodes(&mut self, plan: &mut StepPlan) {
@@ -312,8 +315,8 @@ impl Scheduler {
     /// Starts a waiting sequence if there are blocks for all of its tokens, beside those that others were promised.
     fn admit_one(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
         let reserved = self.reserved();
-        let scope = self.scope(id);
         let Some(mut sequence) = self.waiting.remove(&id) else { return true };
+        let scope = scope(self.config.enable_prefix_caching, &sequence);
         sequence.block_table = self.pool.acquire_prefix(scope, &sequence.tokens()[..reusable(&sequence)]);
         sequence.registered = sequence.block_table.len();
         sequence.computed = sequence.registered * BLOCK_SIZE;
@@ -346,6 +349,19 @@ impl Scheduler {
     fn reserved(&self) -> usize {
         self.running.values().map(|sequence| missing(sequence) + 1).sum()
     }
+}
+
+/// Within which prefixes are shared: among the requests of one adapter, those of none being as one, or, without `caching`,
+/// among the choices of one request.
+fn scope(caching: bool, sequence: &Sequence) -> u64 {
+    let adapter = || sequence.request().adapter.as_ref().map_or(0, |adapter| adapter.id());
+    if caching { adapter() } else { sequence.id().request }
+}
+
+fn adapters<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> Vec<String> {
+    let named = sequences.filter_map(|sequence| sequence.request().adapter.as_deref());
+    let names: BTreeSet<&str> = named.map(LoadedAdapter::name).collect();
+    names.into_iter().map(str::to_owned).collect()
 }
 
 /// Blocks for up to `wanted` tokens more than are computed; says for how many of them the table suffices.

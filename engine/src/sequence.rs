@@ -247,6 +247,7 @@ mod tests {
             logprobs: None,
             prompt_logprobs,
             routed_experts_from: None,
+            adapter: None,
         };
         Sequence::new(SequenceId { request: 1, choice: 0 }, Arc::new(request))
     }

@@ -17,6 +17,7 @@ use cadre_engine::train::{
 };
 
 pub use config::AdapterConfig;
+pub use file::{CONFIG_FILE, WEIGHTS_FILE};
 pub use targets::{ALL_LINEAR, LoraOptions};
 
 use crate::Result;

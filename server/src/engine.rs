@@ -1,20 +1,22 @@
 //! From flags to a running engine: checkpoint, weights, KV cache, runtime. Every subcommand starts here.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
+    adapter::LoadedAdapter,
     compute::Compute,
     experts::ExpertStore,
     kv::{KvCache, KvDtype, blocks::BLOCK_SIZE},
     model::{Model, ModelInfo},
-    nn::Format,
+    nn::{Decoder, Format},
     request::SamplingParams,
     runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport},
+    train::places::places,
 };
 use cadre_models::{
     ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Outline, Summary, Tokenizer,
@@ -22,10 +24,11 @@ use cadre_models::{
 };
 
 use crate::{
+    adapters::{self, AdapterSource, Adapters, ServedAdapter},
     generation::{Backend, Machine, RoutedShape},
     host,
     memory::{self, Budget, ExpertMemory},
-    metrics::{self, ExpertMeters, Meters},
+    metrics::{self, AdapterMeters, ExpertMeters, Meters},
     profile::KeptProfile,
     progress,
     routing_trace::RoutingTrace,
@@ -67,6 +70,10 @@ pub struct EngineOptions {
     pub predict_experts: bool,
     /// Let requests ask for the experts that their tokens were routed to.
     pub return_routed_experts: bool,
+    /// LoRA adapters to serve beside the model.
+    pub adapters: Vec<AdapterSource>,
+    /// The folder from below which others may be loaded while it runs, if they may.
+    pub adapter_folder: Option<PathBuf>,
 }
 
 /// A running engine.
@@ -122,9 +129,19 @@ pub struct Served {
     pub meters: Arc<Meters>,
     /// How the experts of tokens are told, if requests may ask for them.
     pub routed: Option<RoutedShape>,
+    /// The adapters that are served beside it.
+    pub adapters: Arc<Adapters>,
+    /// That which makes this model of the base model, if it isn't the base model itself.
+    pub adapter: Option<Arc<LoadedAdapter>>,
 }
 
 impl Served {
+    /// The base model with the adapter of this name.
+    pub fn adapted(&self, name: &str) -> Option<Self> {
+        let ServedAdapter { adapter, root, created } = self.adapters.get(name)?;
+        Some(Self { names: vec![name.to_owned()], root, created, adapter: Some(adapter), ..self.clone() })
+    }
+
     /// The name that answers carry.
     pub fn name(&self) -> &str {
         self.names.first().map_or("", String::as_str)
@@ -145,6 +162,7 @@ impl Served {
         checkpoint: &Checkpoint,
         handle: RuntimeHandle,
         meters: Arc<Meters>,
+        adapters: Arc<Adapters>,
     ) -> Result<Self> {
         let defaults = checkpoint.generation_config();
         let routed = options.return_routed_experts.then(|| RoutedShape::of(handle.info()));
@@ -161,6 +179,8 @@ impl Served {
             max_model_len: handle.config().max_model_len,
             backend: Arc::new(handle),
             meters,
+            adapters,
+            adapter: None,
         })
     }
 }
@@ -204,9 +224,11 @@ impl Opened {
 pub fn start(options: &EngineOptions) -> Result<Engine> {
     let Opened { threads, compute, checkpoint, budget } = Opened::new(options)?;
     let trace = options.trace_routing.as_deref().map(RoutingTrace::create).transpose()?;
+    adapters::check(&served_names(options, &checkpoint), &options.adapters).context("--adapter")?;
     let LoadedModel { decoder, formats, experts } = progress::weights("loading weights", |report| {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
+    let adapters = Arc::new(load_adapters(options, &checkpoint, &decoder)?);
     let info = decoder.info();
     ensure!(trace.is_none() || !info.moe_layers.is_empty(), "--trace-routing: this model has no routed experts");
     let split = MemorySplit::new(options, budget, info, formats, Loaded::all(info, experts.as_ref()))?;
@@ -225,9 +247,12 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
     let expert_meters = |store| (store, ExpertMeters::new(info.moe_layers.len()));
-    let observer = Observer { meters: meters.clone(), experts: store.clone().map(expert_meters), trace };
+    let has_adapters = !options.adapters.is_empty() || options.adapter_folder.is_some();
+    let adapter_meters = has_adapters.then(|| AdapterMeters::new(options.max_num_seqs));
+    let experts = store.clone().map(expert_meters);
+    let observer = Observer { meters: meters.clone(), experts, adapters: adapter_meters, trace };
     let runtime = start_runtime(options, Box::new(decoder), &plan, compute.clone(), observer)?;
-    let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters)?);
+    let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters, adapters)?);
     Ok(Engine {
         runtime,
         served,
@@ -249,7 +274,19 @@ fn other_bytes(options: &EngineOptions, model: &Summary) -> u64 {
     let [hidden_size, vocab_size] =
         [model.hidden_size, model.vocab_size].map(|size| size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0));
     let step = memory::step_bytes(hidden_size, vocab_size, options.max_num_batched_tokens, options.max_num_seqs);
-    kv.saturating_add(step).saturating_add(host::rss_bytes().unwrap_or(0))
+    let adapters = adapters::expected_bytes(&options.adapters);
+    kv.saturating_add(step).saturating_add(adapters).saturating_add(host::rss_bytes().unwrap_or(0))
+}
+
+/// The adapters that the flags name.
+fn load_adapters(options: &EngineOptions, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Adapters> {
+    let folder = options.adapter_folder.as_deref();
+    let adapters = Adapters::new(served_names(options, checkpoint), places(decoder), folder)
+        .with_context(|| format!("--allow-runtime-adapters {}", folder.unwrap_or(Path::new("")).display()))?;
+    for source in &options.adapters {
+        adapters.load(source, false).with_context(|| format!("cannot load the adapter {}", source.name))?;
+    }
+    Ok(adapters)
 }
 
 /// The KV cache's size within a budget, when no flag gives it: no more than an eighth.
@@ -439,6 +476,7 @@ fn start_runtime(
 struct Observer {
     meters: Arc<Meters>,
     experts: Option<(ExpertStore, ExpertMeters)>,
+    adapters: Option<AdapterMeters>,
     trace: Option<RoutingTrace>,
 }
 
@@ -447,6 +485,9 @@ impl Observer {
         self.meters.step(report);
         if let Some((store, meters)) = &mut self.experts {
             meters.show(store.counters());
+        }
+        if let Some(meters) = &mut self.adapters {
+            meters.show(&report.running_adapters, &report.waiting_adapters);
         }
         if let Some(trace) = &mut self.trace {
             trace.note(report);
@@ -680,6 +721,7 @@ mod tests {
             logprobs: Some(1),
             prompt_logprobs: None,
             routed_experts_from: None,
+            adapter: None,
         };
         let mut generation = Generation::start(&served.machine(), vec![request], OutputOptions::default()).unwrap();
         let completed = generation.collect().await.unwrap();

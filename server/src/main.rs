@@ -1,8 +1,9 @@
 //! `cadre`: serves mixture-of-experts language models on small hardware.
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
-//! it through [`generation`]; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
+//! it through [`generation`]; [`adapters`] has those that are served beside the model; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
+mod adapters;
 mod cli;
 mod engine;
 mod finetune;

@@ -1,7 +1,8 @@
 //! What `/metrics` shows: vLLM's names where the meaning is the same, so that its dashboards and routers work
-//! unchanged, and cadre's own beside them. No label ever takes a value from a request.
+//! unchanged, and cadre's own beside them. No label ever takes a value from a request, but for
+//! the names of adapters, which only requests to load one can give.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use cadre_engine::{
@@ -149,6 +150,42 @@ impl ExpertMeters {
     }
 }
 
+/// Which adapters requests use, as vLLM tells it: in labels, with the time of the last change as the value, so that
+/// routers take the newest.
+pub struct AdapterMeters {
+    max: SharedString,
+    shown: [String; 2],
+}
+
+impl AdapterMeters {
+    /// Nobody uses one yet; at most `max` may be used in one step.
+    pub fn new(max: usize) -> Self {
+        let meters = Self { max: max.to_string().into(), shown: Default::default() };
+        meters.set();
+        meters
+    }
+
+    /// Shows the names of adapters that running and waiting sequences have.
+    pub fn show(&mut self, running: &[String], waiting: &[String]) {
+        let now = [running.join(","), waiting.join(",")];
+        if now != self.shown {
+            self.shown = now;
+            self.set();
+        }
+    }
+
+    fn set(&self) {
+        let [running, waiting] = self.shown.clone();
+        let labels: [(&str, SharedString); 3] = [
+            ("max_lora", self.max.clone()),
+            ("running_lora_adapters", running.into()),
+            ("waiting_lora_adapters", waiting.into()),
+        ];
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        gauge!("vllm:lora_requests_info", &labels).set(now.as_secs_f64());
+    }
+}
+
 /// Adds what a histogram of the same ranges has counted. The mean of a range's values lies in it: so counts and sum are right.
 fn record(histogram: &Histogram, counted: &experts::Histogram) {
     for Bucket { count, sum } in counted.buckets().iter().filter(|bucket| bucket.count > 0) {
@@ -291,10 +328,13 @@ pub fn describe_model(model: &str, kv_blocks: usize, prefix_caching: bool, bytes
         ("enable_prefix_caching", prefix_caching.to_string().into()),
     ];
     gauge!("vllm:cache_config_info", &config).set(1.0);
-    for (pool, bytes) in bytes {
-        #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; sizes stay far below 2^53")]
-        gauge!("cadre_memory_bytes", "pool" => *pool).set(*bytes as f64);
-    }
+    bytes.iter().for_each(|(pool, bytes)| memory(pool, *bytes));
+}
+
+/// Tells how much memory is used for something.
+pub fn memory(pool: &'static str, bytes: u64) {
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float; sizes stay far below 2^53")]
+    gauge!("cadre_memory_bytes", "pool" => pool).set(bytes as f64);
 }
 
 /// A request was answered.
@@ -388,6 +428,25 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");
         }
+    }
+
+    /// A set that comes again is the newest again.
+    #[test]
+    fn the_adapters_in_use_are_told_with_the_time() {
+        let text = rendered(|| {
+            let mut meters = AdapterMeters::new(64);
+            let names = ["one".to_owned(), "two".to_owned()];
+            meters.show(&names, &[]);
+            meters.show(&[], &names[..1]);
+            meters.show(&names, &[]);
+        });
+        let value = |running: &str, waiting: &str| {
+            let labels =
+                format!(r#"{{max_lora="64",running_lora_adapters="{running}",waiting_lora_adapters="{waiting}"}} "#);
+            let (_, rest) = text.split_once(&format!("vllm:lora_requests_info{labels}")).expect(&text);
+            rest.lines().next().unwrap().parse::<f64>().unwrap()
+        };
+        assert!(value("one,two", "") > value("", "one") && value("", "one") > value("", ""), "{text}");
     }
 
     #[test]

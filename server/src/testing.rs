@@ -43,6 +43,8 @@ pub fn engine_options() -> EngineOptions {
         routing_profile: true,
         predict_experts: false,
         return_routed_experts: false,
+        adapters: Vec::new(),
+        adapter_folder: None,
     }
 }
 
@@ -208,6 +210,8 @@ pub fn served(backend: Arc<Fake>) -> Arc<Served> {
         max_model_len: MAX_MODEL_LEN,
         meters: Arc::new(Meters::new("fake")),
         routed: None,
+        adapters: Arc::default(),
+        adapter: None,
     })
 }
 

@@ -6,7 +6,7 @@
 //! - [`metrics`]: what `/metrics` says.
 //! - [`npy`]: NumPy's files.
 //! - [`heldout`]: questions and answers for the embedded model.
-//! - [`checkpoint`]: random checkpoints, written on the fly.
+//! - [`checkpoint`], [`adapter`]: random checkpoints and adapters, written on the fly.
 //! - [`peak`]: how much memory a run takes.
 //! - [`python`]: a virtual environment with pinned packages.
 //! - [`source`]: the workspace's own files, for tests about its structure.
@@ -15,6 +15,7 @@
 
 #![expect(clippy::panic, reason = "a test helper that fails fails the test")]
 
+pub mod adapter;
 pub mod binary;
 pub mod checkpoint;
 pub mod client;

@@ -105,6 +105,7 @@ fn logits(model: &dyn Model, compute: &Compute) -> Vec<u32> {
             rows: 0..ids.len(),
             context_len: ids.len(),
             block_table: (0..blocks as u32).collect(),
+            adapter: None,
         }],
         token_ids: ids,
     };

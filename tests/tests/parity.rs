@@ -102,7 +102,12 @@ impl Runner {
                 // Scattered on purpose: neighbours in a sequence are not neighbours in the cache.
                 let table = (0..end.div_ceil(BLOCK_SIZE)).map(|block| (block * sequences.len() + index) as u32);
                 let rows = first..batch.token_ids.len();
-                batch.sequences.push(SequenceRows { rows, context_len: end, block_table: table.collect() });
+                batch.sequences.push(SequenceRows {
+                    rows,
+                    context_len: end,
+                    block_table: table.collect(),
+                    adapter: None,
+                });
                 owners.extend(std::iter::repeat_n(index, end - start));
             }
             batch.logit_rows = (0..batch.token_ids.len() as u32).collect();

@@ -14,9 +14,16 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     Tensor,
+    adapter::{FfnPlace, LoadedAdapter, RowAdapters},
     compute::Compute,
-    nn::{Experts, Format},
+    model::{SequenceRows, StepBatch},
+    nn::{Experts, Format, Module},
     ops::{Routes, grouped_ffn, stored_ffn},
+    train::{
+        parameters::{Parameter, Parameters},
+        places::PlaceInfo,
+        trained::{Adapter, Trained},
+    },
 };
 
 const COUNT: usize = 7;
@@ -123,6 +130,26 @@ impl Rig {
 
     /// Whether both give the same bits for these routes: two of the experts for each token.
     fn agree(&self, layer: usize, choices: &[(usize, usize)], lane: Lane) -> crate::Result<bool> {
+        self.agree_with(None, layer, choices, lane)
+    }
+
+    /// The same, where every third row has an adapter if one is given.
+    fn agree_with(
+        &self,
+        adapter: Option<Arc<LoadedAdapter>>,
+        layer: usize,
+        choices: &[(usize, usize)],
+        lane: Lane,
+    ) -> crate::Result<bool> {
+        let sequence = |row| SequenceRows {
+            rows: row..row + 1,
+            context_len: 1,
+            block_table: vec![0],
+            adapter: adapter.clone().filter(|_| row % 3 == 1),
+        };
+        let batch = StepBatch { sequences: (0..choices.len()).map(sequence).collect(), ..StepBatch::default() };
+        let rows = RowAdapters::of(&batch);
+        let adapters = Some((&rows, FfnPlace::Routed(layer)));
         let mut routes = Routes { top_k: 2, experts: Vec::new(), weights: Vec::new() };
         for &(first, second) in choices {
             let (low, high) = if first == second { (first, (first + 1) % COUNT) } else { (first, second) };
@@ -134,9 +161,30 @@ impl Rig {
         let bits = |tensor: Tensor| -> crate::Result<Vec<u32>> {
             Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
         };
-        let stored = bits(stored_ffn(&self.compute, &x, &self.stored[layer], &routes, lane)?)?;
-        Ok(stored == bits(grouped_ffn(&self.compute, &x, &self.resident[layer], &routes)?)?)
+        let stored = bits(stored_ffn(&self.compute, &x, &self.stored[layer], &routes, adapters, lane)?)?;
+        Ok(stored == bits(grouped_ffn(&self.compute, &x, &self.resident[layer], &routes, adapters)?)?)
     }
+}
+
+/// Of all experts of the first layer, and down only in the second.
+fn adapter() -> Arc<LoadedAdapter> {
+    let (mut trained, mut parameters, mut places) = (Trained::default(), Parameters::default(), Vec::new());
+    for (layer, expert) in (0..2).flat_map(|layer| (0..COUNT).map(move |expert| (layer, expert))) {
+        let FfnLayout { hidden, intermediate, .. } = LAYOUT;
+        let [gate_up, down] = FfnPlace::Routed(layer).matrices(expert);
+        for (place, inputs, rows) in [(gate_up, hidden, 2 * intermediate), (down, intermediate, hidden)] {
+            let mut push = |shape: [usize; 2]| {
+                let values = (0..shape[0] * shape[1]).map(|index| (index as f32 * 0.7).cos()).collect();
+                parameters.push(Parameter { name: String::new(), shape: shape.to_vec(), values }).unwrap()
+            };
+            let (a, b) = (push([2, inputs]), push([rows, 2]));
+            if layer == 0 || place == down {
+                trained.of_mut(place).adapters.push(Adapter { rows: 0..rows, a, b, rank: 2, scale: 0.1 });
+            }
+            places.push(PlaceInfo { place, inputs, modules: vec![Module { name: String::new(), rows }] });
+        }
+    }
+    Arc::new(LoadedAdapter::new("test", &trained, &parameters, &places).unwrap())
 }
 
 /// Every expert of a layer is used.
@@ -154,6 +202,7 @@ proptest! {
         for (layer, choices, scan) in steps {
             let lane = if scan { Lane::Scan } else { Lane::Decode };
             prop_assert!(rig.agree(layer, &choices, lane).unwrap());
+            prop_assert!(rig.agree_with(Some(adapter()), layer, &choices, lane).unwrap());
         }
     }
 }
@@ -437,6 +486,6 @@ fn a_store_that_was_not_opened_is_an_error() {
     let rig = Rig::new(1);
     let unopened = StoredExperts::new(0, COUNT, LAYOUT, Arc::default());
     let x = Tensor::zeros((1, LAYOUT.hidden), candle_core::DType::F32, &Device::Cpu).unwrap();
-    let result = stored_ffn(&rig.compute, &x, &unopened, &Routes::dense(1), Lane::Decode);
+    let result = stored_ffn(&rig.compute, &x, &unopened, &Routes::dense(1), None, Lane::Decode);
     assert!(result.unwrap_err().to_string().contains("not opened"));
 }

@@ -1,7 +1,7 @@
 use cadre_kernels::qkv::{QkNorm, QkvOptions};
 
 use super::{Linear, Matrix, Rope};
-use crate::{Result, Tensor, model::StepContext, ops};
+use crate::{Result, Tensor, adapter::RowAdapters, model::StepContext, ops, train::places::Place};
 
 /// The sizes and options of an [`Attention`] block.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -69,11 +69,14 @@ impl Attention {
             norm: self.norms.as_ref().map(|norms| QkNorm { query: &norms.query, key: &norms.key, eps: norms.eps }),
             clip: self.config.clip,
         };
+        let adapters = RowAdapters::of(step.batch);
         let fused = ops::linear(step.compute, x, &self.qkv, None)?;
+        let fused = ops::add_adapters(step.compute, &adapters, Place::Qkv { layer }, x, fused)?;
         let qkv = ops::split_qkv(step.compute, &fused, &step.batch.positions, &options, rope)?;
         let scale = 1.0 / (self.config.head_dim as f32).sqrt();
         let attended = ops::attention(step, layer, scale, &qkv)?;
-        self.output.forward(step.compute, &attended)
+        let output = self.output.forward(step.compute, &attended)?;
+        ops::add_adapters(step.compute, &adapters, Place::AttentionOutput { layer }, &attended, output)
     }
 
     pub(crate) fn parameters(&self) -> usize {

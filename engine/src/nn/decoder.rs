@@ -1,9 +1,11 @@
 use super::{Attention, Ffn, Matrix, RmsNorm, Rope, RoutedExperts};
 use crate::{
     Error, Result, Tensor,
+    adapter::RowAdapters,
     experts::Lane,
     model::{Model, ModelInfo, StepContext},
     ops,
+    train::places::Place,
 };
 
 /// A pre-norm decoder: what all of today's architectures are.
@@ -46,15 +48,16 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    /// Tells the expert store which experts this layer's router would choose for the hidden states before the
+    /// Tells the expert store which experts the router of this layer, number `index`, would choose for the hidden states before the
     /// feed-forward of the layer before it, if the store wants to know: what the two layers still add changes few
     /// choices (Eliseev and Mazur, arXiv:2312.17238).
-    fn predict_experts(&self, step: &StepContext<'_>, hidden: &Tensor) -> Result<()> {
+    fn predict_experts(&self, step: &StepContext<'_>, index: usize, hidden: &Tensor) -> Result<()> {
         let (Ffn::Moe(ffn), Lane::Decode) = (&self.ffn, step.batch.lane()) else { return Ok(()) };
         let RoutedExperts::Stored(experts) = &ffn.experts else { return Ok(()) };
         let Some((store, layer)) = experts.predicting() else { return Ok(()) };
         let normed = self.ffn_norm.forward(step.compute, hidden)?;
-        store.predict(layer, ffn.route(step.compute, &normed)?.most_used(experts.count()));
+        let routes = ffn.route(step.compute, index, &normed, &RowAdapters::of(step.batch))?;
+        store.predict(layer, routes.most_used(experts.count()));
         Ok(())
     }
 }
@@ -135,13 +138,15 @@ impl Model for Decoder {
         let normed = layer.ffn_norm.forward(step.compute, &hidden)?;
         // Reading ahead follows on a visit to the store.
         if let (Some(next), Ffn::Moe(_)) = (self.parts.layers.get(index + 1), &layer.ffn) {
-            next.predict_experts(step, &hidden)?;
+            next.predict_experts(step, index + 1, &hidden)?;
         }
         ops::add(&hidden, &layer.ffn.forward(step, index, &normed)?)
     }
 
     fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor> {
         let normed = self.parts.norm.forward(step.compute, hidden)?;
-        ops::linear(step.compute, &normed, self.head(), None)
+        let logits = ops::linear(step.compute, &normed, self.head(), None)?;
+        let adapters = RowAdapters::of(step.batch).select(step.batch.logit_rows.iter().map(|row| *row as usize));
+        ops::add_adapters(step.compute, &adapters, Place::Head, &normed, logits)
     }
 }

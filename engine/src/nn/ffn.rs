@@ -1,10 +1,12 @@
 use super::{ExpertModules, Experts, FfnLayout, Matrix, RouterOptions};
 use crate::{
     Result, Tensor,
+    adapter::{FfnPlace, RowAdapters},
     compute::Compute,
     experts::StoredExperts,
     model::{LayerRoutes, MoeLayerInfo, StepContext},
-    ops::{self, Routes},
+    ops::{self, FfnAdapters, Routes},
+    train::places::Place,
 };
 
 /// The feed-forward of a layer.
@@ -83,7 +85,9 @@ impl Ffn {
     /// `[tokens, hidden]` to the same; `layer` is the number of the layer that it is part of.
     pub(crate) fn forward(&self, step: &mut StepContext<'_>, layer: usize, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(ffn) => ffn.forward(step.compute, x),
+            Self::Dense(ffn) => {
+                ffn.forward(step.compute, x, Some((&RowAdapters::of(step.batch), FfnPlace::Shared(layer))))
+            }
             Self::Moe(ffn) => ffn.forward(step, layer, x),
         }
     }
@@ -133,30 +137,45 @@ impl Ffn {
 }
 
 impl DenseFfn {
-    pub(super) fn forward(&self, compute: &Compute, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, compute: &Compute, x: &Tensor, adapters: Option<FfnAdapters<'_>>) -> Result<Tensor> {
         let tokens = x.dims().first().copied().unwrap_or(0);
-        ops::grouped_ffn(compute, x, &self.weights, &Routes::dense(tokens))
+        ops::grouped_ffn(compute, x, &self.weights, &Routes::dense(tokens), adapters)
     }
 }
 
 impl MoeFfn {
-    /// The experts that the router chooses for each row of `x`, `[tokens, hidden]`.
-    pub(super) fn route(&self, compute: &Compute, x: &Tensor) -> Result<Routes> {
-        ops::route(&ops::linear(compute, x, &self.router, None)?, &self.options)
+    /// The experts that the router of layer `layer` chooses for each row of `x`, `[tokens, hidden]`.
+    pub(super) fn route(
+        &self,
+        compute: &Compute,
+        layer: usize,
+        x: &Tensor,
+        adapters: &RowAdapters<'_>,
+    ) -> Result<Routes> {
+        let logits = ops::linear(compute, x, &self.router, None)?;
+        let logits = ops::add_adapters(compute, adapters, Place::Router { layer }, x, logits)?;
+        ops::route(&logits, &self.options)
     }
 
     fn forward(&self, step: &mut StepContext<'_>, layer: usize, x: &Tensor) -> Result<Tensor> {
         let compute = step.compute;
-        let routes = self.route(compute, x)?;
+        let adapters = RowAdapters::of(step.batch);
+        let routes = self.route(compute, layer, x, &adapters)?;
+        let of_routed = Some((&adapters, FfnPlace::Routed(layer)));
         let routed = match &self.experts {
-            RoutedExperts::Resident(experts) => ops::grouped_ffn(compute, x, experts, &routes)?,
-            RoutedExperts::Stored(experts) => ops::stored_ffn(compute, x, experts, &routes, step.batch.lane())?,
+            RoutedExperts::Resident(experts) => ops::grouped_ffn(compute, x, experts, &routes, of_routed)?,
+            RoutedExperts::Stored(experts) => {
+                ops::stored_ffn(compute, x, experts, &routes, of_routed, step.batch.lane())?
+            }
         };
         if let Some(noted) = &mut step.routes {
             noted.push(LayerRoutes { layer, routes });
         }
         match &self.shared {
-            Some(shared) => ops::add(&routed, &shared.forward(compute, x)?),
+            Some(shared) => {
+                let of_shared = Some((&adapters, FfnPlace::Shared(layer)));
+                ops::add(&routed, &shared.forward(compute, x, of_shared)?)
+            }
             None => Ok(routed),
         }
     }

@@ -149,7 +149,7 @@ impl<'a> Probe<'a> {
             }
             if let Some(dense) = &self.dense {
                 let start = Instant::now();
-                ops::add(&hidden, &dense.forward(self.compute, &hidden)?)?;
+                ops::add(&hidden, &dense.forward(self.compute, &hidden, None)?)?;
                 clock.dense += start.elapsed().as_secs_f64();
             }
         }
@@ -187,10 +187,10 @@ impl<'a> Probe<'a> {
         let start = Instant::now();
         // The choice is computed and not used: made-up routers choose too unevenly.
         ops::route(&ops::linear(self.compute, x, &moe.router, None)?, moe.options)?;
-        let shared = moe.shared.as_ref().map(|shared| shared.forward(self.compute, x)).transpose()?;
+        let shared = moe.shared.as_ref().map(|shared| shared.forward(self.compute, x, None)).transpose()?;
         let routed = Instant::now();
         clock.router += (routed - start).as_secs_f64();
-        let sum = ops::grouped_ffn(self.compute, x, &moe.experts, routes)?;
+        let sum = ops::grouped_ffn(self.compute, x, &moe.experts, routes, None)?;
         clock.experts += routed.elapsed().as_secs_f64();
         let start = Instant::now();
         ops::add(shared.as_ref().unwrap_or(x), &sum)?;
@@ -209,6 +209,7 @@ impl<'a> Probe<'a> {
                 rows: sequence * rows..(sequence + 1) * rows,
                 context_len: context,
                 block_table: (sequence * blocks..(sequence + 1) * blocks).map(|block| block as u32).collect(),
+                adapter: None,
             });
             batch.logit_rows.push(((sequence + 1) * rows - 1) as u32);
         }

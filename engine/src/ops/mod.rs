@@ -4,6 +4,7 @@
 //! module are forward-only: asked for a gradient, each returns [`Error::NotDifferentiable`] in place of cutting the
 //! graph silently, as candle's own fused ops do.
 
+mod adapters;
 mod attention;
 mod ffn;
 mod linear;
@@ -12,8 +13,9 @@ mod rows;
 
 use candle_core::{CpuStorage, Device, Storage};
 
+pub use adapters::add_adapters;
 pub use attention::{attention, split_qkv};
-pub use ffn::{Routes, grouped_ffn, route, stored_ffn};
+pub use ffn::{FfnAdapters, Routes, grouped_ffn, route, stored_ffn};
 pub use linear::linear;
 pub use norm::rms_norm;
 pub use rows::{add, embed, select_rows, values};

@@ -3,10 +3,12 @@ use candle_core::{Device, Var};
 
 use super::*;
 use crate::{
+    adapter::RowAdapters,
     compute::Compute,
     kv::{KvCache, KvDtype},
     model::{SequenceRows, StepBatch, StepContext},
     nn::{Experts, FfnLayout, Format, Layout, Matrix, Rope, RopeConfig, RopeScaling, RouterOptions, Scores},
+    train::places::Place,
 };
 
 type TestResult = std::result::Result<(), Error>;
@@ -45,7 +47,7 @@ fn outcomes(compute: &Compute) -> std::result::Result<Vec<(&'static str, Result<
     let batch = StepBatch {
         token_ids: vec![0, 1],
         positions: vec![0, 1],
-        sequences: vec![SequenceRows { rows: 0..2, context_len: 2, block_table: vec![0] }],
+        sequences: vec![SequenceRows { rows: 0..2, context_len: 2, block_table: vec![0], adapter: None }],
         logit_rows: Vec::new(),
     };
     let mut kv = KvCache::new(1, 1, 4, 1, KvDtype::F32)?;
@@ -54,9 +56,10 @@ fn outcomes(compute: &Compute) -> std::result::Result<Vec<(&'static str, Result<
         ("linear", linear(compute, &x, &weight, None).map(drop)),
         ("rms_norm", rms_norm(compute, &x, &[1.0; 4], 1e-6).map(drop)),
         ("add", add(&x, &x).map(drop)),
+        ("add_adapters", add_adapters(compute, &RowAdapters::default(), Place::Head, &x, x.clone()).map(drop)),
         ("select_rows", select_rows(&x, &[1]).map(drop)),
         ("route", route(&x, &router()).map(drop)),
-        ("grouped_ffn", grouped_ffn(compute, &x, &experts, &Routes::dense(2)).map(drop)),
+        ("grouped_ffn", grouped_ffn(compute, &x, &experts, &Routes::dense(2), None).map(drop)),
         ("split_qkv", split_qkv(compute, &tracked(2, 6)?, &[0, 1], &options, &rope).map(drop)),
         ("attention", attention(&mut step, 0, 1.0, &[x.clone(), x.clone(), x.clone()]).map(drop)),
     ])

@@ -27,6 +27,7 @@ pub(super) fn of(plan: &StepPlan, scheduler: &Scheduler) -> StepBatch {
             rows: first_row..batch.token_ids.len(),
             context_len: positions.end,
             block_table: sequence.block_table().to_vec(),
+            adapter: sequence.request().adapter.clone(),
         });
     }
     batch

@@ -392,6 +392,7 @@ impl Engine {
         self.reported_prefix = prefix;
         report.running = self.scheduler.num_running();
         report.waiting = self.scheduler.num_waiting();
+        (report.running_adapters, report.waiting_adapters) = self.scheduler.adapters();
         report.kv_blocks_used = self.scheduler.num_used_blocks();
         report.kv_blocks_total = self.scheduler.num_blocks();
         if catch_unwind(AssertUnwindSafe(|| (self.observing.observer)(&report))).is_err() {

@@ -2,7 +2,7 @@
 
 use crate::model::LayerRoutes;
 
-/// One step, or a change while no step ran. The first four are the state afterwards; the others count what happened
+/// One step, or a change while no step ran. The first four, and the adapters, are the state afterwards; the others count what happened
 /// since the last report, so that adding them up over all reports gives totals.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepReport {
@@ -32,6 +32,10 @@ pub struct StepReport {
     pub failed: usize,
     /// How long the step took; 0 if none ran.
     pub step_seconds: f64,
+    /// The names of adapters that running sequences have, ascending, each once.
+    pub running_adapters: Vec<String>,
+    /// The names of adapters that waiting sequences have, likewise.
+    pub waiting_adapters: Vec<String>,
     /// What the routers chose in the step, if the runtime was to say so.
     pub routes: Vec<LayerRoutes>,
 }

@@ -180,6 +180,7 @@ mod tests {
             logprobs,
             prompt_logprobs: None,
             routed_experts_from: None,
+            adapter: None,
         };
         Sequence::new(SequenceId { request: 1, choice: at }, Arc::new(request))
     }

@@ -25,6 +25,7 @@ fn request(sampling: SamplingParams) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts_from: None,
+        adapter: None,
     }
 }
 

@@ -71,6 +71,7 @@ impl Scheduler {
                     "block {block} is not full"
                 );
                 assert_eq!(first.1.tokens()[..end], other.tokens()[..end], "block {block} is shared by two prefixes");
+                assert_eq!(first.1.request().adapter, other.request().adapter, "block {block} is of two adapters");
             }
         }
     }

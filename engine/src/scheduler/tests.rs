@@ -1,7 +1,7 @@
 mod properties;
 mod simulation;
 
-use simulation::{Simulation, config, request};
+use simulation::{Simulation, adapter, config, request};
 
 use super::*;
 use crate::request::FinishReason;
@@ -69,6 +69,35 @@ fn a_prefix_is_reused_but_never_the_last_token() {
     assert_eq!(cached, [0, 32, 32, 0, 0]);
     let counters = simulation.scheduler.prefix_counters();
     assert_eq!((counters.queries, counters.hits), (48 + 48 + 47 + 16 + 47, 64));
+}
+
+/// Also of an adapter that was loaded again under its name, and also in the second turn.
+#[test]
+fn prefixes_are_shared_among_requests_of_one_adapter() {
+    let mut simulation = Simulation::new(config(), 64);
+    let adapters = [None, Some(adapter("one")), Some(adapter("two")), Some(adapter("one"))];
+    for expected in [0, 48] {
+        for adapter in &adapters {
+            simulation.add(Request { adapter: adapter.clone(), ..request(&[6; 50], 1) });
+            assert_eq!(simulation.step().admitted[0].cached_tokens, expected, "{adapter:?}");
+            simulation.run_to_end();
+        }
+    }
+}
+
+#[test]
+fn tells_whose_adapters_run_and_wait() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_num_seqs: 2, ..config() }, 64);
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    assert_eq!(simulation.scheduler.adapters(), (vec![], vec![]));
+    let [one, two] = ["one", "two"].map(adapter);
+    for adapter in [Some(&two), None, Some(&two), Some(&one), Some(&one)] {
+        simulation.add(Request { adapter: adapter.cloned(), ..request(&[3; 5], 9) });
+    }
+    simulation.step();
+    assert_eq!(simulation.scheduler.adapters(), (names(&["two"]), names(&["one", "two"])));
+    simulation.run_to_end();
+    assert_eq!(simulation.scheduler.adapters(), (vec![], vec![]));
 }
 
 #[test]

@@ -4,17 +4,17 @@ use std::cell::RefCell;
 
 use cadre_kernels::{
     ffn::WeightedRow,
-    format::{PANEL, Packed},
+    format::Packed,
     gradient::{Strided, Transposed, add_product},
     matmul::{Inputs, matmul, matmul_rows},
 };
 
 use super::{
     parameters::{Gradients, Parameters},
-    trained::{Adapter, TrainedMatrix},
+    trained::TrainedMatrix,
     workspace::Workspace,
 };
-use crate::{Result, compute::Compute};
+use crate::{Result, adapter::AdapterValues, compute::Compute};
 
 /// A matrix and what is trained of it.
 #[derive(Clone, Copy)]
@@ -56,24 +56,6 @@ impl Linear<'_> {
     fn inputs(&self) -> usize {
         self.weight.layout().k
     }
-
-    fn rank(&self) -> usize {
-        self.trained.adapters.iter().map(|adapter| adapter.rank).sum()
-    }
-
-    /// Where rows lie among the outputs: stretches of (first of the rows, first output, length).
-    fn stretches(&self, rows: &std::ops::Range<usize>) -> Vec<(usize, usize, usize)> {
-        let Some(gate) = self.paired else { return vec![(rows.start, rows.start, rows.len())] };
-        let mut stretches = Vec::new();
-        let mut row = rows.start;
-        while row < rows.end {
-            let (up, inner) = (row / gate, row % gate);
-            let len = (PANEL - inner % PANEL).min(gate - inner).min(rows.end - row);
-            stretches.push((row, inner / PANEL * 2 * PANEL + up * PANEL + inner % PANEL, len));
-            row += len;
-        }
-        stretches
-    }
 }
 
 impl<'a> Products<'a> {
@@ -97,21 +79,18 @@ impl<'a> Products<'a> {
 
     fn add_adapters(&self, linear: &Linear<'_>, x: &[f32], y: &mut [f32]) {
         let Compute { pool, isa } = self.compute;
-        let n = linear.outputs();
-        let rows = y.len() / n;
-        if linear.rank() > 0 && rows > 0 {
-            let inner = self.inner(linear, x);
-            let b = self.b_transposed(linear);
-            let rank = linear.rank();
+        let (adapters, n) = (self.adapters(linear), linear.outputs());
+        let (rank, rows) = (adapters.rank(), y.len() / n);
+        if rank > 0 && rows > 0 {
+            let (inner, b) = (self.inner(linear, x), adapters.b_transposed(n));
             add_product(pool, *isa, Strided::new(&inner, rows, rank), Strided::new(&b, rank, n), y);
             self.workspace.give(inner);
-            self.workspace.give(b);
         }
     }
 
     /// An output's gradient `[rows, n]`, for the two that follow.
     pub fn gradient<'g>(&self, linear: &Linear<'_>, values: &'g [f32]) -> OutputGradient<'g> {
-        let is_adapted = linear.rank() > 0 && !values.is_empty();
+        let is_adapted = !linear.trained.adapters.is_empty() && !values.is_empty();
         OutputGradient { values, of_inner: if is_adapted { self.inner_gradient(linear, values) } else { Vec::new() } }
     }
 
@@ -143,11 +122,12 @@ impl<'a> Products<'a> {
 
     /// The adapters' part of [`Products::input_gradient`].
     pub fn add_adapters_input_gradient(&self, linear: &Linear<'_>, gradient: &OutputGradient<'_>, out: &mut [f32]) {
-        let (k, rank) = (linear.inputs(), linear.rank());
+        let adapters = self.adapters(linear);
+        let (k, rank) = (linear.inputs(), adapters.rank());
         if gradient.of_inner.is_empty() {
             return;
         }
-        let a: Vec<f32> = linear.trained.adapters.iter().flat_map(|adapter| self.values(adapter).0).copied().collect();
+        let a: Vec<f32> = adapters.adapters.iter().flat_map(|adapter| adapters.of(adapter).0).copied().collect();
         let left = Strided::new(&gradient.of_inner, gradient.of_inner.len() / rank, rank);
         add_product(&self.compute.pool, self.compute.isa, left, Strided::new(&a, rank, k), out);
     }
@@ -161,7 +141,8 @@ impl<'a> Products<'a> {
         gradients: &mut Gradients,
     ) {
         let Compute { pool, isa } = self.compute;
-        let (k, n, rank) = (linear.inputs(), linear.outputs(), linear.rank());
+        let adapters = self.adapters(linear);
+        let (k, n, rank) = (linear.inputs(), linear.outputs(), adapters.rank());
         let rows = x.len() / k;
         if rows == 0 || !linear.is_trained() {
             return;
@@ -169,7 +150,7 @@ impl<'a> Products<'a> {
         let (x, outputs) = (Strided::new(x, rows, k), Strided::new(gradient.values, rows, n));
         for whole in &linear.trained.weights {
             let sums = gradients.of(whole.weight);
-            for (row, output, len) in linear.stretches(&whole.rows) {
+            for (row, output, len) in adapters.stretches(&whole.rows) {
                 let at = (row - whole.rows.start) * k;
                 let left = outputs.columns(output..output + len).transposed();
                 add_product(pool, *isa, left, x, &mut sums[at..at + len * k]);
@@ -181,12 +162,12 @@ impl<'a> Products<'a> {
         let inner = self.inner_of(linear, x);
         let of_inner = Strided::new(&gradient.of_inner, rows, rank);
         let mut start = 0;
-        for adapter in &linear.trained.adapters {
+        for adapter in adapters.adapters {
             let own = start..start + adapter.rank;
             start = own.end;
             add_product(pool, *isa, of_inner.columns(own.clone()).transposed(), x, gradients.of(adapter.a));
             let sums = gradients.of(adapter.b);
-            for (row, output, len) in linear.stretches(&adapter.rows) {
+            for (row, output, len) in adapters.stretches(&adapter.rows) {
                 let at = (row - adapter.rows.start) * adapter.rank;
                 let left = outputs.columns(output..output + len).transposed();
                 let right = Strided::new(&inner, rows, rank).columns(own.clone());
@@ -196,9 +177,9 @@ impl<'a> Products<'a> {
         self.workspace.give(inner);
     }
 
-    /// A and B of an adapter.
-    fn values(&self, adapter: &Adapter) -> (&'a [f32], &'a [f32]) {
-        (&self.parameters.get(adapter.a).values, &self.parameters.get(adapter.b).values)
+    fn adapters<'b>(&'b self, linear: &'b Linear<'_>) -> AdapterValues<'b> {
+        let TrainedMatrix { adapters, .. } = linear.trained;
+        AdapterValues { adapters, parameters: self.parameters, paired: linear.paired }
     }
 
     /// `scale · x · Aᵀ` of all adapters side by side, `[rows, rank]`.
@@ -207,59 +188,27 @@ impl<'a> Products<'a> {
     }
 
     fn inner_of(&self, linear: &Linear<'_>, x: Strided<'_>) -> Vec<f32> {
-        let (rank, k) = (linear.rank(), linear.inputs());
-        let mut a = self.workspace.take(k * rank);
-        let mut start = 0;
-        for adapter in &linear.trained.adapters {
-            for (row, values) in self.values(adapter).0.chunks_exact(k).enumerate() {
-                let places = a[start + row..].iter_mut().step_by(rank);
-                places.zip(values).for_each(|(place, value)| *place = adapter.scale * value);
-            }
-            start += adapter.rank;
-        }
+        let (adapters, k) = (self.adapters(linear), linear.inputs());
+        let (rank, a) = (adapters.rank(), adapters.a_transposed(k));
         let mut inner = self.workspace.zeros(x.size().0 * rank);
         add_product(&self.compute.pool, self.compute.isa, x, Strided::new(&a, k, rank), &mut inner);
-        self.workspace.give(a);
         inner
     }
 
     /// The gradient of `x · Aᵀ`, before the scale, of all adapters side by side, `[rows, rank]`.
     fn inner_gradient(&self, linear: &Linear<'_>, gradient: &[f32]) -> Vec<f32> {
-        let (rank, n) = (linear.rank(), linear.outputs());
+        let (adapters, n) = (self.adapters(linear), linear.outputs());
+        let rank = adapters.rank();
         let mut b = self.workspace.zeros(n * rank);
-        self.each_of_b(linear, |output, column, value| b[output * rank + column] = value);
+        adapters.each_of_b(|output, column, value| b[output * rank + column] = value);
         let rows = gradient.len() / n;
         let mut out = self.workspace.zeros(rows * rank);
         let (left, right) = (Strided::new(gradient, rows, n), Strided::new(&b, n, rank));
         add_product(&self.compute.pool, self.compute.isa, left, right, &mut out);
         self.workspace.give(b);
-        let scales =
-            linear.trained.adapters.iter().flat_map(|adapter| std::iter::repeat_n(adapter.scale, adapter.rank));
+        let scales = adapters.adapters.iter().flat_map(|adapter| std::iter::repeat_n(adapter.scale, adapter.rank));
         let scales: Vec<f32> = scales.collect();
         out.chunks_exact_mut(rank).for_each(|row| row.iter_mut().zip(&scales).for_each(|(x, scale)| *x *= scale));
         out
-    }
-
-    /// B of all adapters, `[rank, n]`; an adapter adds nothing to outputs that aren't its own.
-    fn b_transposed(&self, linear: &Linear<'_>) -> Vec<f32> {
-        let n = linear.outputs();
-        let mut b = self.workspace.zeros(linear.rank() * n);
-        self.each_of_b(linear, |output, column, value| b[column * n + output] = value);
-        b
-    }
-
-    /// Every value of the adapters' B, with its output and its place among the ranks.
-    fn each_of_b(&self, linear: &Linear<'_>, mut take: impl FnMut(usize, usize, f32)) {
-        let mut start = 0;
-        for adapter in &linear.trained.adapters {
-            let b = self.values(adapter).1;
-            for (row, output, len) in linear.stretches(&adapter.rows) {
-                for place in 0..len {
-                    let values = &b[(row - adapter.rows.start + place) * adapter.rank..][..adapter.rank];
-                    values.iter().enumerate().for_each(|(column, value)| take(output + place, start + column, *value));
-                }
-            }
-            start += adapter.rank;
-        }
     }
 }

@@ -18,10 +18,10 @@ use crate::{
     tensors::{Stored, TensorSet, Written, write_tensors},
 };
 
-/// Of an adapter's tensors.
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// What they are of.
-const CONFIG_FILE: &str = "adapter_config.json";
+/// The file of an adapter's tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The file that says what they are of.
+pub const CONFIG_FILE: &str = "adapter_config.json";
 /// What PEFT's names begin with.
 const PREFIX: &str = "base_model.model.";
 
@@ -37,19 +37,33 @@ impl Lora {
     /// # Errors
     /// When a file is missing or broken, or the adapter is of another model, or of a kind that cadre hasn't.
     pub fn read(directory: &Path, decoder: &Decoder) -> Result<Self> {
+        Self::read_for(directory, &places(decoder))
+    }
+
+    /// The same for a decoder that has these places.
+    ///
+    /// # Errors
+    /// As [`Lora::read`].
+    pub fn read_for(directory: &Path, places: &[PlaceInfo]) -> Result<Self> {
         let files = Files::Directory(directory.to_owned());
         let hint = "expected the folder of a LoRA adapter as PEFT saves it";
         let config = AdapterConfig::parse(&files.label(CONFIG_FILE), &files.require(CONFIG_FILE, hint)?)?;
         let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint };
         let tensors = TensorSet::of_file(files.open(WEIGHTS_FILE)?.ok_or_else(missing)?)?;
-        let (entries, pairs) = entries(&config, &tensors, &places(decoder))?;
+        let (entries, pairs) = entries(&config, &tensors, places)?;
+        // Every expert of a layer asks for its two stacks, gate|up and down in turn: each is read once.
+        let mut stacks = BTreeMap::new();
         Self::assemble(config, entries, |index, entry| {
             let Pair { a, b } = pairs[index];
-            let (a, b) = (tensors.values(a)?, tensors.values(b)?);
-            Ok(match entry.at {
-                At::Module(_) => [a, b],
-                At::Stack { expert, count, .. } => entry.unstacked(expert, count, &a, &b),
-            })
+            let At::Stack { expert, count, .. } = entry.at else { return Ok([tensors.values(a)?, tensors.values(b)?]) };
+            if !stacks.contains_key(&a) {
+                if stacks.len() == 2 {
+                    stacks.clear();
+                }
+                stacks.insert(a, [tensors.values(a)?, tensors.values(b)?]);
+            }
+            let [a, b] = &stacks[&a];
+            Ok(entry.unstacked(expert, count, a, b))
         })
     }
 }

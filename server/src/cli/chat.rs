@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::{
     EngineArgs,
-    terminal::{Prompt, SamplingArgs, Terminal, async_runtime, unless_pipe_closed},
+    terminal::{AdapterArgs, Prompt, SamplingArgs, Terminal, async_runtime, unless_pipe_closed},
 };
 
 const HELP: &str = "/reset  begin a new conversation
@@ -27,6 +27,9 @@ pub struct ChatArgs {
     sampling: SamplingArgs,
 
     #[command(flatten)]
+    adapter: AdapterArgs,
+
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -35,7 +38,7 @@ pub struct ChatArgs {
 /// # Errors
 /// When the model can't be loaded or has no chat template, or the terminal fails.
 pub fn run(args: &ChatArgs) -> Result<()> {
-    let terminal = Terminal::start(&args.engine.options(1), &args.sampling)?;
+    let terminal = Terminal::start(args.engine.options(1), &args.adapter, &args.sampling)?;
     ensure!(terminal.has_template(), "this checkpoint has no chat template; use `cadre generate --raw`");
     let result = async_runtime()?.block_on(talk(&terminal, Conversation::new(args.system.as_deref())));
     terminal.end();

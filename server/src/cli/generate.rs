@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{
     EngineArgs,
-    terminal::{Prompt, SamplingArgs, Terminal, async_runtime, unless_pipe_closed},
+    terminal::{AdapterArgs, Prompt, SamplingArgs, Terminal, async_runtime, unless_pipe_closed},
 };
 
 /// Flags of `cadre generate`.
@@ -30,6 +30,9 @@ pub struct GenerateArgs {
     sampling: SamplingArgs,
 
     #[command(flatten)]
+    adapter: AdapterArgs,
+
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -39,7 +42,7 @@ pub struct GenerateArgs {
 /// When the model can't be loaded, or the answer fails.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let prompt = read_prompt(&args.prompt)?;
-    let terminal = Terminal::start(&args.engine.options(1), &args.sampling)?;
+    let terminal = Terminal::start(args.engine.options(1), &args.adapter, &args.sampling)?;
     // A checkpoint without a template is a base model: it continues texts.
     let result = if args.raw || !terminal.has_template() {
         stream(&terminal, Prompt::Raw(&prompt))

@@ -144,6 +144,8 @@ impl EngineArgs {
             routing_profile: true,
             predict_experts: self.predict_experts,
             return_routed_experts: false,
+            adapters: Vec::new(),
+            adapter_folder: None,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `cadre serve`.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use cadre_engine::runtime::Runtime;
@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{EngineArgs, at_least_one};
 use crate::{
+    adapters::AdapterSource,
     engine::{self, EngineOptions},
     http::{self, App, HttpOptions},
     metrics,
@@ -60,6 +61,16 @@ pub struct ServeArgs {
     #[arg(long)]
     strict_params: bool,
 
+    /// Serve a LoRA adapter, as PEFT saves it, beside the model: NAME is its model name in requests; may be given several
+    /// times
+    #[arg(long = "adapter", alias = "lora-modules", value_name = "NAME=DIR", num_args = 1.., value_parser = adapter_source)]
+    adapters: Vec<AdapterSource>,
+
+    /// Let requests load adapters from below this folder, and unload them, as vLLM does with
+    /// `VLLM_ALLOW_RUNTIME_LORA_UPDATING`: `/v1/load_lora_adapter`, `/v1/unload_lora_adapter`
+    #[arg(long, value_name = "DIR")]
+    allow_runtime_adapters: Option<PathBuf>,
+
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -70,8 +81,20 @@ impl ServeArgs {
             served_names: self.served_model_name.clone(),
             prefix_caching: !self.no_prefix_caching,
             return_routed_experts: self.enable_return_routed_experts,
+            adapters: self.adapters.clone(),
+            adapter_folder: self.allow_runtime_adapters.clone(),
             ..self.engine.options(self.max_num_seqs)
         }
+    }
+}
+
+/// `NAME=DIR`
+fn adapter_source(text: &str) -> Result<AdapterSource, String> {
+    match text.split_once('=') {
+        Some((name, directory)) if !name.is_empty() && !directory.is_empty() => {
+            Ok(AdapterSource { name: name.to_owned(), directory: directory.into() })
+        }
+        _ => Err(format!("expected NAME=DIR, found `{text}`")),
     }
 }
 
@@ -95,7 +118,11 @@ async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
         .with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
     println!("cadre listens on http://{}", listener.local_addr()?);
     tokio::spawn(upkeep(metrics.clone()));
-    let options = HttpOptions { strict_params: args.strict_params, ..HttpOptions::default() };
+    let options = HttpOptions {
+        strict_params: args.strict_params,
+        runtime_adapters: args.allow_runtime_adapters.is_some(),
+        ..HttpOptions::default()
+    };
     let app = Arc::new(App::new(metrics, options));
     let loaded = load(args.engine_options(), app.clone());
 

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,6 +16,7 @@ use clap::Args;
 use serde_json::{Map, Value};
 
 use crate::{
+    adapters::AdapterSource,
     engine::{self, Engine, EngineOptions, Served},
     generation::{Generation, OutputOptions, Update},
     http::{
@@ -25,6 +27,14 @@ use crate::{
     },
     profile::KeptProfile,
 };
+
+/// The flag for an adapter.
+#[derive(Debug, Clone, Args)]
+pub struct AdapterArgs {
+    /// A LoRA adapter to add to the model: the folder, as PEFT saves it
+    #[arg(long, value_name = "DIR", help_heading = "Engine")]
+    adapter: Option<PathBuf>,
+}
 
 /// How tokens are chosen. The names, ranges and defaults are those of the HTTP API.
 #[derive(Debug, Clone, Args)]
@@ -100,12 +110,16 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Loads the model.
+    /// Loads the model, and the adapter if there is one.
     ///
     /// # Errors
     /// When it can't be loaded.
-    pub fn start(options: &EngineOptions, sampling: &SamplingArgs) -> Result<Self> {
-        let Engine { runtime, served, store, profile, .. } = engine::start(options)?;
+    pub fn start(mut options: EngineOptions, adapter: &AdapterArgs, sampling: &SamplingArgs) -> Result<Self> {
+        const NAME: &str = "adapter";
+        let source = |directory: &PathBuf| AdapterSource { name: NAME.to_owned(), directory: directory.clone() };
+        options.adapters = adapter.adapter.iter().map(source).collect();
+        let Engine { runtime, served, store, profile, .. } = engine::start(&options)?;
+        let served = served.adapted(NAME).map_or(served, Arc::new);
         Ok(Self { runtime, served, store, profile, sampling: sampling.body() })
     }
 

@@ -20,6 +20,7 @@ fn request(n: u32) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts_from: None,
+        adapter: None,
     }
 }
 

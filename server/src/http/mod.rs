@@ -6,11 +6,13 @@
 //! | `/v1/completions` | [`completions`] |
 //! | `/tokenize`, `/detokenize`, `/tokenizer_info` | [`tokenize`] |
 //! | `/v1/models` | [`models`] |
+//! | `/v1/load_lora_adapter`, `/v1/unload_lora_adapter` | [`adapters`] |
 //! | `/health`, `/version`, `/metrics` | [`health`] |
 //!
 //! What they share: [`body`] reads JSON, [`fields`] its fields, [`params`] knows every parameter, [`error`]
 //! every error, [`logprobs`] and [`answer`] the shapes of answers, [`sse`] streams.
 
+pub mod adapters;
 pub mod answer;
 pub mod body;
 pub mod chat;
@@ -60,11 +62,13 @@ pub struct HttpOptions {
     pub max_body_bytes: usize,
     /// Fields that nobody knows are errors.
     pub strict_params: bool,
+    /// Adapters may be loaded and unloaded.
+    pub runtime_adapters: bool,
 }
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self { max_body_bytes: 4 << 20, strict_params: false }
+        Self { max_body_bytes: 4 << 20, strict_params: false, runtime_adapters: false }
     }
 }
 
@@ -129,20 +133,22 @@ impl App {
         self.served.get().ok_or_else(ApiError::loading)
     }
 
-    /// The same, if `model` is one of its names. No name is as good as the right one.
+    /// The same, if `model` is one of its names, or with the adapter of that name. No name is as good as the right one.
     ///
     /// # Errors
     /// Also when no model of that name is served.
-    pub fn served_as(&self, model: Option<&str>) -> Result<&Arc<Served>, ApiError> {
+    pub fn served_as(&self, model: Option<&str>) -> Result<Arc<Served>, ApiError> {
         let served = self.served()?;
-        match model {
-            Some(name) if !served.names.iter().any(|known| known == name) => {
-                let known = served.names.join("`, `");
-                let message = format!("The model `{name}` does not exist. This server has `{known}`.");
-                Err(ApiError::new(Kind::ModelNotFound, message).or_param("model"))
-            }
-            _ => Ok(served),
-        }
+        let Some(name) = model.filter(|name| !served.names.iter().any(|known| known == name)) else {
+            return Ok(served.clone());
+        };
+        served.adapted(name).map(Arc::new).ok_or_else(|| {
+            let adapters = served.adapters.list();
+            let known = served.names.iter().map(String::as_str).chain(adapters.iter().map(|one| one.adapter.name()));
+            let known = known.collect::<Vec<_>>().join("`, `");
+            let message = format!("The model `{name}` does not exist. This server has `{known}`.");
+            ApiError::new(Kind::ModelNotFound, message).or_param("model")
+        })
     }
 
     /// Resolves when requests under way have to end.
@@ -169,7 +175,13 @@ impl App {
 
 /// All routes.
 pub fn router(app: Arc<App>) -> Router {
-    Router::new()
+    let mut router = Router::new();
+    if app.options.runtime_adapters {
+        router = router
+            .route("/v1/load_lora_adapter", post(adapters::load))
+            .route("/v1/unload_lora_adapter", post(adapters::unload));
+    }
+    router
         .route("/health", get(health::health))
         .route("/version", get(health::version))
         .route("/metrics", get(health::metrics))
@@ -259,6 +271,8 @@ fn route_label(path: &str) -> &'static str {
         "/version",
         "/metrics",
         "/v1/models",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
         "/v1/chat/completions",
         "/v1/completions",
         "/tokenize",

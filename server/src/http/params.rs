@@ -19,6 +19,8 @@ pub enum Endpoint {
     Completions,
     /// `/tokenize` and `/detokenize`
     Tokenize,
+    /// `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`
+    Adapters,
 }
 
 /// Honoured by chat and text completions alike.
@@ -71,6 +73,9 @@ const HONOURED_COMPLETIONS: &[&str] = &["best_of", "echo", "prompt"];
 
 /// Honoured by the tokenizer's routes besides those above.
 const HONOURED_TOKENIZE: &[&str] = &["return_token_strs", "tokens"];
+
+/// Honoured where adapters are loaded and unloaded.
+const HONOURED_ADAPTERS: &[&str] = &["load_inplace", "lora_name", "lora_path"];
 
 /// Accepted without effect: they don't change what is generated.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -204,7 +209,9 @@ fn is_text_only(value: &Value) -> bool {
 
 /// Whether any route reads the parameter.
 pub fn is_honoured(name: &str) -> bool {
-    [HONOURED, HONOURED_CHAT, HONOURED_COMPLETIONS, HONOURED_TOKENIZE].iter().any(|list| list.contains(&name))
+    [HONOURED, HONOURED_CHAT, HONOURED_COMPLETIONS, HONOURED_TOKENIZE, HONOURED_ADAPTERS]
+        .iter()
+        .any(|list| list.contains(&name))
 }
 
 /// Holds the body against the three lists. Returns the names of the fields that nobody knows.
@@ -217,6 +224,7 @@ pub fn admit(body: &Map<String, Value>, endpoint: Endpoint, strict: bool) -> Res
         Endpoint::Completions => (&[HONOURED_COMPLETIONS], REFUSED_COMPLETIONS),
         // What shapes the prompt; what shapes the answer is without effect here.
         Endpoint::Tokenize => (&[HONOURED_TOKENIZE, HONOURED_CHAT, HONOURED_COMPLETIONS], &[]),
+        Endpoint::Adapters => (&[HONOURED_ADAPTERS], &[]),
     };
     let mut unknown = Vec::new();
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {

@@ -25,7 +25,7 @@ struct Server {
 
 impl Server {
     fn new(fake: &Arc<Fake>) -> Self {
-        let server = Self::loading(HttpOptions { max_body_bytes: 4096, strict_params: false });
+        let server = Self::loading(HttpOptions { max_body_bytes: 4096, ..HttpOptions::default() });
         server.app.ready(served(fake.clone()));
         server
     }

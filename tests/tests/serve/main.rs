@@ -1,6 +1,7 @@
 //! The server, seen from the outside: what it answers, how it behaves under load, and how it ends.
 #![allow(clippy::unwrap_used, reason = "integration tests: a failed unwrap is a failed test")]
 
+mod adapters;
 mod chat;
 mod completions;
 mod concurrency;

@@ -14,6 +14,8 @@ const INPUTS: usize = 256;
 const COLUMNS: usize = 64;
 /// Rows of a task.
 const TASK_ROWS: usize = 48;
+/// Multiplications of a product that the calling thread does in less time than it takes to wake the others.
+const SMALL: usize = 1 << 16;
 
 /// A matrix whose elements lie in strides: element `(i, j)` at `i · row + j · column`.
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +88,7 @@ pub fn add_product(pool: &Pool, isa: Isa, left: Strided<'_>, right: Strided<'_>,
     assert_eq!(out.len(), left.rows * right.columns, "product of {} by {}", left.rows, right.columns);
     let (row_tasks, column_tasks) = (left.rows.div_ceil(TASK_ROWS), right.columns.div_ceil(COLUMNS));
     let target = SharedSlice::new(out);
-    pool.run(row_tasks * column_tasks, |task| {
+    let work = |task: usize| {
         let rows = task % row_tasks * TASK_ROWS..left.rows.min((task % row_tasks + 1) * TASK_ROWS);
         let columns = task / row_tasks * COLUMNS..right.columns.min((task / row_tasks + 1) * COLUMNS);
         // SAFETY: each task has its own rows and columns.
@@ -95,7 +97,12 @@ pub fn add_product(pool: &Pool, isa: Isa, left: Strided<'_>, right: Strided<'_>,
                 target.part((rows.start + row) * right.columns + columns.start, columns.len())
             })
         };
-    });
+    };
+    if left.rows * left.columns * right.columns < SMALL {
+        (0..row_tasks * column_tasks).for_each(work);
+    } else {
+        pool.run(row_tasks * column_tasks, work);
+    }
 }
 
 /// [`add_product`] on the calling thread.

@@ -42,6 +42,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts_from: None,
+        adapter: None,
     }
 }
 

@@ -1,10 +1,10 @@
 //! Random arrivals, lengths, choices, cancellations, failures, budgets and very few blocks.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use proptest::prelude::*;
 
-use super::simulation::{Simulation, request};
+use super::simulation::{Simulation, adapter, request};
 use crate::{
     kv::blocks::blocks_for,
     request::Request,
@@ -14,7 +14,7 @@ use crate::{
 
 #[derive(Debug, Clone)]
 enum Act {
-    Add { kind: u32, prompt_len: usize, max_tokens: u32, n: u32, scores: bool, routed: Option<u32> },
+    Add { kind: u32, prompt_len: usize, max_tokens: u32, n: u32, scores: bool, routed: Option<u32>, adapted: bool },
     Cancel(prop::sample::Index),
     Step(u8),
     FailStep,
@@ -23,14 +23,15 @@ enum Act {
 
 fn act() -> impl Strategy<Value = Act> {
     let routed = prop::option::weighted(0.2, 0_u32..40);
-    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2), routed).prop_map(
-        |(kind, prompt_len, max_tokens, n, scores, routed)| Act::Add {
+    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2), routed, any::<bool>()).prop_map(
+        |(kind, prompt_len, max_tokens, n, scores, routed, adapted)| Act::Add {
             kind,
             prompt_len,
             max_tokens,
             n,
             scores,
             routed,
+            adapted,
         },
     );
     prop_oneof![
@@ -87,17 +88,24 @@ impl Expected {
 
 fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
     let mut simulation = Simulation::new(config.clone(), num_blocks);
+    let adapter = adapter("one");
     let mut expected = Expected { requests: HashMap::new(), work: 0 };
     for act in acts {
         match act {
-            Act::Add { kind, prompt_len, max_tokens, n, scores, routed } => {
+            Act::Add { kind, prompt_len, max_tokens, n, scores, routed, adapted } => {
                 let prompt_len = prompt_len.min(config.max_model_len);
                 let max_tokens = max_tokens.min((config.max_model_len - prompt_len) as u32);
                 let prompt: Vec<_> = (0..prompt_len as u32).map(|at| if at < 40 { kind / 2 } else { kind }).collect();
                 let prompt_logprobs = scores.then_some(0);
                 expected.add(
                     &mut simulation,
-                    Request { n, prompt_logprobs, routed_experts_from: routed, ..request(&prompt, max_tokens) },
+                    Request {
+                        n,
+                        prompt_logprobs,
+                        routed_experts_from: routed,
+                        adapter: adapted.then(|| Arc::clone(&adapter)),
+                        ..request(&prompt, max_tokens)
+                    },
                 );
             }
             Act::Cancel(which) => {

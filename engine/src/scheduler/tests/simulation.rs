@@ -3,10 +3,12 @@
 use std::{collections::HashMap, sync::Arc};
 
 use crate::{
+    adapter::LoadedAdapter,
     kv::blocks::BLOCK_SIZE,
     request::{FinishReason, Request, SamplingParams, StopParams, TokenLogprobs},
     scheduler::{Planned, Scheduler, SchedulerConfig, StepPlan},
     sequence::{RequestId, SequenceId},
+    train::{parameters::Parameters, trained::Trained},
 };
 
 pub(super) fn config() -> SchedulerConfig {
@@ -34,7 +36,13 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         routed_experts_from: None,
+        adapter: None,
     }
+}
+
+/// An adapter that changes nothing: to the scheduler they are names.
+pub(super) fn adapter(name: &str) -> Arc<LoadedAdapter> {
+    Arc::new(LoadedAdapter::new(name, &Trained::default(), &Parameters::default(), &[]).expect("no place"))
 }
 
 pub(super) struct Simulation {

@@ -311,6 +311,7 @@ impl Bench {
             logprobs: None,
             prompt_logprobs: None,
             routed_experts_from: None,
+            adapter: None,
         }
     }
 

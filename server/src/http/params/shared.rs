@@ -1,8 +1,9 @@
 //! The parameters that chat and text completions share: typed, in range, free of contradictions.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use cadre_engine::{
+    adapter::LoadedAdapter,
     request::{Request, SamplingParams, StopParams, SubmitError},
     sampler::GREEDY_BELOW,
 };
@@ -38,6 +39,8 @@ pub struct Shared {
     pub prompt_logprobs: Option<u32>,
     /// Tell the experts of tokens, from this position of the prompt on.
     pub routed_experts_from: Option<u32>,
+    /// That of the model that is asked.
+    pub adapter: Option<Arc<LoadedAdapter>>,
     /// Whether and how to stream.
     pub stream: Option<StreamOptions>,
     /// Report token ids beside the text.
@@ -113,6 +116,7 @@ impl Shared {
             tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
             add_special_tokens: fields.boolean("add_special_tokens")?,
             truncate: truncate(fields, served.max_model_len)?,
+            adapter: served.adapter.clone(),
         })
     }
 
@@ -147,6 +151,7 @@ impl Shared {
             logprobs,
             prompt_logprobs: self.prompt_logprobs,
             routed_experts_from: self.routed_experts_from,
+            adapter: self.adapter.clone(),
         })
     }
 }
