@@ -2,5 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "integration tests: a failed unwrap is a failed test")]
 
 mod adapters;
+mod learns;
 mod parity;
 mod runs;
