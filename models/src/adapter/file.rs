@@ -13,15 +13,16 @@ use cadre_engine::{
 use super::{AdapterConfig, AdapterFiles, At, Entry, Lora, Part, stack_of};
 use crate::{
     Error, Result,
-    files::Files,
-    pack::write_whole,
+    files::{Files, write::write_whole},
     tensors::{Stored, TensorSet, Written, write_tensors},
 };
 
 /// Of an adapter's tensors.
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What they are of.
-const CONFIG_FILE: &str = "adapter_config.json";
+pub(super) const CONFIG_FILE: &str = "adapter_config.json";
+/// What is wrong if one of them is missing.
+pub(super) const HINT: &str = "expected the folder of a LoRA adapter as PEFT saves it";
 /// What PEFT's names begin with.
 const PREFIX: &str = "base_model.model.";
 
@@ -38,9 +39,8 @@ impl Lora {
     /// When a file is missing or broken, or the adapter is of another model, or of a kind that cadre hasn't.
     pub fn read(directory: &Path, decoder: &Decoder) -> Result<Self> {
         let files = Files::Directory(directory.to_owned());
-        let hint = "expected the folder of a LoRA adapter as PEFT saves it";
-        let config = AdapterConfig::parse(&files.label(CONFIG_FILE), &files.require(CONFIG_FILE, hint)?)?;
-        let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint };
+        let config = AdapterConfig::parse(&files.label(CONFIG_FILE), &files.require(CONFIG_FILE, HINT)?)?;
+        let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint: HINT };
         let tensors = TensorSet::of_file(files.open(WEIGHTS_FILE)?.ok_or_else(missing)?)?;
         let (entries, pairs) = entries(&config, &tensors, &places(decoder))?;
         Self::assemble(config, entries, |index, entry| {
