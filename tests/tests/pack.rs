@@ -144,8 +144,8 @@ fn every_fixture_packs_to_the_same_logits() {
             let packed = load(&pack, &auto, Placement::Resident, &compute, &|_| {}).unwrap();
             let direct = load(&source, options, Placement::Resident, &compute, &|_| {}).unwrap();
             assert_eq!(packed.formats, direct.formats);
-            let expected = logits(&*direct.model, &compute);
-            assert!(logits(&*packed.model, &compute) == expected, "{}: {options}", folder.display());
+            let expected = logits(&direct.decoder, &compute);
+            assert!(logits(&packed.decoder, &compute) == expected, "{}: {options}", folder.display());
             // Experts that are read as they are needed, into fewer slots than a layer uses: ready, or to be packed.
             for (checkpoint, options) in [(&pack, &auto), (&source, options)] {
                 let stored = load(checkpoint, options, Placement::Stored, &compute, &|_| {}).unwrap();
@@ -153,7 +153,7 @@ fn every_fixture_packs_to_the_same_logits() {
                 assert_eq!(experts.conversion().is_some(), std::ptr::eq(checkpoint, &source));
                 let store = experts.open(3).unwrap();
                 let (name, folder) = (checkpoint.name(), folder.display());
-                assert!(logits(&*stored.model, &compute) == expected, "{folder}: {options}, stored in {name}");
+                assert!(logits(&stored.decoder, &compute) == expected, "{folder}: {options}, stored in {name}");
                 assert!(store.counters().misses() > 0);
             }
         }

@@ -1,7 +1,7 @@
 use cadre_kernels::gradient::{self, Heads, QkvGradients};
 use cadre_kernels::qkv::{QkNorm, QkvOptions, QkvOut};
 
-use super::{Batch, layer::Walk, linear::Linear, parameters::Gradients, places::Place};
+use super::{Batch, layer::Walk, linear::Linear, parameters::Gradients, places::Place, workspace::Workspace};
 use crate::{Result, nn::Attention};
 
 /// What the backward pass of attention needs of the forward pass.
@@ -12,6 +12,12 @@ pub(super) struct AttentionTape {
     qkv: [Vec<f32>; 3],
     /// What the output projection takes.
     attended: Vec<f32>,
+}
+
+impl AttentionTape {
+    pub(super) fn release(self, workspace: &Workspace) {
+        self.qkv.into_iter().chain([self.fused, self.attended]).for_each(|buffer| workspace.give(buffer));
+    }
 }
 
 impl Walk<'_> {
@@ -31,12 +37,13 @@ impl Walk<'_> {
         let fused = self.products.forward(&self.qkv_linear(layer), x);
         let tokens = batch.tokens();
         let (q, kv) = (attention.config.query_rows(), attention.config.kv_rows());
-        let (mut query, mut key, mut value) = (vec![0.0; tokens * q], vec![0.0; tokens * kv], vec![0.0; tokens * kv]);
+        let workspace = self.products.workspace;
+        let [mut query, mut key, mut value] = [q, kv, kv].map(|width| workspace.take(tokens * width));
         let out = QkvOut { query: &mut query, key: &mut key, value: &mut value };
         self.parts.rope.with_table(&batch.positions, |table| {
             cadre_kernels::qkv::split_qkv(&compute.pool, &options, table, &batch.positions, &fused, out);
         });
-        let mut attended = vec![0.0; tokens * q];
+        let mut attended = workspace.take(tokens * q);
         let parts = [query.as_slice(), &key, &value];
         gradient::attention(&compute.pool, compute.isa, heads, &batch.sequences, parts, &mut attended);
         let mut output = self.products.forward(&self.output_linear(layer), &attended);
@@ -48,28 +55,28 @@ impl Walk<'_> {
 
     /// The gradient of attention's input `x` from that of its output.
     pub(super) fn attention_backward(
-        &mut self,
+        &self,
         layer: usize,
         batch: &Batch,
         x: &[f32],
-        tape: &AttentionTape,
+        tape: AttentionTape,
         of_output: &[f32],
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let mut room = self.take_room();
-        let this = &*self;
-        let compute = this.products.compute;
-        let attention = &this.parts.layers[layer].attention;
+        let compute = self.products.compute;
+        let attention = &self.parts.layers[layer].attention;
         let (options, heads) = sizes(attention);
-        let vectors = this.trained.vectors(layer);
-        let linear = this.output_linear(layer);
-        this.products.parameter_gradients(&linear, &tape.attended, of_output, gradients);
+        let vectors = self.trained.vectors(layer);
+        let linear = self.output_linear(layer);
+        let AttentionTape { fused, qkv, attended } = tape;
+        self.products.parameter_gradients(&linear, &attended, of_output, gradients);
         if let Some(bias) = vectors.output_bias {
             add_rows(of_output, gradients.of(bias));
         }
-        let of_attended = this.products.input_gradient(&linear, &mut room, of_output)?;
-        let [query, key, value] = &tape.qkv;
-        let mut of_parts = [vec![0.0; query.len()], vec![0.0; key.len()], vec![0.0; value.len()]];
+        let of_attended = self.products.input_gradient(&linear, of_output)?;
+        let [query, key, value] = &qkv;
+        let workspace = self.products.workspace;
+        let mut of_parts = [query, key, value].map(|part| workspace.take(part.len()));
         let [of_query, of_key, of_value] = &mut of_parts;
         gradient::attention_backward(
             &compute.pool,
@@ -80,10 +87,10 @@ impl Walk<'_> {
             &of_attended,
             [of_query, of_key, of_value],
         );
-        let mut of_fused = vec![0.0; tape.fused.len()];
+        let mut of_fused = workspace.take(fused.len());
         let mut norms = vectors.head_norms.map(|ids| ids.map(|id| gradients.of(id).to_vec()));
         let parts = QkvGradients { query: of_query, key: of_key, value: of_value };
-        this.parts.rope.with_table(&batch.positions, |table| {
+        self.parts.rope.with_table(&batch.positions, |table| {
             let sums = norms.as_mut().map(|norms| norms.each_mut().map(Vec::as_mut_slice));
             let (pool, positions) = (&compute.pool, &batch.positions);
             gradient::split_qkv_backward(
@@ -92,7 +99,7 @@ impl Walk<'_> {
                 &options,
                 table,
                 positions,
-                &tape.fused,
+                &fused,
                 parts,
                 &mut of_fused,
                 sums,
@@ -104,10 +111,14 @@ impl Walk<'_> {
         if let Some(bias) = vectors.qkv_bias {
             add_rows(&of_fused, gradients.of(bias));
         }
-        let linear = this.qkv_linear(layer);
-        this.products.parameter_gradients(&linear, x, &of_fused, gradients);
-        let of_input = this.products.input_gradient(&linear, &mut room, &of_fused)?;
-        self.give_room(room);
+        let linear = self.qkv_linear(layer);
+        self.products.parameter_gradients(&linear, x, &of_fused, gradients);
+        let of_input = self.products.input_gradient(&linear, &of_fused)?;
+        of_parts
+            .into_iter()
+            .chain(qkv)
+            .chain([of_attended, of_fused, fused, attended])
+            .for_each(|buffer| workspace.give(buffer));
         Ok(of_input)
     }
 }

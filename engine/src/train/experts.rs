@@ -1,11 +1,11 @@
 use cadre_kernels::{
     ffn::{FfnLayout, WeightedRow},
     format::Packed,
-    gradient::{RouterLosses, Transposed, gated_silu, gated_silu_backward, route_backward},
+    gradient::{RouterLosses, gated_silu, gated_silu_backward, route_backward},
     router, rows,
 };
 
-use super::{layer::Walk, linear::Linear, parameters::Gradients, places::Place};
+use super::{layer::Walk, linear::Linear, parameters::Gradients, places::Place, workspace::Workspace};
 use crate::{
     Error, Result,
     experts::Lane,
@@ -31,6 +31,10 @@ pub(super) struct RouterTape {
 }
 
 impl FfnTape {
+    pub(super) fn release(self, workspace: &Workspace) {
+        self.routed.into_iter().chain(self.shared).for_each(|buffer| workspace.give(buffer));
+    }
+
     pub(super) fn router(&self) -> Option<&RouterTape> {
         self.router.as_ref()
     }
@@ -77,20 +81,24 @@ impl Walk<'_> {
         let layout = ffn.experts.layout();
         let router = self.route(layer, ffn, x, replay);
         let groups = router.routes.by_expert(ffn.experts.count());
-        let mut out = vec![0.0; x.len()];
+        let workspace = self.products.workspace;
+        let mut out = workspace.zeros(x.len());
         let mut routed = Vec::new();
         each_expert(&ffn.experts, &groups, |expert, bytes| {
             let rows = &groups[expert];
-            let mut inputs = vec![0.0; rows.len() * layout.hidden];
+            let mut inputs = workspace.take(rows.len() * layout.hidden);
             rows::gather(pool, x, layout.hidden, rows, &mut inputs);
             let (gate_up, outputs) = self.gated(&self.routed_pair(layer, expert, layout, bytes), &inputs);
             rows::scatter_add(pool, &outputs, layout.hidden, rows, &mut out);
+            workspace.give(inputs);
+            workspace.give(outputs);
             routed.push(gate_up);
             Ok(())
         })?;
         let shared = ffn.shared.as_ref().map(|shared| {
             let (gate_up, outputs) = self.gated(&self.shared_pair(layer, shared), x);
             rows::add(pool, &outputs, &mut out);
+            workspace.give(outputs);
             gate_up
         });
         Ok((out, FfnTape { router: Some(router), routed, shared }))
@@ -117,9 +125,10 @@ impl Walk<'_> {
         let compute = self.products.compute;
         let FfnLayout { hidden, intermediate, .. } = pair.layout;
         let gate_up = self.products.forward(&pair.gate_up, x);
-        let mut inner = vec![0.0; x.len() / hidden * intermediate];
+        let mut inner = self.products.workspace.take(x.len() / hidden * intermediate);
         gated_silu(&compute.pool, compute.isa, intermediate, &gate_up, &mut inner);
         let output = self.products.forward(&pair.down, &inner);
+        self.products.workspace.give(inner);
         (gate_up, output)
     }
 
@@ -128,7 +137,6 @@ impl Walk<'_> {
     fn gated_backward(
         &self,
         pair: &Pair<'_>,
-        room: &mut Transposed,
         x: &[f32],
         mut gate_up: Vec<f32>,
         weights: &[f32],
@@ -136,7 +144,7 @@ impl Walk<'_> {
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         let compute = self.products.compute;
-        let mut inner = self.products.input_gradient(&pair.down, room, of_output)?;
+        let mut inner = self.products.input_gradient(&pair.down, of_output)?;
         let mut of_weights = vec![0.0; weights.len()];
         gated_silu_backward(
             &compute.pool,
@@ -150,12 +158,15 @@ impl Walk<'_> {
         // Now `inner` is what the second matrix took, times the rows' weights; `gate_up` its own gradient.
         self.products.parameter_gradients(&pair.down, &inner, of_output, gradients);
         self.products.parameter_gradients(&pair.gate_up, x, &gate_up, gradients);
-        Ok((self.products.input_gradient(&pair.gate_up, room, &gate_up)?, of_weights))
+        let of_input = self.products.input_gradient(&pair.gate_up, &gate_up)?;
+        self.products.workspace.give(inner);
+        self.products.workspace.give(gate_up);
+        Ok((of_input, of_weights))
     }
 
     /// The gradient of the feed-forward's input `x` from that of its output; `losses` are those on the router.
     pub(super) fn ffn_backward(
-        &mut self,
+        &self,
         layer: usize,
         x: &[f32],
         tape: FfnTape,
@@ -163,28 +174,26 @@ impl Walk<'_> {
         of_output: &[f32],
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let mut room = self.take_room();
-        let this = &*self;
-        let pool = &this.products.compute.pool;
+        let pool = &self.products.compute.pool;
         let ones = |rows: usize| vec![1.0; rows];
-        let mut of_input = vec![0.0; x.len()];
-        let shared = match &this.parts.layers[layer].ffn {
+        let mut of_input = self.products.workspace.zeros(x.len());
+        let shared = match &self.parts.layers[layer].ffn {
             Ffn::Dense(ffn) => Some(ffn),
             Ffn::Moe(ffn) => {
                 if let Some(router) = tape.router {
                     let routed = (router, tape.routed);
-                    this.moe_backward(layer, ffn, &mut room, x, routed, losses, of_output, &mut of_input, gradients)?;
+                    self.moe_backward(layer, ffn, x, routed, losses, of_output, &mut of_input, gradients)?;
                 }
                 ffn.shared.as_ref()
             }
         };
         if let (Some(ffn), Some(gate_up)) = (shared, tape.shared) {
-            let pair = this.shared_pair(layer, ffn);
+            let pair = self.shared_pair(layer, ffn);
             let weights = ones(x.len() / pair.layout.hidden);
-            let (of_shared, _) = this.gated_backward(&pair, &mut room, x, gate_up, &weights, of_output, gradients)?;
+            let (of_shared, _) = self.gated_backward(&pair, x, gate_up, &weights, of_output, gradients)?;
             rows::add(pool, &of_shared, &mut of_input);
+            self.products.workspace.give(of_shared);
         }
-        self.give_room(room);
         Ok(of_input)
     }
 
@@ -193,7 +202,6 @@ impl Walk<'_> {
         &self,
         layer: usize,
         ffn: &MoeFfn,
-        room: &mut Transposed,
         x: &[f32],
         (router, routed): (RouterTape, Vec<Vec<f32>>),
         losses: RouterLosses<'_>,
@@ -204,22 +212,22 @@ impl Walk<'_> {
         let pool = &self.products.compute.pool;
         let layout = ffn.experts.layout();
         let RouterTape { logits, routes } = router;
+        let workspace = self.products.workspace;
         let groups = routes.by_expert(ffn.experts.count());
         let mut of_weights = vec![0.0; routes.weights.len()];
         let mut routed = routed.into_iter();
         each_expert(&ffn.experts, &groups, |expert, bytes| {
             let rows = &groups[expert];
-            let mut inputs = vec![0.0; rows.len() * layout.hidden];
-            let mut of_outputs = inputs.clone();
+            let [mut inputs, mut of_outputs] = [(); 2].map(|()| workspace.take(rows.len() * layout.hidden));
             rows::gather(pool, x, layout.hidden, rows, &mut inputs);
             rows::gather(pool, of_output, layout.hidden, rows, &mut of_outputs);
             let weights: Vec<f32> = rows.iter().map(|row| row.weight).collect();
             let gate_up = routed.next().unwrap_or_default();
             let pair = self.routed_pair(layer, expert, layout, bytes);
-            let (of_inputs, dots) =
-                self.gated_backward(&pair, room, &inputs, gate_up, &weights, &of_outputs, gradients)?;
+            let (of_inputs, dots) = self.gated_backward(&pair, &inputs, gate_up, &weights, &of_outputs, gradients)?;
             let ones: Vec<_> = rows.iter().map(|row| WeightedRow { weight: 1.0, ..*row }).collect();
             rows::scatter_add(pool, &of_inputs, layout.hidden, &ones, of_input);
+            [inputs, of_outputs, of_inputs].into_iter().for_each(|buffer| workspace.give(buffer));
             for (row, dot) in rows.iter().zip(dots) {
                 let start = row.row as usize * routes.top_k;
                 let slots = start..start + routes.top_k;
@@ -232,7 +240,7 @@ impl Walk<'_> {
         route_backward(&ffn.options, &logits, &routes.experts, &of_weights, losses, &mut of_logits);
         let linear = self.linear(Place::Router { layer }, ffn.router.packed());
         self.products.parameter_gradients(&linear, x, &of_logits, gradients);
-        rows::add(pool, &self.products.input_gradient(&linear, room, &of_logits)?, of_input);
+        rows::add(pool, &self.products.input_gradient(&linear, &of_logits)?, of_input);
         Ok(())
     }
 }

@@ -32,53 +32,63 @@ impl Walk<'_> {
     /// The losses of the batch's targets; and the gradient of `hidden` `[tokens, width]`, each loss times `weight`, if
     /// `gradients` are wanted.
     pub(super) fn head(
-        &mut self,
+        &self,
         head: &Matrix,
         batch: &Batch,
         hidden: &[f32],
         weight: f32,
         mut gradients: Option<&mut Gradients>,
     ) -> Result<(TargetLosses, Vec<f32>)> {
-        let mut room = self.take_room();
-        let this = &*self;
-        let compute = this.products.compute;
+        let (compute, workspace) = (self.products.compute, self.products.workspace);
         let (pool, isa) = (&compute.pool, compute.isa);
-        let linear = this.linear(Place::Head, head.packed());
+        let linear = self.linear(Place::Head, head.packed());
         let (vocab, width) = (head.layout().n, head.layout().k);
         let mut of_hidden = vec![0.0; if gradients.is_some() { hidden.len() } else { 0 }];
         let mut total = TargetLosses::default();
         let rows_at_once = (LOGITS / vocab).clamp(16, 1024);
         for targets in batch.targets.chunks(rows_at_once) {
             let from: Vec<_> = targets.iter().map(|target| WeightedRow { row: target.row, weight: 1.0 }).collect();
-            let mut inputs = vec![0.0; targets.len() * width];
+            let mut inputs = workspace.take(targets.len() * width);
             rows::gather(pool, hidden, width, &from, &mut inputs);
-            let normed = this.norm(&this.parts.norm, &inputs);
-            let mut logits = this.products.forward(&linear, &normed);
+            let normed = self.norm(&self.parts.norm, &inputs);
+            let mut logits = self.products.forward(&linear, &normed);
             let tokens: Vec<u32> = targets.iter().map(|target| target.token).collect();
             let found = logits.chunks_exact(vocab).zip(&tokens);
             total.correct += found.filter(|(logits, token)| is_highest(logits, **token as usize)).count();
             let mut losses = vec![0.0; targets.len()];
             cross_entropy(pool, isa, &mut logits, &tokens, &vec![weight; targets.len()], &mut losses);
             total.loss += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-            let Some(gradients) = gradients.as_deref_mut() else { continue };
-            this.products.parameter_gradients(&linear, &normed, &logits, gradients);
-            let mut of_normed = vec![0.0; normed.len()];
-            let mut part = vec![0.0; normed.len()];
+            let Some(gradients) = gradients.as_deref_mut() else {
+                [inputs, normed, logits].into_iter().for_each(|buffer| workspace.give(buffer));
+                continue;
+            };
+            self.products.parameter_gradients(&linear, &normed, &logits, gradients);
+            let (mut of_normed, mut part) = (workspace.zeros(normed.len()), workspace.take(normed.len()));
             for start in (0..head.layout().panels()).step_by(HEAD_PANELS) {
                 let panels = start..head.layout().panels().min(start + HEAD_PANELS);
                 let columns = panels.start * PANEL..vocab.min(panels.end * PANEL);
-                let of_logits: Vec<f32> =
-                    logits.chunks_exact(vocab).flat_map(|row| &row[columns.clone()]).copied().collect();
-                matmul(pool, isa, &of_logits, &room.fill_panels(pool, &head.packed(), panels)?, &mut part);
+                let mut of_logits = workspace.take(targets.len() * columns.len());
+                for (row, out) in logits.chunks_exact(vocab).zip(of_logits.chunks_exact_mut(columns.len())) {
+                    out.copy_from_slice(&row[columns.clone()]);
+                }
+                matmul(
+                    pool,
+                    isa,
+                    &of_logits,
+                    &self.products.room.borrow_mut().fill_panels(pool, &head.packed(), panels)?,
+                    &mut part,
+                );
                 rows::add(pool, &part, &mut of_normed);
+                workspace.give(of_logits);
             }
-            this.products.add_adapters_input_gradient(&linear, &logits, &mut of_normed);
-            let mut of_inputs = vec![0.0; inputs.len()];
-            let trained = (this.trained.norm, gradients);
-            this.norm_backward(&this.parts.norm, &inputs, &of_normed, &mut of_inputs, trained);
+            self.products.add_adapters_input_gradient(&linear, &logits, &mut of_normed);
+            let mut of_inputs = workspace.zeros(inputs.len());
+            let trained = (self.trained.norm, gradients);
+            self.norm_backward(&self.parts.norm, &inputs, &of_normed, &mut of_inputs, trained);
             rows::scatter_add(pool, &of_inputs, width, &from, &mut of_hidden);
+            let buffers = [inputs, normed, logits, of_normed, part, of_inputs];
+            buffers.into_iter().for_each(|buffer| workspace.give(buffer));
         }
-        self.give_room(room);
         Ok((total, of_hidden))
     }
 }

@@ -2,7 +2,7 @@
 
 use cadre_kernels::{
     format::Packed,
-    gradient::{RouterLosses, Transposed, rms_norm_backward},
+    gradient::{RouterLosses, rms_norm_backward},
     norm::rms_norm,
     rows,
 };
@@ -15,6 +15,7 @@ use super::{
     parameters::{Gradients, ParameterId},
     places::Place,
     trained::Trained,
+    workspace::Workspace,
 };
 use crate::{
     Result,
@@ -26,7 +27,6 @@ pub(super) struct Walk<'a> {
     pub products: Products<'a>,
     pub parts: &'a DecoderParts,
     pub trained: &'a Trained,
-    room: Transposed,
 }
 
 /// What a layer's backward pass needs of its forward pass beside the input.
@@ -38,6 +38,13 @@ pub(super) struct LayerTape {
 }
 
 impl LayerTape {
+    /// Gives the buffers back.
+    pub fn release(self, workspace: &Workspace) {
+        workspace.give(self.middle);
+        self.attention.release(workspace);
+        self.ffn.release(workspace);
+    }
+
     /// The router's logits and choice, if the layer has one.
     pub fn router(&self) -> Option<&RouterTape> {
         self.ffn.router()
@@ -46,16 +53,7 @@ impl LayerTape {
 
 impl<'a> Walk<'a> {
     pub fn new(products: Products<'a>, parts: &'a DecoderParts, trained: &'a Trained) -> Self {
-        Self { products, parts, trained, room: Transposed::default() }
-    }
-
-    /// Room for transposed weights, which a backward pass borrows.
-    pub fn take_room(&mut self) -> Transposed {
-        std::mem::take(&mut self.room)
-    }
-
-    pub fn give_room(&mut self, room: Transposed) {
-        self.room = room;
+        Self { products, parts, trained }
     }
 
     pub fn linear<'b>(&'b self, place: Place, weight: Packed<'b>) -> Linear<'b> {
@@ -63,7 +61,7 @@ impl<'a> Walk<'a> {
     }
 
     pub fn norm(&self, norm: &RmsNorm, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
+        let mut out = self.products.workspace.take(x.len());
         rms_norm(&self.products.compute.pool, x, &norm.weight, norm.eps, &mut out);
         out
     }
@@ -92,17 +90,22 @@ impl<'a> Walk<'a> {
     ) -> Result<(Vec<f32>, LayerTape)> {
         let parts = &self.parts.layers[layer];
         let pool = &self.products.compute.pool;
-        let (mut middle, attention) = self.attention(layer, batch, &self.norm(&parts.attention_norm, input));
+        let normed = self.norm(&parts.attention_norm, input);
+        let (mut middle, attention) = self.attention(layer, batch, &normed);
+        self.products.workspace.give(normed);
         rows::add(pool, input, &mut middle);
-        let (mut output, ffn) = self.ffn(layer, &self.norm(&parts.ffn_norm, &middle), replay)?;
+        let normed = self.norm(&parts.ffn_norm, &middle);
+        let (mut output, ffn) = self.ffn(layer, &normed, replay)?;
+        self.products.workspace.give(normed);
         rows::add(pool, &middle, &mut output);
         Ok((output, LayerTape { attention, middle, ffn }))
     }
 
     /// The gradient of the layer's input: `gradient` is that of its output and becomes it. `losses` are those on the
     /// router.
+    #[allow(clippy::too_many_arguments, reason = "a place in the walk, the tape, and the gradients on both sides")]
     pub fn layer_backward(
-        &mut self,
+        &self,
         layer: usize,
         batch: &Batch,
         input: &[f32],
@@ -117,9 +120,12 @@ impl<'a> Walk<'a> {
         let normed = self.norm(&parts.ffn_norm, &middle);
         let of_normed = self.ffn_backward(layer, &normed, ffn, losses, gradient, gradients)?;
         self.norm_backward(&parts.ffn_norm, &middle, &of_normed, gradient, (vectors.ffn_norm, gradients));
+        let workspace = self.products.workspace;
+        [normed, of_normed, middle].into_iter().for_each(|buffer| workspace.give(buffer));
         let normed = self.norm(&parts.attention_norm, input);
-        let of_normed = self.attention_backward(layer, batch, &normed, &attention, gradient, gradients)?;
+        let of_normed = self.attention_backward(layer, batch, &normed, attention, gradient, gradients)?;
         self.norm_backward(&parts.attention_norm, input, &of_normed, gradient, (vectors.attention_norm, gradients));
+        [normed, of_normed].into_iter().for_each(|buffer| workspace.give(buffer));
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! A frozen matrix with what is trained of it: the product, the gradient of its input, and of what is trained.
 
+use std::cell::RefCell;
+
 use cadre_kernels::{
     format::{PANEL, Packed},
     gradient::{Strided, Transposed, add_product},
@@ -9,6 +11,7 @@ use cadre_kernels::{
 use super::{
     parameters::{Gradients, Parameters},
     trained::{Adapter, TrainedMatrix},
+    workspace::Workspace,
 };
 use crate::{Result, compute::Compute};
 
@@ -25,6 +28,9 @@ pub(super) struct Linear<'a> {
 pub(super) struct Products<'a> {
     pub compute: &'a Compute,
     pub parameters: &'a Parameters,
+    pub workspace: &'a Workspace,
+    /// For transposed weights.
+    pub room: RefCell<Transposed>,
 }
 
 impl Linear<'_> {
@@ -62,24 +68,26 @@ impl<'a> Products<'a> {
         let Compute { pool, isa } = self.compute;
         let (k, n) = (linear.inputs(), linear.outputs());
         let rows = x.len() / k;
-        let mut y = vec![0.0; rows * n];
+        let mut y = self.workspace.take(rows * n);
         matmul(pool, *isa, x, &linear.weight, &mut y);
         if linear.rank() > 0 && rows > 0 {
             let inner = self.inner(linear, x);
             let b = self.b_transposed(linear);
             let rank = linear.rank();
             add_product(pool, *isa, Strided::new(&inner, rows, rank), Strided::new(&b, rank, n), &mut y);
+            self.workspace.give(inner);
+            self.workspace.give(b);
         }
         y
     }
 
     /// The gradient of the input, `[rows, k]`, from that of the output, `[rows, n]`.
-    pub fn input_gradient(&self, linear: &Linear<'_>, room: &mut Transposed, gradient: &[f32]) -> Result<Vec<f32>> {
+    pub fn input_gradient(&self, linear: &Linear<'_>, gradient: &[f32]) -> Result<Vec<f32>> {
         let Compute { pool, isa } = self.compute;
         let (k, n) = (linear.inputs(), linear.outputs());
         let rows = gradient.len() / n;
-        let mut out = vec![0.0; rows * k];
-        matmul(pool, *isa, gradient, &room.fill(pool, &linear.weight)?, &mut out);
+        let mut out = self.workspace.take(rows * k);
+        matmul(pool, *isa, gradient, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
         self.add_adapters_input_gradient(linear, gradient, &mut out);
         Ok(out)
     }
@@ -95,6 +103,7 @@ impl<'a> Products<'a> {
         let a: Vec<f32> = linear.trained.adapters.iter().flat_map(|adapter| self.values(adapter).0).copied().collect();
         let (left, right) = (Strided::new(&of_inner, rows, rank), Strided::new(&a, rank, k));
         add_product(&self.compute.pool, self.compute.isa, left, right, out);
+        self.workspace.give(of_inner);
     }
 
     /// Adds to `gradients` those of what is trained, from the input `[rows, k]` and the output's gradient `[rows, n]`.
@@ -117,8 +126,8 @@ impl<'a> Products<'a> {
         if rank == 0 {
             return;
         }
-        let (inner, of_inner) = (self.inner_of(linear, x), self.inner_gradient(linear, gradient));
-        let (inner, of_inner) = (Strided::new(&inner, rows, rank), Strided::new(&of_inner, rows, rank));
+        let buffers = [self.inner_of(linear, x), self.inner_gradient(linear, gradient)];
+        let [inner, of_inner] = buffers.each_ref().map(|values| Strided::new(values, rows, rank));
         let mut start = 0;
         for adapter in &linear.trained.adapters {
             let own = start..start + adapter.rank;
@@ -132,6 +141,7 @@ impl<'a> Products<'a> {
                 add_product(pool, *isa, left, right, &mut sums[at..at + len * adapter.rank]);
             }
         }
+        buffers.into_iter().for_each(|buffer| self.workspace.give(buffer));
     }
 
     /// A and B of an adapter.
@@ -146,7 +156,7 @@ impl<'a> Products<'a> {
 
     fn inner_of(&self, linear: &Linear<'_>, x: Strided<'_>) -> Vec<f32> {
         let (rank, k) = (linear.rank(), linear.inputs());
-        let mut a = vec![0.0; k * rank];
+        let mut a = self.workspace.take(k * rank);
         let mut start = 0;
         for adapter in &linear.trained.adapters {
             for (row, values) in self.values(adapter).0.chunks_exact(k).enumerate() {
@@ -155,20 +165,22 @@ impl<'a> Products<'a> {
             }
             start += adapter.rank;
         }
-        let mut inner = vec![0.0; x.size().0 * rank];
+        let mut inner = self.workspace.zeros(x.size().0 * rank);
         add_product(&self.compute.pool, self.compute.isa, x, Strided::new(&a, k, rank), &mut inner);
+        self.workspace.give(a);
         inner
     }
 
     /// The gradient of `x · Aᵀ`, before the scale, of all adapters side by side, `[rows, rank]`.
     fn inner_gradient(&self, linear: &Linear<'_>, gradient: &[f32]) -> Vec<f32> {
         let (rank, n) = (linear.rank(), linear.outputs());
-        let mut b = vec![0.0; n * rank];
+        let mut b = self.workspace.zeros(n * rank);
         self.each_of_b(linear, |output, column, value| b[output * rank + column] = value);
         let rows = gradient.len() / n;
-        let mut out = vec![0.0; rows * rank];
+        let mut out = self.workspace.zeros(rows * rank);
         let (left, right) = (Strided::new(gradient, rows, n), Strided::new(&b, n, rank));
         add_product(&self.compute.pool, self.compute.isa, left, right, &mut out);
+        self.workspace.give(b);
         let scales =
             linear.trained.adapters.iter().flat_map(|adapter| std::iter::repeat_n(adapter.scale, adapter.rank));
         let scales: Vec<f32> = scales.collect();
@@ -179,7 +191,7 @@ impl<'a> Products<'a> {
     /// B of all adapters, `[rank, n]`; an adapter adds nothing to outputs that aren't its own.
     fn b_transposed(&self, linear: &Linear<'_>) -> Vec<f32> {
         let n = linear.outputs();
-        let mut b = vec![0.0; linear.rank() * n];
+        let mut b = self.workspace.zeros(linear.rank() * n);
         self.each_of_b(linear, |output, column, value| b[column * n + output] = value);
         b
     }

@@ -28,6 +28,7 @@ pub mod schedule;
 pub mod trained;
 mod trainer;
 mod whole;
+mod workspace;
 
 pub use batch::{Batch, Target};
 pub use trainer::{RouterLossOptions, StepLosses, Trainer};

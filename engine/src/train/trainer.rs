@@ -1,3 +1,5 @@
+use std::cell::RefCell;
+
 use cadre_kernels::gradient::{self, RouterLosses};
 
 use super::{
@@ -6,6 +8,7 @@ use super::{
     linear::Products,
     parameters::{Gradients, Parameters},
     trained::Trained,
+    workspace::Workspace,
 };
 use crate::{
     Error, Result,
@@ -50,6 +53,7 @@ pub struct Trainer {
     /// What is trained.
     pub parameters: Parameters,
     router_losses: RouterLossOptions,
+    workspace: Workspace,
     /// The layers from this one on keep all that their backward pass needs; those before keep their input and routing,
     /// and are computed again.
     keep_from: usize,
@@ -98,7 +102,7 @@ impl Trainer {
                 "the load-balancing loss needs as many experts in each layer, found {counts:?}"
             )));
         }
-        Ok(Self { compute, decoder, trained, parameters, router_losses, keep_from: 0 })
+        Ok(Self { compute, decoder, trained, parameters, router_losses, workspace: Workspace::default(), keep_from: 0 })
     }
 
     /// Layers before `layer` keep their input and routing only, and are computed again in the backward pass. Gradients
@@ -125,7 +129,7 @@ impl Trainer {
     pub fn gradients(&self, batches: &[Batch]) -> Result<(StepLosses, Gradients)> {
         let mut gradients = Gradients::zeros_like(&self.parameters);
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let mut walk = self.walk();
+        let walk = self.walk();
         let mut forward = self.forward(&walk, batches, true, &mut sums)?;
         let weight = 1.0 / losses.targets as f32;
         let mut of_hidden = Vec::new();
@@ -144,10 +148,15 @@ impl Trainer {
             for (((input, routes), tape), (batch, gradient)) in kept.zip(batches.iter().zip(&mut of_hidden)) {
                 let tape = match tape {
                     Some(tape) => tape,
-                    None => walk.layer(layer, batch, &input, Some(&routes))?.1,
+                    None => {
+                        let (output, tape) = walk.layer(layer, batch, &input, Some(&routes))?;
+                        self.workspace.give(output);
+                        tape
+                    }
                 };
                 let losses = RouterLosses { balance: &balance, z };
                 walk.layer_backward(layer, batch, &input, tape, losses, gradient, &mut gradients)?;
+                self.workspace.give(input);
             }
         }
         if let Some(id) = self.trained.embedding {
@@ -162,6 +171,7 @@ impl Trainer {
             }
         }
         self.finish(&mut losses, sums);
+        self.workspace.end_step();
         Ok((losses, gradients))
     }
 
@@ -171,7 +181,7 @@ impl Trainer {
     /// As for [`Trainer::gradients`].
     pub fn losses(&self, batches: &[Batch]) -> Result<StepLosses> {
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let mut walk = self.walk();
+        let walk = self.walk();
         let forward = self.forward(&walk, batches, false, &mut sums)?;
         for (batch, hidden) in batches.iter().zip(forward.hidden) {
             let (found, _) = walk.head(self.decoder.head(), batch, &hidden, 0.0, None)?;
@@ -179,11 +189,29 @@ impl Trainer {
             losses.correct += found.correct;
         }
         self.finish(&mut losses, sums);
+        self.workspace.end_step();
         Ok(losses)
     }
 
+    /// How often each expert of each layer is chosen for the tokens of `batch`; empty for layers without a router.
+    ///
+    /// # Errors
+    /// When an id lies outside of the vocabulary, or an expert can't be read.
+    pub fn loads(&self, batch: &Batch) -> Result<Vec<Vec<u64>>> {
+        let mut sums = RouterSums::default();
+        self.counted(std::slice::from_ref(batch))?;
+        self.forward(&self.walk(), std::slice::from_ref(batch), false, &mut sums)?;
+        self.workspace.end_step();
+        Ok(sums.loads)
+    }
+
     fn walk(&self) -> Walk<'_> {
-        let products = Products { compute: &self.compute, parameters: &self.parameters };
+        let products = Products {
+            compute: &self.compute,
+            parameters: &self.parameters,
+            workspace: &self.workspace,
+            room: RefCell::default(),
+        };
         Walk::new(products, &self.decoder.parts, &self.trained)
     }
 
@@ -206,7 +234,7 @@ impl Trainer {
         let table = &self.decoder.parts.embedding;
         let width = table.layout().k;
         let embed = |batch: &Batch| {
-            let mut hidden = vec![0.0; batch.tokens() * width];
+            let mut hidden = self.workspace.take(batch.tokens() * width);
             for (id, row) in batch.token_ids.iter().zip(hidden.chunks_exact_mut(width)) {
                 table.packed().unpack_row(*id as usize, row);
             }
@@ -229,7 +257,12 @@ impl Trainer {
                 }
                 if keeps {
                     layer_routes.push(chosen);
-                    layer_tapes.push((layer >= self.keep_from).then_some(tape));
+                }
+                if keeps && layer >= self.keep_from {
+                    layer_tapes.push(Some(tape));
+                } else {
+                    layer_tapes.push(None);
+                    tape.release(&self.workspace);
                 }
             }
             sums.loads.push(load);
@@ -238,6 +271,8 @@ impl Trainer {
                 inputs.push(layer_inputs);
                 routes.push(layer_routes);
                 tapes.push(layer_tapes);
+            } else {
+                layer_inputs.into_iter().for_each(|input| self.workspace.give(input));
             }
         }
         Ok(Forward { inputs, routes, tapes, hidden })

@@ -4,6 +4,7 @@ use std::{path::Path, sync::Mutex};
 
 use cadre_engine::{
     kv::KvDtype,
+    model::Model,
     nn::{Format, Probe},
 };
 use serde_json::{Value, json};
@@ -116,7 +117,7 @@ fn extra_predictions_are_left_out() {
         config["num_nextn_predict_layers"] = json!(1);
         tensors.push(("model.layers.2.eh_proj.weight".to_owned(), vec![8, 16]));
     });
-    assert_eq!(loaded.unwrap().model.info().num_layers, 2);
+    assert_eq!(loaded.unwrap().decoder.info().num_layers, 2);
 }
 
 /// Whatever stands in a field, loading gives a model or an error, never a panic and never a huge allocation.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf, sync::Mutex};
 
-use cadre_engine::nn::Format;
+use cadre_engine::{model::Model, nn::Format};
 use proptest::{prelude::*, sample::select};
 use serde_json::json;
 use tempfile::TempDir;

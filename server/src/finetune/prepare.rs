@@ -18,10 +18,10 @@ use crate::{engine, host, memory::ExpertMemory};
 
 /// Tokens that an example keeps when no flag says: more than most chats have.
 const MAX_LENGTH: usize = 2048;
-/// Examples are evaluated with batches of so many tokens at most.
+/// Of the free memory, what is used when no budget is given: the rest of the machine lives too.
 const SHARE_OF_FREE: f64 = 0.9;
 /// What a process takes beside what is reckoned.
-const BASE_BYTES: u64 = 64 << 20;
+const BASE_BYTES: u64 = 32 << 20;
 
 /// What is there before the first step.
 pub struct Prepared {
@@ -62,21 +62,18 @@ impl MemoryPlan {
         let routed = info.routed_bytes();
         let weights = info.weight_bytes - routed;
         let taken = base + weights + step.least();
-        let (slots, expert_bytes) = match experts {
-            None => (None, routed),
-            Some(memory) => {
-                let slots = memory.slots(budget, taken)?;
-                (Some(slots), slots as u64 * memory.slot_bytes + memory.staging_bytes)
-            }
-        };
-        let needed = taken + expert_bytes;
+        let least = taken + experts.map_or(routed, ExpertMemory::least_bytes);
         ensure!(
-            needed <= budget,
+            least <= budget,
             "the memory that may be used (--memory) is {}, but this run needs at least {}: allow more, or use a smaller \
-             --dtype, --batch-size, --max-length or --rank, or --grad-accum in place of --batch-size",
+             --dtype, --max-length or --rank, or a greater --grad-accum and smaller --batch-size",
             mebibytes(budget),
-            mebibytes(needed)
+            mebibytes(least)
         );
+        let slots = experts.map(|memory| memory.slots(budget, taken)).transpose()?;
+        let stored = experts.zip(slots).map(|(memory, slots)| slots as u64 * memory.slot_bytes + memory.staging_bytes);
+        let expert_bytes = stored.unwrap_or(routed);
+        let needed = taken + expert_bytes;
         let keep_from = step.keep_from(budget - needed);
         Ok(Self { budget, weights, experts: expert_bytes, slots, step, keep_from, base })
     }

@@ -48,6 +48,10 @@ pub fn run(settings: &Settings, resume: bool, stop: &AtomicBool) -> Result<()> {
         resume || !checkpoint::is_there(&settings.output)?,
         "{shown} has the checkpoints of a run: go on with it by --resume, or give another --output"
     );
+    ensure!(
+        !resume || checkpoint::is_there(&settings.output)?,
+        "--resume: {shown} has no checkpoint: start without it"
+    );
     let prepared = Prepared::new(settings)?;
     eprint!("{}", prepared.describe(settings)?);
     fs::create_dir_all(&settings.output).with_context(|| format!("cannot make {shown}"))?;
@@ -321,7 +325,8 @@ impl<'a> Run<'a> {
         };
         let count = data.examples().iter().take_while(fits).count().max(1);
         let numbers: Vec<u64> = (0..count as u64).collect();
-        Ok(self.trainer.losses(&batches(data.examples(), &numbers, 1)?)?.loads)
+        let batches = batches(data.examples(), &numbers, 1)?;
+        Ok(self.trainer.loads(batches.first().context("a batch")?)?)
     }
 
     fn finish(mut self) -> Result<()> {

@@ -148,6 +148,11 @@ impl Settings {
     /// When a setting lies outside of its bounds.
     pub fn check(&self) -> Result<()> {
         ensure!(!self.data.is_empty(), "--data is missing: name at least one file of JSON lines");
+        for (name, value) in
+            [("--rank", self.rank), ("--batch-size", self.batch_size), ("--grad-accum", self.grad_accum)]
+        {
+            ensure!(value > 0, "{name} must be at least 1");
+        }
         let positive = [
             ("--learning-rate", self.learning_rate),
             ("--epochs", self.epochs),
@@ -167,11 +172,6 @@ impl Settings {
             "--warmup-ratio must be from 0 to 1, found {}",
             self.warmup_ratio
         );
-        for (name, value) in
-            [("--rank", self.rank), ("--batch-size", self.batch_size), ("--grad-accum", self.grad_accum)]
-        {
-            ensure!(value > 0, "{name} must be at least 1");
-        }
         ensure!(self.max_steps != Some(0), "--max-steps must be at least 1");
         Ok(())
     }

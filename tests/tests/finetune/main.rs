@@ -2,3 +2,4 @@
 #![allow(clippy::unwrap_used, reason = "integration tests: a failed unwrap is a failed test")]
 
 mod parity;
+mod runs;

@@ -30,6 +30,9 @@ use serde_json::{Value, json};
 const FIRST: f64 = 1e-5;
 const LAST: f64 = 1e-4;
 
+/// Tokens, and which of them are targets.
+type Sequence = (Vec<u32>, Vec<bool>);
+
 struct Case {
     name: String,
     folder: PathBuf,
@@ -65,7 +68,7 @@ impl Case {
     }
 
     /// The sequences of each step: tokens, and which of them are targets.
-    fn steps(&self) -> Result<Vec<Vec<(Vec<u32>, Vec<bool>)>>> {
+    fn steps(&self) -> Result<Vec<Vec<Sequence>>> {
         let numbers = |name: &str| -> Result<Vec<Vec<Vec<u32>>>> {
             let tensor: &Tensor = self.expected.get(name).context("batches")?;
             Ok(tensor.to_dtype(DType::U32)?.to_vec3()?)
@@ -151,7 +154,7 @@ fn compare(case: &Case, prefix: &str, found: &HashMap<String, Vec<f32>>, toleran
 }
 
 /// A step's sequences in one batch, or each in its own.
-fn batches(step: &[(Vec<u32>, Vec<bool>)], apart: bool) -> Result<Vec<Batch>> {
+fn batches(step: &[Sequence], apart: bool) -> Result<Vec<Batch>> {
     let mut batches = vec![Batch::default()];
     for (index, (tokens, targets)) in step.iter().enumerate() {
         if apart && index > 0 {

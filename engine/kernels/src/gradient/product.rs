@@ -160,20 +160,19 @@ impl Strided<'_> {
 /// [`COLUMNS`] columns, of stride 1.
 #[cfg(target_arch = "x86_64")]
 unsafe fn in_registers<'o>(left: Strided<'_>, right: Strided<'_>, out: &(dyn Fn(usize) -> &'o mut [f32] + '_)) {
+    // As many sums as fit into the 32 registers beside a step's values.
     macro_rules! shapes {
-        ($($rows:literal x $vectors:literal),*) => {
+        ($($vectors:literal: $($rows:literal)*,)*) => {
             match right.columns.div_ceil(16) {
                 $($vectors => {
-                    for start in (0..left.rows).step_by($rows) {
-                        let rows = start..left.rows.min(start + $rows);
-                        if rows.len() == $rows {
+                    const MOST: usize = [$($rows),*].len();
+                    for start in (0..left.rows).step_by(MOST) {
+                        let rows = start..left.rows.min(start + MOST);
+                        let out = |row| out(start + row);
+                        match rows.len() {
                             // SAFETY: the caller's promises.
-                            unsafe { block::<$rows, $vectors>(left.rows(rows.clone()), right, &|row| out(start + row)) };
-                        } else {
-                            for row in rows {
-                                // SAFETY: as above.
-                                unsafe { block::<1, $vectors>(left.rows(row..row + 1), right, &|_| out(row)) };
-                            }
+                            $($rows => unsafe { block::<$rows, $vectors>(left.rows(rows), right, &out) },)*
+                            count => unreachable!("block of {count} rows"),
                         }
                     }
                 })*
@@ -181,8 +180,7 @@ unsafe fn in_registers<'o>(left: Strided<'_>, right: Strided<'_>, out: &(dyn Fn(
             }
         };
     }
-    // As many sums as fit into the 32 registers beside a step's values.
-    shapes!(12 x 1, 12 x 2, 8 x 3, 6 x 4);
+    shapes!(1: 1 2 3 4 5 6 7 8 9 10 11 12, 2: 1 2 3 4 5 6 7 8 9 10 11 12, 3: 1 2 3 4 5 6 7 8, 4: 1 2 3 4 5 6,);
 }
 
 /// One block, its sums in registers.

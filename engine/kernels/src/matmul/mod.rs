@@ -94,10 +94,20 @@ pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f
                 let columns = panel * PANEL..n.min((panel + sums.len()) * PANEL);
                 // SAFETY: each task has its own rows and columns.
                 let out = target.part((first + row) * n + columns.start, columns.len());
-                out.copy_from_slice(&sums.as_flattened()[..columns.len()]);
+                copy(sums, out);
             });
         }
     });
+}
+
+/// A tile's results of one row, as many as there is room for. Known sizes are copied without a call.
+#[inline(always)]
+pub(crate) fn copy(sums: &[[f32; PANEL]], out: &mut [f32]) {
+    let (whole, rest) = out.as_chunks_mut::<PANEL>();
+    whole.iter_mut().zip(sums).for_each(|(out, sums)| *out = *sums);
+    if let Some(sums) = sums.get(whole.len()) {
+        rest.iter_mut().zip(sums).for_each(|(out, sum)| *out = *sum);
+    }
 }
 
 /// Calls `sink(row, first_panel, sums)` with the products of every row and panel, several panels at a time. Each weight

@@ -1,0 +1,244 @@
+//! Runs of `cadre finetune`: killed ones go on to the same bytes, budgets change no bit, and what is wrong is told.
+
+use std::{
+    fs,
+    path::Path,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use cadre_tests::{
+    binary::{self, Run, output, run},
+    checkpoint::Qwen3Moe,
+    peak::peak_of,
+    wait_for,
+};
+use serde_json::{Value, json};
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Chats that ask to write words backwards.
+fn data(file: &Path, examples: usize) {
+    let words = ["stone", "river", "cloud", "maple", "tiger", "ocean", "candle", "silver", "garden", "pepper"];
+    let line = |index: usize| {
+        let word = format!("{}{}", words[index % 10], words[index / 10 % 10]);
+        let back: String = word.chars().rev().collect();
+        json!({"messages": [{"role": "user", "content": format!("Backwards: {word}")}, {"role": "assistant", "content": back}]})
+    };
+    let lines: Vec<String> = (0..examples).map(|index| line(index).to_string()).collect();
+    fs::write(file, lines.join("\n") + "\n").unwrap();
+}
+
+/// The log's lines of a kind.
+fn log(output: &Path, kind: &str) -> Vec<Value> {
+    let text = fs::read_to_string(output.join("train_log.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).filter(|line: &Value| line["type"] == kind).collect()
+}
+
+/// What a step found: all of its line but times and memory.
+fn found(output: &Path) -> Vec<String> {
+    let of = |line: Value| {
+        ["step", "loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens"]
+            .map(|field| line[field].to_string())
+            .join(" ")
+    };
+    log(output, "step").into_iter().map(of).collect()
+}
+
+/// The bytes that a run's end is compared by.
+fn result(output: &Path) -> Vec<Vec<u8>> {
+    let latest = |name: &str| fs::read(output.join("checkpoint-12").join(name)).unwrap();
+    let adapter = fs::read(output.join("adapter_model.safetensors")).unwrap();
+    vec![adapter, latest("optimizer.safetensors"), latest("trainer_state.json")]
+}
+
+fn flags<'a>(data: &'a str, output: &'a str) -> Vec<&'a str> {
+    let steps = ["--max-steps", "12", "--batch-size", "3", "--save-every", "2", "--rank", "4", "--grad-accum", "2"];
+    let losses = ["--aux-loss-coef", "0.01", "--z-loss-coef", "0.001", "--targets", "all-linear,gate"];
+    [&["finetune", "--data", data, "--output", output][..], &steps, &losses].concat()
+}
+
+/// Kills `cadre` once `ready` says so, or after it has ended by itself.
+fn killed_when(arguments: &[&str], ready: impl Fn() -> bool) {
+    let mut child = binary::command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the moment", 120, || ready() || child.try_wait().unwrap().is_some());
+    let _ = child.kill();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
+    let directory = tempfile::tempdir().unwrap();
+    let lines = directory.path().join("train.jsonl");
+    data(&lines, 20);
+    let (whole, broken) = (directory.path().join("whole"), directory.path().join("broken"));
+    output(&flags(path(&lines), path(&whole)));
+    let arguments = flags(path(&lines), path(&broken));
+    killed_when(&arguments, || broken.join("checkpoint-2").exists());
+    let resumed = [&arguments[..], &["--resume"]].concat();
+    for steps in [5, 8, 9] {
+        // Somewhere in a step, or while a checkpoint is written.
+        killed_when(&resumed, || {
+            fs::read_to_string(broken.join("train_log.jsonl")).is_ok_and(|log| log.lines().count() >= steps)
+        });
+    }
+    output(&resumed);
+    assert!(result(&whole) == result(&broken));
+    assert_eq!(found(&whole), found(&broken));
+    assert_eq!(found(&whole).len(), 12);
+    // What follows the end is nothing.
+    output(&resumed);
+    assert!(result(&whole) == result(&broken));
+    assert!(whole.join("report.html").exists() && !whole.join("checkpoint-2").exists(), "the latest three are kept");
+}
+
+#[test]
+fn ctrl_c_saves_and_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let lines = directory.path().join("train.jsonl");
+    data(&lines, 20);
+    let folder = directory.path().join("run");
+    let arguments = [&flags(path(&lines), path(&folder))[..], &["--save-every", "0", "--max-steps", "5000"]].concat();
+    let arguments: Vec<&str> = arguments.into_iter().collect();
+    let mut command = binary::command(&[]);
+    // The later of two flags would be refused.
+    let once = arguments.iter().enumerate().filter(|(index, _)| !(9..=10).contains(index) && !(5..=6).contains(index));
+    command.args(once.map(|(_, argument)| argument)).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    wait_for("the first step", 120, || {
+        fs::read_to_string(folder.join("train_log.jsonl")).is_ok_and(|log| !log.is_empty())
+    });
+    let signalled = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(signalled.success());
+    let start = Instant::now();
+    let ended = child.wait_with_output().unwrap();
+    assert!(ended.status.success() && start.elapsed() < Duration::from_secs(30));
+    let told = String::from_utf8(ended.stderr).unwrap();
+    assert!(told.contains("--resume"), "{told}");
+    let steps = log(&folder, "step").len();
+    assert!(folder.join(format!("checkpoint-{steps}")).join("trainer_state.json").exists());
+}
+
+#[test]
+fn budgets_change_no_bit() {
+    let directory = tempfile::tempdir().unwrap();
+    let (model, lines) = (directory.path().join("model"), directory.path().join("train.jsonl"));
+    fs::create_dir(&model).unwrap();
+    let sizes = Qwen3Moe { layers: 6, hidden: 256, heads: 4, experts: 64, expert_width: 160, positions: 256 };
+    let bytes = sizes.write(&model);
+    data(&lines, 12);
+    let train = |name: &str, more: &[&str]| {
+        let folder = directory.path().join(name);
+        let fixed =
+            ["--max-steps", "2", "--batch-size", "2", "--rank", "2", "--save-every", "0", "--report-to", "none"];
+        let arguments = [
+            &["finetune", "--model", path(&model), "--data", path(&lines), "--output", path(&folder)][..],
+            &fixed,
+            more,
+        ];
+        let peak = peak_of(&arguments.concat());
+        (folder, peak)
+    };
+    let (whole, peak) = train("whole", &[]);
+    assert!(peak > bytes);
+    // The model takes 95 MB; experts are read, and layers are computed again.
+    let (small, small_peak) = train("small", &["--memory", "100MiB"]);
+    assert_eq!(found(&whole), found(&small));
+    let adapter = |folder: &Path| fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    assert!(adapter(&whole) == adapter(&small));
+    assert!(log(&small, "step")[1]["expert_misses"].as_u64().unwrap() > 0);
+    assert!(small_peak <= (100 << 20) * 105 / 100, "{small_peak}");
+    let refused = refused(&[
+        "finetune",
+        "--model",
+        path(&model),
+        "--data",
+        path(&lines),
+        "--output",
+        path(&directory.path().join("none")),
+        "--memory",
+        "20MiB",
+    ]);
+    assert!(refused.contains("--memory") && refused.contains("needs at least"), "{refused}");
+}
+
+/// What `cadre` says when it fails.
+#[track_caller]
+fn refused(arguments: &[&str]) -> String {
+    let Run { code, stderr, .. } = run(arguments);
+    assert_eq!(code, Some(1), "{stderr}");
+    stderr
+}
+
+#[test]
+fn what_is_wrong_is_told_before_anything_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let (lines, folder) = (directory.path().join("train.jsonl"), directory.path().join("run"));
+    let with = |more: &[&str]| {
+        [&["finetune", "--data", path(&lines), "--output", path(&folder)][..], more]
+            .concat()
+            .iter()
+            .map(|s| (*s).to_owned())
+            .collect::<Vec<String>>()
+    };
+    let told = |more: &[&str]| {
+        let arguments = with(more);
+        refused(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    fs::write(&lines, "{\"text\": \"a\"}\nnot json\n{\"messages\": []}\n{\"text\": 3}\n").unwrap();
+    let error = told(&[]);
+    for word in ["train.jsonl", "2", "3", "4"] {
+        assert!(error.contains(word), "{word} is missing in {error}");
+    }
+    data(&lines, 4);
+    let error = told(&["--targets", "q_proj"]);
+    assert!(error.contains("q_proj") && error.contains("query_key_value"), "{error}");
+    for (flags, word) in [
+        (&["--rank", "0"][..], "--rank"),
+        (&["--learning-rate", "0"], "--learning-rate"),
+        (&["--dtype", "int3"], "int3"),
+        (&["--max-length", "1"], "max"),
+        (&["--resume"], "no checkpoint"),
+        (&["--config", "/nowhere.toml"], "/nowhere.toml"),
+        (&["--dtype", "q4_k", "--memory", "1"], "--memory"),
+    ] {
+        let error = told(flags);
+        assert!(error.contains(word), "{word} is missing in {error}");
+    }
+    assert!(!folder.exists());
+}
+
+#[test]
+fn a_config_file_has_the_flags_names_and_flags_win() {
+    let directory = tempfile::tempdir().unwrap();
+    let (lines, folder) = (directory.path().join("train.jsonl"), directory.path().join("run"));
+    data(&lines, 4);
+    let config = directory.path().join("run.toml");
+    let text = format!(
+        "data = [{:?}]\noutput = {:?}\nmax-steps = 3\nrank = 2\ntargets = [\"experts\"]\n",
+        path(&lines),
+        path(&folder)
+    );
+    fs::write(&config, text).unwrap();
+    let shown = output(&["finetune", "--config", path(&config), "--dry-run", "--max-steps", "7"]);
+    assert!(
+        shown.contains("steps    7") && shown.contains("experts: 16 x 3 adapted") && !shown.contains("attention"),
+        "{shown}"
+    );
+    for word in ["router frozen", "weights", "peak", "<role>", "  *  "] {
+        assert!(shown.contains(word), "{word} is missing in\n{shown}");
+    }
+    assert!(!folder.exists());
+    output(&["finetune", "--config", path(&config)]);
+    assert_eq!(found(&folder).len(), 3);
+    // Another rank is another run.
+    let error = refused(&["finetune", "--config", path(&config), "--resume", "--rank", "4"]);
+    assert!(error.contains("rank") && error.contains("--output"), "{error}");
+    let error = refused(&["finetune", "--config", path(&config)]);
+    assert!(error.contains("--resume"), "{error}");
+    fs::write(&config, "ranks = 3\n").unwrap();
+    let error = refused(&["finetune", "--config", path(&config)]);
+    assert!(error.contains("ranks"), "{error}");
+}
