@@ -123,3 +123,6 @@ fn refuse_idle(
         Some(idle) => Err(refuse(idle.group.clone())),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,7 +43,7 @@ pub struct Averaged {
 pub fn average(directories: &[PathBuf], output: &Path) -> Result<Averaged> {
     let adapters = directories.iter().map(|directory| Saved::read(directory)).collect::<Result<Vec<_>>>()?;
     let Some((first, others)) = adapters.split_first() else {
-        return Err(Error::EmptyAdapter { file: "a list of no directory".to_owned() });
+        return Err(Error::EmptyAdapter { file: "the list of directories to average".to_owned() });
     };
     others.iter().try_for_each(|other| other.check_like(first))?;
     let out = Files::Directory(output.to_owned());
@@ -142,3 +142,6 @@ impl Saved {
         self.tensors.values(self.tensors.find(name).ok_or_else(missing)?)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -157,7 +157,8 @@ fn what_was_trained_is_replaced_and_the_rest_is_kept() {
         assert_eq!(found, parameter.values, "{}", parameter.name);
     }
     let others = |tensors: &TensorSet| {
-        let of = |(name, ..): &(String, StoredType, Vec<usize>, Vec<u8>)| !trained().iter().any(|one| one.name == *name);
+        let of =
+            |(name, ..): &(String, StoredType, Vec<usize>, Vec<u8>)| !trained().iter().any(|one| one.name == *name);
         content(tensors).into_iter().filter(of).collect::<Vec<_>>()
     };
     assert_eq!(others(&tensors), others(&source));
