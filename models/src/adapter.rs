@@ -4,6 +4,7 @@
 //! down have adapters of their own. *Fused*, as transformers 5 stacks them: gate and up share one, and a file has the
 //! adapters of all experts of a layer in one tensor. In memory both are adapters of rows of one expert's matrix.
 
+mod average;
 mod config;
 mod file;
 mod targets;
@@ -16,6 +17,7 @@ use cadre_engine::train::{
     trained::{Adapter, Trained},
 };
 
+pub use average::{Averaged, average};
 pub use config::AdapterConfig;
 pub use file::{CONFIG_FILE, WEIGHTS_FILE};
 pub use targets::{ALL_LINEAR, LoraOptions};

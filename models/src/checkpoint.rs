@@ -14,7 +14,7 @@ use crate::{
     json, registry,
     routing_profile::RoutingProfile,
     summary::Summary,
-    tensors::TensorSet,
+    tensors::{INDEX_FILE, TensorSet},
     tokenizer::Tokenizer,
 };
 
@@ -189,13 +189,28 @@ impl Checkpoint {
 
     /// The small files: configuration, tokenizer, chat template.
     pub(crate) fn text_files(&self) -> Result<Vec<(String, Cow<'static, [u8]>)>> {
+        self.files_that(hub::is_text_file)
+    }
+
+    /// The small files, and those that other programs want beside them: code, and the slow tokenizer's files.
+    pub(crate) fn files_beside_weights(&self) -> Result<Vec<(String, Cow<'static, [u8]>)>> {
+        const OTHERS: [&str; 4] = ["vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"];
+        self.files_that(|name| hub::is_text_file(name) || name.ends_with(".py") || OTHERS.contains(&name))
+    }
+
+    fn files_that(&self, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, Cow<'static, [u8]>)>> {
         let mut files = Vec::new();
-        for name in self.files.names()?.into_iter().filter(|name| hub::is_text_file(name)) {
+        for name in self.files.names()?.into_iter().filter(|name| is_wanted(name)) {
             if let Some(bytes) = self.files.read(&name)? {
                 files.push((name, bytes));
             }
         }
         Ok(files)
+    }
+
+    /// The index of its shards; `None` if it has none.
+    pub(crate) fn index(&self) -> Result<Option<Cow<'static, [u8]>>> {
+        self.files.read(INDEX_FILE)
     }
 
     /// Its tensors' headers.

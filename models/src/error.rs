@@ -183,17 +183,19 @@ pub enum Error {
         /// The formats that it has.
         found: String,
     },
-    /// What should be packed is packed already.
-    #[error("{checkpoint}: expected a checkpoint to pack, found a pack ({found}): give the one that it was made from")]
+    /// What should be packed, or written with other weights, is packed.
+    #[error(
+        "{checkpoint}: expected a checkpoint that isn't packed, found a pack ({found}): give the one that it was made from"
+    )]
     AlreadyPacked {
         /// The pack.
         checkpoint: String,
         /// The formats that it has.
         found: String,
     },
-    /// The directory for a pack holds something else.
+    /// The output directory holds something else.
     #[error("{file} is in the way: expected {expected}, found {found}; give another --output, or empty this one")]
-    PackOutput {
+    OutputInTheWay {
         /// The file in the way.
         file: String,
         /// What may lie there.
@@ -201,7 +203,7 @@ pub enum Error {
         /// What lies there.
         found: String,
     },
-    /// The directory for a pack can't be made.
+    /// The output directory can't be made.
     #[error("cannot create directory {path}; give another --output")]
     CreateDirectory {
         /// The directory.
@@ -209,7 +211,7 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// Two processes make a pack in one directory.
+    /// Two processes write into one directory.
     #[error("{file} is being written by another process: wait until that has ended, or give another --output")]
     BeingWritten {
         /// The file.
@@ -324,6 +326,52 @@ pub enum Error {
         file: String,
         /// The tensor.
         tensor: String,
+    },
+    /// What an adapter adds to a tied or normalised head can't be added to its weights.
+    #[error(
+        "the adapter adapts the head {tensor}, whose weights are also the embedding, or are normalised: what it adds can't be merged into them; serve it as an adapter"
+    )]
+    HeadNotMerged {
+        /// The head's weight.
+        tensor: String,
+    },
+    /// An adapter adds nothing where training always adds something.
+    #[error(
+        "{adapter}: expected a trained adapter of {tensor}, found only zeros in its lora_A or lora_B: nothing would change; was it trained, and is it the right one?"
+    )]
+    NothingAdded {
+        /// The adapter's directory.
+        adapter: String,
+        /// The tensor, or those of all experts of a layer.
+        tensor: String,
+    },
+    /// What an adapter adds is too small for the type that weights are stored in.
+    #[error(
+        "all that the adapter adds to {tensor} is lost in rounding: expected at least one number of it to change; store the weights in a wider type (--dtype f32, into another --output), or serve the adapter as it is"
+    )]
+    LostInRounding {
+        /// The tensor, or those of all experts of a layer.
+        tensor: String,
+    },
+    /// A number can't be stored.
+    #[error("tensor {tensor}: expected numbers that {dtype} can hold, found {found} once it is changed")]
+    NotStorable {
+        /// The tensor.
+        tensor: String,
+        /// The type.
+        dtype: String,
+        /// The number.
+        found: f32,
+    },
+    /// Adapters that should be averaged are not of one run.
+    #[error("{file}: expected the same {what} as in {first}, found others: give checkpoints of one run")]
+    UnlikeAdapters {
+        /// The adapter's file.
+        file: String,
+        /// What of it.
+        what: &'static str,
+        /// The file of the first one.
+        first: String,
     },
     /// An adapter has no tensor.
     #[error("{file} has no adapter of any module of this model")]

@@ -1,6 +1,8 @@
 //! Where a checkpoint's files lie: a directory, or the binary itself. Small files are read whole; weights are read
 //! by positioned reads, never mapped (a mapped file that shrinks kills the process, and page faults are slow reads).
 
+pub(crate) mod write;
+
 use std::{
     borrow::Cow,
     fs::{DirEntry, File},

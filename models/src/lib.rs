@@ -13,6 +13,8 @@
 //! | `registry` | the table from `model_type` to the file that builds it |
 //! | `qwen3_moe`, `olmoe`, `bailing_moe`, `bailing_moe_v2` | the architectures |
 //! | [`load`](mod@load) | from a checkpoint to a model |
+//! | [`rewrite`] | a checkpoint written again with other numbers, file by file |
+//! | [`mod@merge`] | an adapter merged into a checkpoint's weights |
 //! | [`adapter`] | LoRA adapters as PEFT lays them out: what they adapt, and their files |
 //! | `routing_profile` | how often a pack's experts were used, kept beside it |
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
@@ -42,10 +44,12 @@ pub mod formats;
 mod hub;
 mod json;
 pub mod load;
+pub mod merge;
 mod olmoe;
 pub mod pack;
 mod qwen3_moe;
 mod registry;
+pub mod rewrite;
 mod routing_profile;
 mod stored_experts;
 pub mod summary;

@@ -10,13 +10,7 @@
 
 mod shard;
 
-use std::{
-    borrow::Cow,
-    fs,
-    io::{self, Write as _},
-    path::Path,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{borrow::Cow, fs, io, path::Path, sync::atomic::AtomicBool};
 
 use cadre_engine::compute::Compute;
 use serde_json::{Map, Value, json};
@@ -24,7 +18,10 @@ use serde_json::{Map, Value, json};
 use crate::{
     Error, Result,
     checkpoint::{Checkpoint, open_directory},
-    files::Files,
+    files::{
+        Files,
+        write::{create_directory, write_whole},
+    },
     formats::FormatOptions,
     registry,
     summary::Summary,
@@ -69,7 +66,7 @@ pub fn pack(
     loader.finish()?;
     let shards = Shard::plan(loader.take_plan(), &tensors);
 
-    create(output)?;
+    create_directory(output)?;
     let info = PackInfo { formats, source: tensors.fingerprint()? };
     let writing = Writing { loader: &loader, tensors: &tensors, info: &info, output, stop };
     let done = finished(&writing, &shards)?;
@@ -109,10 +106,6 @@ pub fn pack(
     Ok(Packed { was_finished, source: checkpoint.summary()?, pack: packed.summary()? })
 }
 
-fn create(output: &Path) -> Result<()> {
-    fs::create_dir_all(output).map_err(|source| Error::CreateDirectory { path: output.display().to_string(), source })
-}
-
 /// Which shards are there already; nothing else may be.
 fn finished(writing: &Writing<'_>, shards: &[Shard]) -> Result<Vec<bool>> {
     let output = writing.output;
@@ -121,7 +114,7 @@ fn finished(writing: &Writing<'_>, shards: &[Shard]) -> Result<Vec<bool>> {
         let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
         let foreign = name.ends_with(".safetensors") && !shards.iter().any(|shard| shard.file == name);
         if foreign || name == SINGLE_FILE {
-            return Err(Error::PackOutput {
+            return Err(Error::OutputInTheWay {
                 file: output.join(name).display().to_string(),
                 expected: format!("no weights but those of {}", writing.info),
                 found: "a file that is no part of it".to_owned(),
@@ -139,7 +132,7 @@ fn there(output: &Path, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
 /// Refuses a file `name` that is there and holds anything but `bytes`.
 fn refuse_another(output: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     match there(output, name)? {
-        Some(there) if *there != *bytes => Err(Error::PackOutput {
+        Some(there) if *there != *bytes => Err(Error::OutputInTheWay {
             file: output.join(name).display().to_string(),
             expected: "no such file where no shard of the pack is yet, or the pack's own".to_owned(),
             found: "another one".to_owned(),
@@ -162,16 +155,6 @@ fn index(shards: &[Shard]) -> Value {
     let tensors = shards.iter().flat_map(|shard| shard.tensors.iter().map(|tensor| (tensor, &shard.file)));
     let map: Map<String, Value> = tensors.map(|(tensor, file)| (tensor.name.clone(), json!(file))).collect();
     json!({"metadata": {}, "weight_map": map})
-}
-
-/// Writes the file `name`, which is there whole or not at all.
-pub(crate) fn write_whole(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    shard::write_safely(directory, name, &mut |file| file.write_all(bytes).map_err(Into::into))
-}
-
-/// Ends the work once `stop` is set.
-fn go_on(stop: &AtomicBool) -> Result<()> {
-    if stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
 }
 
 #[cfg(test)]

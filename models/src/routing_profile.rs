@@ -4,7 +4,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, files::Files, json, pack};
+use crate::{
+    Error, Result,
+    files::{Files, write::write_whole},
+    json,
+};
 
 const FILE: &str = "routing_profile.json";
 const VERSION: u32 = 1;
@@ -61,7 +65,7 @@ impl RoutingProfile {
         let content = Content { version: VERSION, pack: self.pack.clone(), uses };
         let bytes = serde_json::to_vec(&content)
             .map_err(|error| Error::Json { file: FILE.to_owned(), detail: error.to_string() })?;
-        pack::write_whole(&self.directory, FILE, &bytes)
+        write_whole(&self.directory, FILE, &bytes)
     }
 }
 

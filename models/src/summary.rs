@@ -119,7 +119,7 @@ impl Part {
     }
 
     /// The part that the tensor `name` belongs to, for a model of `layers` layers.
-    fn of(name: &str, layers: Option<u64>) -> Self {
+    pub(crate) fn of(name: &str, layers: Option<u64>) -> Self {
         let pieces: Vec<&str> = name.split('.').collect();
         let has = |wanted: &[&str]| pieces.iter().any(|piece| wanted.contains(piece));
         if let (Some(layer), Some(layers)) = (layer_of(name), layers)

@@ -72,6 +72,13 @@ impl Decoder {
         Ok(Self { info, parts })
     }
 
+    /// Whether the head is a matrix of its own, and its weights are used as they are stored: then what an adapter adds to
+    /// its products can be added to its weights.
+    #[must_use]
+    pub fn has_plain_head(&self) -> bool {
+        self.parts.head.is_some() && !self.parts.norm.is_divided
+    }
+
     pub(crate) fn head(&self) -> &Matrix {
         self.parts.head.as_ref().unwrap_or(&self.parts.embedding)
     }

@@ -7,7 +7,13 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 
-use super::{parameters::ParameterId, places::Place};
+use cadre_kernels::gradient::{Strided, add_product};
+
+use super::{
+    parameters::{ParameterId, Parameters},
+    places::Place,
+};
+use crate::compute::Compute;
 
 /// What is trained of each matrix, and of what isn't one.
 #[derive(Debug, Default)]
@@ -58,6 +64,21 @@ pub struct Adapter {
     pub rank: usize,
     /// What the product is multiplied with.
     pub scale: f32,
+}
+
+impl Adapter {
+    /// Adds `scale · B · A` to `rows` of the weight, counted from the first that is adapted: a model with that weight needs
+    /// no adapter. The product is summed by itself, over ascending ranks, and added once, as PEFT does.
+    ///
+    /// # Panics
+    /// When `weight` isn't `rows` by the adapter's inputs.
+    pub fn add_to(&self, compute: &Compute, parameters: &Parameters, rows: Range<usize>, weight: &mut [f32]) {
+        let (a, b) = (&parameters.get(self.a).values, &parameters.get(self.b).values);
+        let b = Strided::new(&b[rows.start * self.rank..rows.end * self.rank], rows.len(), self.rank);
+        let mut product = vec![0.0; weight.len()];
+        add_product(&compute.pool, compute.isa, b, Strided::new(a, self.rank, a.len() / self.rank), &mut product);
+        weight.iter_mut().zip(product).for_each(|(weight, added)| *weight += self.scale * added);
+    }
 }
 
 /// Rows of a matrix that are trained.
@@ -111,4 +132,25 @@ pub fn initial_a(seed: u64, index: u64, rank: usize, inputs: usize) -> Vec<f32> 
     // 24 bits fill an f32's fraction.
     let unit = |bits: u32| (bits >> 8) as f32 / (1 << 24) as f32;
     (0..rank * inputs).map(|_| (2.0 * unit(random.next_u32()) - 1.0) * bound).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::parameters::Parameter;
+
+    #[test]
+    fn an_adapter_is_added_to_some_rows() {
+        let (rank, inputs, outputs) = (2, 3, 4);
+        let mut parameters = Parameters::default();
+        let mut push = |name: &str, shape: [usize; 2], values: Vec<f32>| {
+            parameters.push(Parameter { name: name.into(), shape: shape.to_vec(), values }).unwrap()
+        };
+        let a = push("a", [rank, inputs], vec![1.0, 2.0, 3.0, -1.0, 0.0, 4.0]);
+        let b = push("b", [outputs, rank], vec![9.0, 9.0, 1.0, 10.0, -2.0, 0.5, 9.0, 9.0]);
+        let adapter = Adapter { rows: 5..9, a, b, rank, scale: 0.5 };
+        let mut weight = vec![100.0; 2 * inputs];
+        adapter.add_to(&Compute::new(2), &parameters, 1..3, &mut weight);
+        assert_eq!(weight, [95.5, 101.0, 121.5, 98.75, 98.0, 98.0]);
+    }
 }

@@ -13,8 +13,7 @@ use cadre_engine::{
 use super::{AdapterConfig, AdapterFiles, At, Entry, Lora, Part, stack_of};
 use crate::{
     Error, Result,
-    files::Files,
-    pack::write_whole,
+    files::{Files, write::write_whole},
     tensors::{Stored, TensorSet, Written, write_tensors},
 };
 
@@ -22,6 +21,8 @@ use crate::{
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// The file that says what they are of.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+/// What is wrong if one of them is missing.
+pub(super) const HINT: &str = "expected the folder of a LoRA adapter as PEFT saves it";
 /// What PEFT's names begin with.
 const PREFIX: &str = "base_model.model.";
 
@@ -46,9 +47,8 @@ impl Lora {
     /// As [`Lora::read`].
     pub fn read_for(directory: &Path, places: &[PlaceInfo]) -> Result<Self> {
         let files = Files::Directory(directory.to_owned());
-        let hint = "expected the folder of a LoRA adapter as PEFT saves it";
-        let config = AdapterConfig::parse(&files.label(CONFIG_FILE), &files.require(CONFIG_FILE, hint)?)?;
-        let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint };
+        let config = AdapterConfig::parse(&files.label(CONFIG_FILE), &files.require(CONFIG_FILE, HINT)?)?;
+        let missing = || Error::MissingFile { checkpoint: files.describe(), file: WEIGHTS_FILE.to_owned(), hint: HINT };
         let tensors = TensorSet::of_file(files.open(WEIGHTS_FILE)?.ok_or_else(missing)?)?;
         let (entries, pairs) = entries(&config, &tensors, places)?;
         // Every expert of a layer asks for its two stacks, gate|up and down in turn: each is read once.

@@ -3,9 +3,8 @@
 use std::{
     cmp::Reverse,
     collections::BTreeMap,
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::File,
     io::{self, Seek, SeekFrom, Write},
-    os::unix::fs::MetadataExt,
     path::Path,
     sync::atomic::AtomicBool,
 };
@@ -13,17 +12,17 @@ use std::{
 use cadre_engine::nn::{FfnLayout, Layout, PackingError};
 use serde_json::{Map, Value, json};
 
-use super::go_on;
 use crate::{
     Error, Result,
-    files::Source,
+    files::{
+        Source,
+        write::{Stopped, go_on, write_safely},
+    },
     summary::layer_of,
-    tensors::{ALIGNMENT, LENGTH_BYTES, PackInfo, PackedEntry, PackedLayout, Stored, TensorSet, read_header},
+    tensors::{ALIGNMENT, PackInfo, PackedEntry, PackedLayout, Stored, TensorSet, encode_header, read_header},
     weights::{Loader, PlannedContent, PlannedTensor},
 };
 
-/// What a file's name ends in while it is written.
-const UNFINISHED: &str = ".unfinished";
 /// Bytes of a vector that are copied at a time.
 const COPY_BYTES: usize = 1 << 20;
 
@@ -169,11 +168,7 @@ impl Writing<'_> {
         }
         let mut header = Map::from_iter([("__metadata__".to_owned(), Value::Object(metadata))]);
         header.append(&mut entries);
-        let mut json = Value::Object(header).to_string().into_bytes();
-        let length_bytes = LENGTH_BYTES as usize;
-        let size = (length_bytes + json.len()).next_multiple_of(ALIGNMENT);
-        json.resize(size - length_bytes, b' ');
-        [&(json.len() as u64).to_le_bytes()[..], &json].concat()
+        encode_header(header, ALIGNMENT)
     }
 
     /// A tensor's shape for other readers, and its bytes.
@@ -195,7 +190,7 @@ impl Writing<'_> {
         let path = self.output.join(&shard.file);
         let Some(source) = Source::open(path.display().to_string(), &path)? else { return Ok(false) };
         let in_the_way = |expected: String, found: String| {
-            Err(Error::PackOutput { file: path.display().to_string(), expected, found })
+            Err(Error::OutputInTheWay { file: path.display().to_string(), expected, found })
         };
         let found = match read_header(&source) {
             Ok(found) => found,
@@ -214,70 +209,5 @@ impl Writing<'_> {
             return in_the_way(format!("{} tensors", shard.tensors.len()), format!("{} others", names.len()));
         }
         Ok(true)
-    }
-}
-
-/// What can end the writing of a file.
-pub(super) enum Stopped {
-    /// Writing itself.
-    Io(io::Error),
-    /// Anything else.
-    Other(Error),
-}
-
-impl From<io::Error> for Stopped {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl From<Error> for Stopped {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
-    }
-}
-
-/// Has `write` fill the file `name`, which gets its name when all of it is on disk.
-pub(super) fn write_safely(
-    directory: &Path,
-    name: &str,
-    write: &mut dyn FnMut(&mut File) -> Result<(), Stopped>,
-) -> Result<()> {
-    let (path, unfinished) = (directory.join(name), directory.join(format!("{name}{UNFINISHED}")));
-    let mut file = create_locked(&unfinished)?;
-    let written = (|| {
-        file.set_len(0)?;
-        write(&mut file)?;
-        file.sync_all()?;
-        fs::rename(&unfinished, &path)?;
-        File::open(directory)?.sync_all()?;
-        Ok(())
-    })();
-    written.map_err(|stopped| {
-        // What is there of it is of no use and may fill the disk; that it can't be removed is no further error.
-        let _ = fs::remove_file(&unfinished);
-        match stopped {
-            Stopped::Io(source) => Error::Write { file: unfinished.display().to_string(), source },
-            Stopped::Other(error) => error,
-        }
-    })
-}
-
-/// Opens `path` to be written, by this process only: what another one writes is not touched.
-fn create_locked(path: &Path) -> Result<File> {
-    let label = || path.display().to_string();
-    let failed = |source| Error::Write { file: label(), source };
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(Error::BeingWritten { file: label() }),
-        Err(TryLockError::Error(source)) => return Err(failed(source)),
-    }
-    // Another process may have finished or removed this very file after it was opened here.
-    let (locked, there) = (file.metadata().map_err(failed)?, fs::metadata(path));
-    if there.is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino())) {
-        Ok(file)
-    } else {
-        Err(Error::BeingWritten { file: label() })
     }
 }

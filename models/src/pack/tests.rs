@@ -1,6 +1,11 @@
 //! Packs of tiny checkpoints of every architecture: read back, gone on with, damaged.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Mutex};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    sync::{Mutex, atomic::Ordering},
+};
 
 use cadre_engine::{model::Model, nn::Format};
 use proptest::{prelude::*, sample::select};

@@ -10,7 +10,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{Error as _, MapAccess, Visitor},
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{PackInfo, PackedEntry, Stored, StoredType};
 use crate::{Error, Result, files::Source};
@@ -18,7 +18,7 @@ use crate::{Error, Result, files::Source};
 /// The longest header that is read, as in the reference implementation.
 const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 /// Bytes of the length in front of the header.
-pub(crate) const LENGTH_BYTES: u64 = 8;
+const LENGTH_BYTES: u64 = 8;
 
 /// Where one tensor lies.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +52,12 @@ pub(crate) struct Header {
 
 /// The header of `source`.
 pub(crate) fn read_header(source: &Source) -> Result<Header> {
+    let json = read_header_json(source)?;
+    parse_header(source.label(), &json, source.len() - LENGTH_BYTES - json.len() as u64)
+}
+
+/// The text of the header of `source`, which may be anything.
+pub(crate) fn read_header_json(source: &Source) -> Result<Vec<u8>> {
     let damaged = |what, expected: String, found: String| Error::TensorFile {
         file: source.label().to_owned(),
         what,
@@ -70,7 +76,16 @@ pub(crate) fn read_header(source: &Source) -> Result<Header> {
     }
     let mut json = vec![0; usize::try_from(length).unwrap_or(0)];
     source.read_exact_at(LENGTH_BYTES, &mut json)?;
-    parse_header(source.label(), &json, source.len() - LENGTH_BYTES - length)
+    Ok(json)
+}
+
+/// Length and header, with spaces up to a multiple of `alignment` (of a file's bytes) and of 8, where the data begins.
+pub(crate) fn encode_header(entries: Map<String, Value>, alignment: usize) -> Vec<u8> {
+    let mut json = Value::Object(entries).to_string().into_bytes();
+    let length_bytes = LENGTH_BYTES as usize;
+    let size = (length_bytes + json.len()).next_multiple_of(alignment.max(length_bytes));
+    json.resize(size - length_bytes, b' ');
+    [&(json.len() as u64).to_le_bytes()[..], &json].concat()
 }
 
 /// What the header `json` says, for a file with `data_bytes` bytes after its header.

@@ -113,6 +113,11 @@ impl TensorSet {
         self.pack.as_ref()
     }
 
+    /// Its files.
+    pub(crate) fn files(&self) -> &[Source] {
+        &self.files
+    }
+
     /// How many tensors there are; they are numbered from 0.
     pub(crate) fn len(&self) -> usize {
         self.tensors.len()

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use cadre_engine::nn::Format;
-use half::f16;
+use half::{bf16, f16};
 
 use super::ALIGNMENT;
 
@@ -57,6 +57,15 @@ pub enum StoredType {
 }
 
 impl StoredType {
+    /// What transformers calls it.
+    pub(crate) fn long_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+
     /// The type that a safetensors header calls `name`.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         match name {
@@ -84,6 +93,15 @@ impl StoredType {
             Self::Bf16 => each(bytes, out, |two| f32::from_bits(u32::from(u16::from_le_bytes(two)) << 16)),
         }
     }
+
+    /// `values` as little-endian bytes, each rounded to the nearest number of this type, ties to even.
+    pub(crate) fn narrow(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+            Self::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+        }
+    }
 }
 
 fn each<const N: usize>(bytes: &[u8], out: &mut [f32], read: impl Fn([u8; N]) -> f32) {
@@ -106,7 +124,6 @@ impl fmt::Display for StoredType {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
 
     #[test]
     fn every_16_bit_pattern_widens_as_half_does() {
@@ -118,6 +135,20 @@ mod tests {
             let expected = bf16::from_bits(bits).to_f32();
             assert!(out[0] == expected || expected.is_nan() && out[0].is_nan(), "{bits:04x}");
         }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_and_back_again_exact() {
+        // Halfway between two bf16 numbers, just above that, and what is too large for f16.
+        let values = [1.0 + 1.0 / 256.0, 1.0 + 1.1 / 256.0, 1e6];
+        let again = |dtype: StoredType| {
+            let mut out = [0.0; 3];
+            dtype.widen(&dtype.narrow(&values), &mut out);
+            out
+        };
+        assert_eq!(again(StoredType::F32), values);
+        assert_eq!(again(StoredType::Bf16), [1.0, 1.0 + 1.0 / 128.0, 999_424.0]);
+        assert_eq!(again(StoredType::F16), [1.0 + 1.0 / 256.0, 1.0 + 4.0 / 1024.0, f32::INFINITY]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod chat;
 mod finetune;
 mod generate;
 mod inspect;
+mod merge;
 mod pack;
 mod plan;
 mod serve;
@@ -45,6 +46,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Fine-tune the weights that are served: LoRA adapters of attention, experts and the rest
     Finetune(Box<finetune::FinetuneArgs>),
+    /// Merge an adapter into a checkpoint's weights, or average the last checkpoints of a fine-tuning run
+    Merge(merge::MergeArgs),
     /// Measure prefill and decode throughput and peak memory
     Bench(bench::BenchArgs),
 }
@@ -65,6 +68,7 @@ pub fn run() -> Result<()> {
         Command::Pack(args) => pack::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Finetune(args) => finetune::run(*args),
+        Command::Merge(args) => merge::run(&args),
         Command::Bench(args) => bench::run(&args),
     }
 }

@@ -165,7 +165,10 @@ fn remove(folder: &Path) -> Result<()> {
 }
 
 /// The checkpoints in `output` by their steps, ascending.
-fn found(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+///
+/// # Errors
+/// When the system refuses to tell.
+pub fn found(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut all = Vec::new();
     let entries = match fs::read_dir(output) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(all),

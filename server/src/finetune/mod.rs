@@ -9,7 +9,7 @@
 //! | [`checkpoint`] | what a run needs to go on bit for bit |
 //! | [`step_log`], [`tensorboard`], [`report`] | what a run leaves behind for those who watch it and look back at it |
 
-mod checkpoint;
+pub mod checkpoint;
 mod data;
 mod prepare;
 pub mod report;
