@@ -193,7 +193,7 @@ impl Writing<'_> {
                 from.widen(&bytes, &mut old);
                 let mut new = old.clone();
                 change.into_iter().for_each(|change: &Change<'_>| change(rows.clone(), &mut new));
-                let rounded = to.encode(&new);
+                let rounded = to.round(&new);
                 let mut stored = vec![0.0; new.len()];
                 to.widen(&rounded, &mut stored);
                 refuse_infinite(info, &new, &stored, to)?;

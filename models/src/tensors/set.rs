@@ -44,7 +44,7 @@ impl TensorSet {
         }
         let index = files.require(
             INDEX_FILE,
-            "expected that index or model.safetensors; an unfinished pack has none: run `cadre pack` again; other \
+            "expected that index or model.safetensors; an unfinished pack or merge has none: run `cadre pack` or `cadre merge` again; other \
              formats must be converted to safetensors first",
         )?;
         let index = Index::parse(files.label(INDEX_FILE), &index)?;

@@ -95,7 +95,7 @@ impl StoredType {
     }
 
     /// `values` as little-endian bytes, each rounded to the nearest number of this type, ties to even.
-    pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
+    pub(crate) fn round(self, values: &[f32]) -> Vec<u8> {
         match self {
             Self::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             Self::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
@@ -143,7 +143,7 @@ mod tests {
         let values = [1.0 + 1.0 / 256.0, 1.0 + 1.1 / 256.0, 1e6];
         let again = |dtype: StoredType| {
             let mut out = [0.0; 3];
-            dtype.widen(&dtype.encode(&values), &mut out);
+            dtype.widen(&dtype.round(&values), &mut out);
             out
         };
         assert_eq!(again(StoredType::F32), values);

@@ -51,7 +51,7 @@ pub(crate) fn write_one_by_one<'a>(
                 let detail = format!("{name}: expected {expected} numbers for {shape:?}, found {found}");
                 return Err(Error::Encode { detail }.into());
             }
-            file.write_all(&TYPE.encode(&values))?;
+            file.write_all(&TYPE.round(&values))?;
         }
         Ok(())
     })

@@ -169,7 +169,7 @@ fn table(merged: &Rewritten) -> Result<String> {
         let more = if unchanged.len() > NAMES { ", …" } else { "" };
         writeln!(
             text,
-            "{} adapted tensors did not change (experts that saw no token): {names}{more}",
+            "{} adapted tensors did not change (experts that saw no token, or too few for their change to outlast rounding): {names}{more}",
             unchanged.len()
         )?;
     }

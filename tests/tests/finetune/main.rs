@@ -3,5 +3,6 @@
 
 mod adapters;
 mod learns;
+mod merge;
 mod parity;
 mod runs;
