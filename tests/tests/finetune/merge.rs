@@ -47,6 +47,7 @@ fn logits(checkpoint: &Path, tokens: &[u32]) -> Result<Vec<f32>> {
         rows: 0..tokens.len(),
         context_len: tokens.len(),
         block_table: (0..blocks as u32).collect(),
+        adapter: None,
     });
     let mut step = StepContext { compute: &compute, batch: &batch, kv: &mut kv, routes: None };
     let logits = forward(&decoder, &mut step)?.context("logits of all rows")?;
