@@ -143,23 +143,54 @@ impl Conversation<'_> {
         options: &RenderOptions,
         text: &str,
     ) -> Result<Range<usize>, TurnError> {
+        let alone = self.places_of_marks(&[index], messages, options, text);
+        let alike: Vec<usize> = (0..messages.len()).filter(|other| messages[*other] == messages[index]).collect();
+        let places = match alone {
+            // The template may look for messages that equal another: they must stay equal.
+            Err(TurnError::Changed) if alike.len() > 1 => {
+                let (places, given) = self.places_of_marks(&alike, messages, options, text)?;
+                if places.len() != given {
+                    return Err(TurnError::Changed);
+                }
+                let each = given / alike.len();
+                let before = each * alike.iter().filter(|other| **other < index).count();
+                places[before..before + each].to_vec()
+            }
+            alone => alone?.0,
+        };
+        let (Some(first), Some(last)) = (places.first(), places.last()) else { return Err(TurnError::LeftOut) };
+        Ok(*first..*last)
+    }
+
+    /// Where marks around the texts of `messages[each of indices]` would lie in `text`, which the template makes of
+    /// `messages`, and how many were given: the template may leave some out.
+    fn places_of_marks(
+        &self,
+        indices: &[usize],
+        messages: &[Value],
+        options: &RenderOptions,
+        text: &str,
+    ) -> Result<(Vec<usize>, usize), TurnError> {
         let mut mark = "cadremark".to_owned();
         while text.contains(&mark) {
             mark.push('x');
         }
-        let marked = marked(&messages[index], &mark);
-        let given = marked.to_string().matches(&mark).count();
-        let messages = [&messages[..index], &[marked], &messages[index + 1..]].concat();
+        let mut messages = messages.to_vec();
+        let mut given = 0;
+        for index in indices {
+            messages[*index] = marked(&messages[*index], &mark);
+            given += messages[*index].to_string().matches(&mark).count();
+        }
         let with_marks = self.template.render(&messages, options).map_err(|_| TurnError::Changed)?;
-        let found: Vec<usize> = with_marks.match_indices(&mark).map(|(at, _)| at).collect();
-        let (Some(first), Some(last)) = (found.first(), found.last()) else { return Err(TurnError::LeftOut) };
-        if found.len() > given {
+        let found = with_marks.match_indices(&mark).enumerate();
+        let places: Vec<usize> = found.map(|(before, (at, _))| at - mark.len() * before).collect();
+        if places.len() > given {
             return Err(TurnError::Repeated);
         }
-        if with_marks.replace(&mark, "") != text {
+        if !places.is_empty() && with_marks.replace(&mark, "") != text {
             return Err(TurnError::Changed);
         }
-        Ok(*first..last - mark.len() * (found.len() - 1))
+        Ok((places, given))
     }
 }
 

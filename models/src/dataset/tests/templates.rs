@@ -279,11 +279,10 @@ proptest! {
         contents in prop::collection::vec((content(), content()), 1..4),
     ) {
         let tools = "[AVAILABLE_TOOLS] [{\"type\": \"function\", \"function\": {\"name\": \"f\"}}][/AVAILABLE_TOOLS]";
-        // The tools stand before each question that equals the last one.
-        prop_assume!(contents.iter().filter(|(question, _)| *question == contents[contents.len() - 1].0).count() == 1);
-        let last = contents.len() - 1;
-        let expected: String = contents.iter().enumerate().map(|(index, (question, answer))| {
-            let tools = if index == last { tools } else { "" };
+        let last = &contents[contents.len() - 1].0;
+        let expected: String = contents.iter().map(|(question, answer)| {
+            // They stand before each question that equals the last one.
+            let tools = if question == last { tools } else { "" };
             format!("{tools}[INST] {question}[/INST]⟦ {}</s>⟧", answer.trim())
         }).collect();
         let messages = conversation(&contents);
