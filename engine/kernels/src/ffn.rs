@@ -10,7 +10,7 @@ use std::ops::Range;
 use crate::{
     activation::silu_mul,
     format::{Format, Layout, PANEL, Packed},
-    isa::Isa,
+    isa::{Isa, for_each_width},
     matmul::{
         TASK_BYTES,
         activations::{Activations, Converted, Writer},
@@ -224,10 +224,9 @@ impl<'a> GroupedFfn<'a> {
     }
 }
 
-/// Pairs of panels `[gate | up]` to silu(gate) · up, which then stands without gaps at the front.
-fn gated(isa: Isa, sums: &mut [f32]) {
-    #[inline(always)]
-    fn plain(sums: &mut [f32]) {
+for_each_width! {
+    /// Pairs of panels `[gate | up]` to silu(gate) · up, which then stands without gaps at the front.
+    fn gated(sums: &mut [f32]) {
         let (pairs, _) = sums.as_chunks_mut::<{ 2 * PANEL }>();
         for index in 0..pairs.len() {
             let (gate, up) = pairs[index].split_at(PANEL);
@@ -237,25 +236,6 @@ fn gated(isa: Isa, sums: &mut [f32]) {
             let (half, place) = (index / 2, index % 2 * PANEL);
             pairs[half][place..place + PANEL].copy_from_slice(&silu_mul(gates, ups));
         }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(sums: &mut [f32]) {
-        plain(sums);
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn avx2(sums: &mut [f32]) {
-        plain(sums);
-    }
-    match isa {
-        // SAFETY: a tier other than portable exists only where `Isa::available` found it.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512(sums) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2(sums) },
-        _ => plain(sums),
     }
 }
 

@@ -120,3 +120,37 @@ pub(crate) fn is_faster(mut a: impl FnMut(), mut b: impl FnMut()) -> bool {
     }
     shortest.0 < shortest.1
 }
+
+/// A function that is compiled once for each vector width of the tiers; the first argument picks one.
+macro_rules! for_each_width {
+    ($(#[$meta:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $visibility fn $name(isa: crate::isa::Isa, $($arg: $type),*) {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments, reason = "the sizes and slices of one kernel")]
+            fn plain($($arg: $type),*) $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            #[allow(clippy::too_many_arguments, reason = "as above")]
+            fn avx512($($arg: $type),*) {
+                plain($($arg),*);
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments, reason = "as above")]
+            fn avx2($($arg: $type),*) {
+                plain($($arg),*);
+            }
+            match isa {
+                // SAFETY: a tier other than portable exists only where `Isa::available` found it.
+                #[cfg(target_arch = "x86_64")]
+                crate::isa::Isa::Avx512 | crate::isa::Isa::Avx512Bf16 | crate::isa::Isa::Amx => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                _ => plain($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use for_each_width;

@@ -7,13 +7,13 @@
 use std::ops::Range;
 
 use super::{
-    for_each_width,
+    exp_in_place,
     product::{Strided, add_product_here},
 };
 use crate::{
-    activation::{self, LANES},
+    activation::LANES,
     format::{Format, PANEL},
-    isa::Isa,
+    isa::{Isa, for_each_width},
     matmul::{Sums, new_sums, walk_panels},
     norm::tree,
     pool::Pool,
@@ -322,15 +322,7 @@ for_each_width! {
         let (scores, hidden) = scores.split_at_mut(keys);
         hidden.fill(0.0);
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sums = [0.0; LANES];
-        for scores in scores.chunks_mut(LANES) {
-            let mut lanes = [f32::NEG_INFINITY; LANES];
-            lanes.iter_mut().zip(&*scores).for_each(|(lane, score)| *lane = (score - max) * scale);
-            let exps = activation::exp(lanes);
-            sums.iter_mut().zip(exps).for_each(|(sum, exp)| *sum += exp);
-            scores.copy_from_slice(&exps[..scores.len()]);
-        }
-        let factor = 1.0 / tree(sums, |a, b| a + b);
+        let factor = 1.0 / exp_in_place(scores, |score| (score - max) * scale);
         scores.iter_mut().for_each(|score| *score *= factor);
     }
 }

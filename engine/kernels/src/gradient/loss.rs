@@ -1,10 +1,8 @@
 //! Cross-entropy over the vocabulary, and its gradient in place.
 
-use super::for_each_width;
+use super::exp_in_place;
 use crate::{
-    activation::{self, LANES},
-    isa::Isa,
-    norm::tree,
+    isa::{Isa, for_each_width},
     pool::Pool,
     shared::SharedSlice,
 };
@@ -31,15 +29,7 @@ for_each_width! {
     fn of_row(logits: &mut [f32], target: usize, weight: f32, loss: &mut [f32]) {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let of_target = logits[target];
-        let mut sums = [0.0; LANES];
-        for logits in logits.chunks_mut(LANES) {
-            let mut lanes = [f32::NEG_INFINITY; LANES];
-            lanes.iter_mut().zip(&*logits).for_each(|(lane, logit)| *lane = logit - max);
-            let exps = activation::exp(lanes);
-            sums.iter_mut().zip(exps).for_each(|(sum, exp)| *sum += exp);
-            logits.copy_from_slice(&exps[..logits.len()]);
-        }
-        let sum = tree(sums, |a, b| a + b);
+        let sum = exp_in_place(logits, |logit| logit - max);
         loss[0] = (sum.ln() + max) - of_target;
         let factor = weight / sum;
         logits.iter_mut().for_each(|logit| *logit *= factor);

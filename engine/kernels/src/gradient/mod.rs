@@ -21,39 +21,24 @@ pub use router::{RouterLosses, route_backward, scores};
 pub use silu::{gated_silu, gated_silu_backward};
 pub use transposed::Transposed;
 
-/// A function that is compiled once for each vector width of the tiers; the first argument picks one.
-macro_rules! for_each_width {
-    ($(#[$meta:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block) => {
-        $(#[$meta])*
-        $visibility fn $name(isa: crate::isa::Isa, $($arg: $type),*) {
-            #[inline(always)]
-            #[allow(clippy::too_many_arguments, reason = "the sizes and slices of one kernel")]
-            fn plain($($arg: $type),*) $body
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-            #[allow(clippy::too_many_arguments, reason = "as above")]
-            fn avx512($($arg: $type),*) {
-                plain($($arg),*);
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            #[allow(clippy::too_many_arguments, reason = "as above")]
-            fn avx2($($arg: $type),*) {
-                plain($($arg),*);
-            }
-            match isa {
-                // SAFETY: a tier other than portable exists only where `Isa::available` found it.
-                #[cfg(target_arch = "x86_64")]
-                crate::isa::Isa::Avx512 | crate::isa::Isa::Avx512Bf16 | crate::isa::Isa::Amx => unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
-                _ => plain($($arg),*),
-            }
-        }
-    };
+use crate::{
+    activation::{self, LANES},
+    norm::tree,
+};
+
+/// `e^map(value)` in place of each value; returns their sum, of sixteen running sums.
+#[inline(always)]
+fn exp_in_place(values: &mut [f32], map: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0; LANES];
+    for values in values.chunks_mut(LANES) {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        lanes.iter_mut().zip(&*values).for_each(|(lane, value)| *lane = map(*value));
+        let exps = activation::exp(lanes);
+        sums.iter_mut().zip(exps).for_each(|(sum, exp)| *sum += exp);
+        values.copy_from_slice(&exps[..values.len()]);
+    }
+    tree(sums, |a, b| a + b)
 }
-use for_each_width;
 
 #[cfg(test)]
 mod tests;

@@ -1,9 +1,8 @@
 //! The backward pass of [`crate::norm`].
 
-use super::for_each_width;
 use crate::{
     activation::LANES,
-    isa::Isa,
+    isa::{Isa, for_each_width},
     norm::{for_row_chunks, sum_of_squares, tree},
     pool::Pool,
     shared::SharedSlice,

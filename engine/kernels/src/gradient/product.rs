@@ -85,10 +85,13 @@ impl<'a> Strided<'a> {
 /// # Panics
 /// When the sizes don't match, or the columns of `right` don't lie side by side.
 pub fn add_product(pool: &Pool, isa: Isa, left: Strided<'_>, right: Strided<'_>, out: &mut [f32]) {
+    if left.rows * left.columns * right.columns < SMALL {
+        return add_product_here(isa, left, right, out);
+    }
     assert_eq!(out.len(), left.rows * right.columns, "product of {} by {}", left.rows, right.columns);
     let (row_tasks, column_tasks) = (left.rows.div_ceil(TASK_ROWS), right.columns.div_ceil(COLUMNS));
     let target = SharedSlice::new(out);
-    let work = |task: usize| {
+    pool.run(row_tasks * column_tasks, |task| {
         let rows = task % row_tasks * TASK_ROWS..left.rows.min((task % row_tasks + 1) * TASK_ROWS);
         let columns = task / row_tasks * COLUMNS..right.columns.min((task / row_tasks + 1) * COLUMNS);
         // SAFETY: each task has its own rows and columns.
@@ -97,12 +100,7 @@ pub fn add_product(pool: &Pool, isa: Isa, left: Strided<'_>, right: Strided<'_>,
                 target.part((rows.start + row) * right.columns + columns.start, columns.len())
             })
         };
-    };
-    if left.rows * left.columns * right.columns < SMALL {
-        (0..row_tasks * column_tasks).for_each(work);
-    } else {
-        pool.run(row_tasks * column_tasks, work);
-    }
+    });
 }
 
 /// [`add_product`] on the calling thread.

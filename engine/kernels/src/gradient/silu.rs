@@ -1,8 +1,14 @@
 //! The activation of the gated feed-forward, `silu(gate) · up`, on gate and up as [`crate::ffn`] packs them: 16 columns
 //! of gate, then the same columns of up.
 
-use super::for_each_width;
-use crate::{activation, format::PANEL, isa::Isa, norm::for_row_chunks, pool::Pool, shared::SharedSlice};
+use crate::{
+    activation,
+    format::PANEL,
+    isa::{Isa, for_each_width},
+    norm::for_row_chunks,
+    pool::Pool,
+    shared::SharedSlice,
+};
 
 /// `inner[row] = silu(gate[row]) · up[row]`: `gate_up` is `[rows, 2 · padded]` with `padded` the `intermediate` rounded
 /// up to whole panels, `inner` `[rows, intermediate]`.
