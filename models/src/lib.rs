@@ -19,6 +19,7 @@
 //! | `routing_profile` | how often a pack's experts were used, kept beside it |
 //! | [`tokenizer`], [`text_stream`] | text to tokens, and back, also one by one |
 //! | [`chat_template`] | a conversation to a prompt |
+//! | [`targets`] | the modules that a user's names stand for |
 //! | [`dataset`] | JSON lines to the examples of fine-tuning, and those into bins |
 //! | [`training_state`] | what a training run needs to go on |
 //! | [`summary`] | what a checkpoint holds, from its headers |
@@ -53,6 +54,7 @@ pub mod rewrite;
 mod routing_profile;
 mod stored_experts;
 pub mod summary;
+pub mod targets;
 mod tensors;
 #[cfg(test)]
 mod testing;

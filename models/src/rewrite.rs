@@ -97,6 +97,14 @@ pub fn write_checkpoint(
     rewrite(checkpoint, &tensors, &changes, &|_| Ok(()), rewriting)
 }
 
+/// Whether `checkpoint` can be written again.
+///
+/// # Errors
+/// When it is a pack, or can't be read.
+pub fn check(checkpoint: &Checkpoint) -> Result<()> {
+    plain_tensors(checkpoint).map(|_| ())
+}
+
 /// `a+b.bias` is `a.bias` and `b.bias`.
 fn tensor_names(joined: &str) -> Vec<String> {
     let (modules, kind) = joined.rsplit_once('.').unwrap_or((joined, ""));

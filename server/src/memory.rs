@@ -6,11 +6,11 @@ use cadre_models::{FormatOptions, Placement, Summary};
 use crate::host;
 
 /// What a process takes besides weights, keys, values and a step's activations.
-const BASE_BYTES: u64 = 32 << 20;
+pub const BASE_BYTES: u64 = 32 << 20;
 /// Activations that a step holds at once, in multiples of its hidden states in f32.
 const STEP_COPIES: u64 = 16;
 /// Of the free memory, what is used when no budget is given and the model doesn't fit: the rest of the machine lives too.
-const SHARE_OF_FREE: f64 = 0.9;
+pub const SHARE_OF_FREE: f64 = 0.9;
 
 /// How much memory the process may use, and where that puts the experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +118,8 @@ impl ExpertMemory {
     }
 }
 
-fn mebibytes(bytes: u64) -> String {
+/// A size for people.
+pub fn mebibytes(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 

@@ -30,7 +30,7 @@ fn value(seed: usize) -> f32 {
 fn places() -> Vec<PlaceInfo> {
     let info = |place, inputs, rows: &[usize]| {
         let module = |(index, rows): (usize, &usize)| Module { name: format!("{place:?}.{index}"), rows: *rows };
-        PlaceInfo { place, inputs, modules: rows.iter().enumerate().map(module).collect() }
+        PlaceInfo { place, inputs, format: Format::F32, modules: rows.iter().enumerate().map(module).collect() }
     };
     let expert = |expert| {
         let [gate_up, down] = FfnPlace::Routed(0).matrices(expert);

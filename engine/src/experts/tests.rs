@@ -181,7 +181,8 @@ fn adapter() -> Arc<LoadedAdapter> {
             if layer == 0 || place == down {
                 trained.of_mut(place).adapters.push(Adapter { rows: 0..rows, a, b, rank: 2, scale: 0.1 });
             }
-            places.push(PlaceInfo { place, inputs, modules: vec![Module { name: String::new(), rows }] });
+            let modules = vec![Module { name: String::new(), rows }];
+            places.push(PlaceInfo { place, inputs, format: Format::F32, modules });
         }
     }
     Arc::new(LoadedAdapter::new("test", &trained, &parameters, &places).unwrap())

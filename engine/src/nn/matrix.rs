@@ -92,12 +92,12 @@ impl Matrix {
         packing::packing_error(compute, self.packed(), self.layout.n, |row| row, read_rows)
     }
 
-    /// Packs the matrix anew, from all its values `[n, k]`.
-    pub(crate) fn repack(&mut self, compute: &Compute, values: &[f32]) {
+    /// Packs the matrix anew, from the rows that `read_rows` gives as in [`Matrix::from_rows`].
+    pub(crate) fn repack(&mut self, compute: &Compute, read_rows: impl Fn(Range<usize>, &mut [f32]) + Sync) {
         let layout = self.layout;
         let tasks = PackTask::split((), layout, self.bytes.chunks_exact_mut(layout.panel_bytes()));
         let packed = pack(compute, layout.format, tasks, |(), rows, out| {
-            out.copy_from_slice(&values[rows.start * layout.k..rows.end * layout.k]);
+            read_rows(rows, out);
             Ok::<_, std::convert::Infallible>(())
         });
         let Ok(()) = packed;

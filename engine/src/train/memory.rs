@@ -1,7 +1,9 @@
 //! What a step holds at once, in bytes, beside the weights.
 
-use super::{head, parameters::Parameters};
-use crate::nn::{Decoder, Ffn, Format, Layout};
+use cadre_kernels::gradient::Transposed;
+
+use super::head;
+use crate::nn::{Decoder, DecoderLayer, Ffn, Layout};
 
 /// Values, gradient and two moments of a number that is trained, all f32.
 const BYTES_PER_PARAMETER: u64 = 16;
@@ -22,9 +24,10 @@ pub struct StepMemory {
 }
 
 impl StepMemory {
-    /// Of a step of `tokens` tokens, in batches of at most `batch_tokens`, the longest sequence of which is `longest`.
+    /// Of a step of `tokens` tokens, in batches of at most `batch_tokens`, the longest sequence of which is `longest`, that
+    /// trains so many `numbers`.
     #[must_use]
-    pub fn new(decoder: &Decoder, parameters: &Parameters, tokens: usize, batch_tokens: usize, longest: usize) -> Self {
+    pub fn new(decoder: &Decoder, numbers: usize, tokens: usize, batch_tokens: usize, longest: usize) -> Self {
         let layers = &decoder.parts.layers;
         let hidden = decoder.parts.embedding.layout().k;
         let tape = |index: usize| {
@@ -52,7 +55,7 @@ impl StepMemory {
             kept: kept.into_iter().map(|bytes| bytes * tokens as u64).collect(),
             layer: layer + transposed(decoder),
             head: head::bytes(decoder.head()),
-            parameters: parameters.count() as u64 * BYTES_PER_PARAMETER,
+            parameters: numbers as u64 * BYTES_PER_PARAMETER,
         }
     }
 
@@ -77,11 +80,9 @@ impl StepMemory {
 
 /// The largest matrix of a layer, transposed.
 fn transposed(decoder: &Decoder) -> u64 {
-    let turned = |layout: Layout| {
-        let format = if layout.format == Format::F32 { Format::F32 } else { Format::Bf16 };
-        Layout { format, n: layout.k, k: layout.n }.bytes() as u64
-    };
-    let of_layer = |layer: &crate::nn::DecoderLayer| {
+    let turned =
+        |layout: Layout| Layout { format: Transposed::format(layout.format), n: layout.k, k: layout.n }.bytes() as u64;
+    let of_layer = |layer: &DecoderLayer| {
         let ffn = match &layer.ffn {
             Ffn::Dense(ffn) => ffn.weights.layout(),
             Ffn::Moe(ffn) => ffn.experts.layout(),

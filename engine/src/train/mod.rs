@@ -12,6 +12,7 @@
 //! The backward passes are written out by hand, in the order of the forward pass reversed: a tape of tensors would
 //! hide what a step keeps, and the memory that it takes is the point.
 
+pub mod affinity;
 mod attention;
 mod batch;
 mod experts;
@@ -32,3 +33,4 @@ mod workspace;
 
 pub use batch::{Batch, Target};
 pub use trainer::{RouterLossOptions, StepLosses, Trainer};
+pub use whole::{TrainableModule, trainable_modules};

@@ -1,6 +1,6 @@
 //! The matrices of a decoder, by where they stand.
 
-use crate::nn::{Decoder, DenseFfn, ExpertModules, Ffn, FfnLayout, Matrix, Module};
+use crate::nn::{Decoder, DenseFfn, ExpertModules, Ffn, FfnLayout, Format, Matrix, Module};
 
 /// A matrix of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,6 +55,8 @@ pub struct PlaceInfo {
     pub place: Place,
     /// Inputs.
     pub inputs: usize,
+    /// What its weights are packed as.
+    pub format: Format,
     /// The modules whose outputs its rows are, in order.
     pub modules: Vec<Module>,
 }
@@ -96,15 +98,16 @@ pub fn places(decoder: &Decoder) -> Vec<PlaceInfo> {
 }
 
 fn of_matrix(place: Place, matrix: &Matrix) -> PlaceInfo {
-    PlaceInfo { place, inputs: matrix.layout().k, modules: matrix.modules().to_vec() }
+    let layout = matrix.layout();
+    PlaceInfo { place, inputs: layout.k, format: layout.format, modules: matrix.modules().to_vec() }
 }
 
 fn of_expert([gate_up, down]: [Place; 2], layout: FfnLayout, modules: &ExpertModules) -> [PlaceInfo; 2] {
-    let FfnLayout { hidden, intermediate, .. } = layout;
+    let FfnLayout { format, hidden, intermediate } = layout;
     let module = |name: &String, rows| Module { name: name.clone(), rows };
     let pair = vec![module(&modules.gate, intermediate), module(&modules.up, intermediate)];
     [
-        PlaceInfo { place: gate_up, inputs: hidden, modules: pair },
-        PlaceInfo { place: down, inputs: intermediate, modules: vec![module(&modules.down, hidden)] },
+        PlaceInfo { place: gate_up, inputs: hidden, format, modules: pair },
+        PlaceInfo { place: down, inputs: intermediate, format, modules: vec![module(&modules.down, hidden)] },
     ]
 }

@@ -15,6 +15,59 @@ use crate::{
     nn::{Decoder, ExpertPart, Experts, Ffn, Format, Matrix, Module, RmsNorm, RoutedExperts, matrices},
 };
 
+/// A module whose weights can be trained themselves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainableModule {
+    /// Its full name, as on the hub.
+    pub name: String,
+    /// Its weights; biases, which are few, aren't counted.
+    pub numbers: usize,
+    /// What they are packed as.
+    pub format: Format,
+    /// The matrix that they are some rows of; `None`: the embedding's, or a norm's.
+    pub place: Option<Place>,
+}
+
+/// The modules of a decoder but those whose weights aren't used as they are stored: a normalised head (also if it is the
+/// embedding), and the norm before it.
+#[must_use]
+pub fn trainable_modules(decoder: &Decoder) -> Vec<TrainableModule> {
+    let parts = &decoder.parts;
+    let module = |module: &Module, inputs, format, place| TrainableModule {
+        name: module.name.clone(),
+        numbers: module.rows * inputs,
+        format,
+        place,
+    };
+    let layout = parts.embedding.layout();
+    let mut all = Vec::new();
+    if parts.head.is_some() || !parts.norm.is_divided {
+        all.extend(parts.embedding.modules().iter().map(|one| module(one, layout.k, layout.format, None)));
+    }
+    for info in places(decoder) {
+        // A tied head is the embedding.
+        if info.place != Place::Head || decoder.has_plain_head() {
+            all.extend(info.modules.iter().map(|one| module(one, info.inputs, info.format, Some(info.place))));
+        }
+    }
+    let norm = |name: &str, weight: &[f32]| TrainableModule {
+        name: name.to_owned(),
+        numbers: weight.len(),
+        format: Format::F32,
+        place: None,
+    };
+    for layer in &parts.layers {
+        let norms = [&layer.attention_norm, &layer.ffn_norm];
+        all.extend(norms.map(|one| norm(&one.module, &one.weight)));
+        if let Some(norms) = &layer.attention.norms {
+            let [query, key] = &norms.modules;
+            all.extend([norm(query, &norms.query), norm(key, &norms.key)]);
+        }
+    }
+    all.extend(Some(&parts.norm).filter(|norm| !norm.is_divided).map(|one| norm(&one.module, &one.weight)));
+    all
+}
+
 impl Trained {
     /// Adds to `parameters` the weights, and biases, of all modules that `is_trained` names.
     ///
@@ -226,14 +279,18 @@ fn pick<'a>(trained: &[(Range<usize>, &'a [f32])], row: usize, k: usize) -> Opti
 
 fn repack(compute: &Compute, matrix: &mut Matrix, trained: &[(Range<usize>, &[f32])]) {
     let layout = matrix.layout();
-    let mut values = vec![0.0; layout.n * layout.k];
-    for (row, out) in values.chunks_exact_mut(layout.k).enumerate() {
-        match pick(trained, row, layout.k) {
-            Some(values) => out.copy_from_slice(values),
-            None => matrix.packed().unpack_row(row, out),
+    let is_whole = trained.iter().map(|(rows, _)| rows.len()).sum::<usize>() >= layout.n;
+    let before = if is_whole { Vec::new() } else { matrix.data().to_vec() };
+    let before = (!is_whole).then(|| Packed::new(layout, &before));
+    matrix.repack(compute, |rows, out| {
+        for (row, out) in rows.zip(out.chunks_exact_mut(layout.k)) {
+            match (pick(trained, row, layout.k), &before) {
+                (Some(values), _) => out.copy_from_slice(values),
+                (None, Some(before)) => before.unpack_row(row, out),
+                (None, None) => out.fill(0.0),
+            }
         }
-    }
-    matrix.repack(compute, &values);
+    });
 }
 
 fn repack_expert(experts: &mut Experts, expert: usize, down: bool, trained: &[(Range<usize>, &[f32])]) {

@@ -6,8 +6,8 @@ use cadre_engine::train::places::{Place, PlaceInfo};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{At, Entry, LoraOptions, Part, targets::last};
-use crate::{Error, Result, json};
+use super::{At, Entry, LoraOptions, Part};
+use crate::{Error, Result, json, targets::last};
 
 /// The fields of adapter_config.json that say what an adapter is. Those that only PEFT's own training needs are left to
 /// its defaults.

@@ -11,10 +11,10 @@ use cadre_engine::{
 };
 
 use super::{AdapterConfig, AdapterLayout, At, Entry, Lora, Part, stack_of};
-use crate::{Error, Result};
-
-/// All linear modules but the router and the head.
-pub const ALL_LINEAR: &str = "all-linear";
+use crate::{
+    Error, Result,
+    targets::{ALL_LINEAR, is_linear, names, no_such_target},
+};
 
 /// New adapters.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,11 +53,8 @@ impl Lora {
             entries.extend(entries_of(info, &places, options, &mut found)?);
         }
         if let Some(target) = options.targets.iter().find(|target| !found.contains(target.as_str())) {
-            let known: BTreeSet<&str> = places.iter().flat_map(|info| &info.modules).map(|m| last(&m.name)).collect();
-            return Err(Error::NoSuchTarget {
-                target: target.clone(),
-                known: known.into_iter().collect::<Vec<_>>().join(", "),
-            });
+            let modules = places.iter().flat_map(|info| &info.modules);
+            return Err(no_such_target(target, modules.map(|module| module.name.as_str())));
         }
         let config = AdapterConfig::describe(base_model, options, &places, &entries);
         Self::assemble(config, entries, |index, entry| {
@@ -67,22 +64,10 @@ impl Lora {
     }
 }
 
-/// The last component of a module's name.
-pub(super) fn last(name: &str) -> &str {
-    name.rsplit('.').next().unwrap_or(name)
-}
-
-/// Whether `target` names the module, or one that holds it.
-fn names(target: &str, module: &str) -> bool {
-    let whole = format!(".{module}.");
-    whole.contains(&format!(".{target}."))
-}
-
 /// The targets that `module` of this place matches.
 fn matching<'a>(options: &'a LoraOptions, place: Place, module: &str) -> Vec<&'a str> {
-    let linear = !matches!(place, Place::Router { .. } | Place::Head);
     let targets = options.targets.iter().map(String::as_str);
-    targets.filter(|target| if *target == ALL_LINEAR { linear } else { names(target, module) }).collect()
+    targets.filter(|target| if *target == ALL_LINEAR { is_linear(place) } else { names(target, module) }).collect()
 }
 
 /// The adapters of one place; the targets that they match join `found`.

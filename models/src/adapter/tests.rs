@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     Error, FormatOptions, Placement, load, open,
+    targets::ALL_LINEAR,
     tensors::TensorSet,
     testing::{tiny, write_checkpoint},
 };

@@ -8,8 +8,9 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     StoredType,
-    adapter::{ALL_LINEAR, AdapterLayout, LoraOptions},
+    adapter::{AdapterLayout, LoraOptions},
     checkpoint::open_directory,
+    targets::ALL_LINEAR,
     testing::{tiny, write_checkpoint},
     tokenizer::tests::byte_level_json,
 };

@@ -5,9 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use cadre_engine::nn::Format;
-use clap::Args;
+use cadre_models::targets::{ALL, ALL_LINEAR};
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
 use super::{parse_bytes, terminal::stop_at_ctrl_c};
@@ -62,7 +63,7 @@ pub struct FinetuneArgs {
     #[arg(long, help_heading = "Data")]
     packing: bool,
 
-    /// Where the adapter, checkpoints, log and report go
+    /// Where the adapter or the new checkpoint, the run's checkpoints, log and report go
     #[arg(long, value_name = "DIR", help_heading = "Output")]
     output: Option<PathBuf>,
 
@@ -95,14 +96,19 @@ pub struct FinetuneArgs {
     #[arg(long, value_name = "PRICE", help_heading = "Output")]
     price_per_hour: Option<f64>,
 
-    /// What is trained: adapters of modules (lora) [default: lora]
+    /// What is trained: adapters of modules (lora), weights themselves (full), the weights of the experts that the data use
+    /// most (experts) or of the routers (router) [default: lora]
     #[arg(long, value_enum, value_name = "METHOD", help_heading = "Method")]
     method: Option<Method>,
 
-    /// Modules with adapters, as on the hub (`q_proj`), or what holds them (`experts`, `self_attn`); all-linear: all but the
-    /// router and the head [default: all-linear]
+    /// What lora and full train: modules as on the hub (`q_proj`), or what holds them (`experts`, `self_attn`); all-linear: all
+    /// matrices but the routers and the head; all, for full: everything but the routers [default: all-linear; for full: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Method")]
     targets: Vec<String>,
+
+    /// With --method experts: of each layer the fewest experts that get this share of the tokens' choices [default: 0.2]
+    #[arg(long, value_name = "SHARE", help_heading = "Method")]
+    expert_share: Option<f64>,
 
     /// The adapters' rank [default: 8]
     #[arg(long, value_name = "N", help_heading = "Method")]
@@ -129,7 +135,7 @@ pub struct FinetuneArgs {
     #[arg(long, value_name = "X", help_heading = "Method")]
     z_loss_coef: Option<f32>,
 
-    /// The highest learning rate [default: 2e-4]
+    /// The highest learning rate [default: 2e-4 for lora, 2e-5 for weights themselves]
     #[arg(long, value_name = "X", help_heading = "Steps")]
     learning_rate: Option<f64>,
 
@@ -204,6 +210,13 @@ impl FinetuneArgs {
             None => self,
             Some(path) => self.over_file(&path)?,
         };
+        let method = args.method.unwrap_or_default();
+        args.check_method(method)?;
+        let targets = match method {
+            Method::Lora if args.targets.is_empty() => vec![ALL_LINEAR.to_owned()],
+            Method::Full if args.targets.is_empty() => vec![ALL.to_owned()],
+            _ => args.targets,
+        };
         let format = args.dtype.as_deref().filter(|name| *name != "auto");
         let layout = args.adapter_layout.map(Into::into);
         let memory = args.memory.as_deref().map(parse_bytes).transpose();
@@ -223,15 +236,16 @@ impl FinetuneArgs {
             keep: args.keep.unwrap_or(3).max(1),
             report_to: args.report_to.unwrap_or_default(),
             price_per_hour: args.price_per_hour,
-            method: args.method.unwrap_or_default(),
-            targets: if args.targets.is_empty() { vec!["all-linear".to_owned()] } else { args.targets },
+            method,
+            targets,
+            expert_share: args.expert_share.unwrap_or(0.2),
             rank: args.rank.unwrap_or(8),
             alpha: args.alpha.unwrap_or(2.0 * args.rank.unwrap_or(8) as f64),
             rslora: args.rslora,
             layout,
             aux_loss_coef: args.aux_loss_coef.unwrap_or(0.0),
             z_loss_coef: args.z_loss_coef.unwrap_or(0.0),
-            learning_rate: args.learning_rate.unwrap_or(2e-4),
+            learning_rate: args.learning_rate.unwrap_or(if method == Method::Lora { 2e-4 } else { 2e-5 }),
             scheduler: args.scheduler.unwrap_or_default(),
             warmup_ratio: args.warmup_ratio.unwrap_or(0.03),
             epochs: args.epochs.unwrap_or(3.0),
@@ -247,6 +261,25 @@ impl FinetuneArgs {
         };
         settings.check()?;
         Ok(settings)
+    }
+
+    /// Refuses flags that `method` has no use for.
+    fn check_method(&self, method: Method) -> Result<()> {
+        let flags = [
+            ("--targets", !self.targets.is_empty(), &[Method::Lora, Method::Full][..]),
+            ("--expert-share", self.expert_share.is_some(), &[Method::Experts]),
+            ("--rank", self.rank.is_some(), &[Method::Lora]),
+            ("--alpha", self.alpha.is_some(), &[Method::Lora]),
+            ("--rslora", self.rslora, &[Method::Lora]),
+            ("--adapter-layout", self.adapter_layout.is_some(), &[Method::Lora]),
+        ];
+        let name = |method: &Method| method.to_possible_value().map_or(String::new(), |one| one.get_name().to_owned());
+        for (flag, _, methods) in flags.iter().filter(|(_, is_given, methods)| *is_given && !methods.contains(&method))
+        {
+            let methods = methods.iter().map(name).collect::<Vec<_>>().join(" or ");
+            bail!("{flag} is for --method {methods}, but this run's is {}", name(&method));
+        }
+        Ok(())
     }
 
     fn over_file(self, path: &Path) -> Result<Self> {

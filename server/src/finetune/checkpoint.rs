@@ -1,5 +1,5 @@
-//! What a run saves to go on bit for bit: a folder `checkpoint-N` with the adapter, the optimizer's numbers, and where
-//! the run stood.
+//! What a run saves to go on bit for bit: a folder `checkpoint-N` with the adapter (if it trains one), the optimizer's
+//! numbers, and where the run stood.
 
 use std::{
     fs,
@@ -129,7 +129,7 @@ impl StateFile {
 pub fn save(
     output: &Path,
     position: &Position,
-    files: &AdapterFiles,
+    files: Option<&AdapterFiles>,
     parameters: &Parameters,
     optimizer: &AdamWState,
     settings: &Value,
@@ -139,7 +139,8 @@ pub fn save(
     let unfinished = output.join(format!("{PREFIX}{}{UNFINISHED}", position.step));
     let failed = || format!("cannot save {}", folder.display());
     remove(&unfinished)?;
-    files.write(&unfinished, parameters)?;
+    fs::create_dir_all(&unfinished).with_context(failed)?;
+    files.map_or(Ok(()), |files| files.write(&unfinished, parameters))?;
     training_state::write(&unfinished, parameters, optimizer)?;
     let state = StateFile::new(position, optimizer.updates, settings.clone());
     write_synced(&unfinished.join(STATE_FILE), &serde_json::to_vec_pretty(&state)?).with_context(failed)?;

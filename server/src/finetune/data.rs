@@ -11,6 +11,9 @@ use cadre_models::{
 
 use super::settings::Settings;
 
+/// Tokens that go through the model at once where no step says how many.
+pub const TOKENS_AT_ONCE: usize = 4096;
+
 /// Examples, and what counts as one in a batch.
 pub struct Data {
     /// The examples.
@@ -73,6 +76,22 @@ impl Data {
         let start = (drawn % per_epoch) as usize * self.per_step;
         let units = &order[start..order.len().min(start + self.per_step)];
         units.iter().flat_map(|unit| &self.units[*unit]).map(|index| *index as u64).collect()
+    }
+
+    /// The numbers of all examples in order, in groups of at most `tokens` tokens; a longer example is one by itself.
+    pub fn chunks(&self, tokens: usize) -> Vec<Vec<u64>> {
+        let (mut chunks, mut taken) = (Vec::<Vec<u64>>::new(), 0);
+        for (number, example) in (0..).zip(self.examples()) {
+            taken += example.tokens.len();
+            match chunks.last_mut() {
+                Some(chunk) if taken <= tokens => chunk.push(number),
+                _ => {
+                    chunks.push(vec![number]);
+                    taken = example.tokens.len();
+                }
+            }
+        }
+        chunks
     }
 
     /// The most tokens that a step may have, those of one of its `parts`, and those of an example.

@@ -3,12 +3,14 @@
 //! | part | does |
 //! |---|---|
 //! | [`settings`] | what was asked for |
+//! | [`affinity`] | the experts that the data use most, if those are trained |
 //! | [`data`] | the examples, and which of them make which step |
 //! | [`prepare`] | opens the model, finds what is trained, divides the memory; what `--dry-run` shows |
 //! | [`run`](mod@run) | the steps |
 //! | [`checkpoint`] | what a run needs to go on bit for bit |
 //! | [`step_log`], [`tensorboard`], [`report`] | what a run leaves behind for those who watch it and look back at it |
 
+mod affinity;
 pub mod checkpoint;
 mod data;
 mod prepare;

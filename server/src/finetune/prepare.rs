@@ -1,27 +1,34 @@
 //! What is there before the first step: the model's sizes, the data, what is trained, and how the memory is divided.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeSet, fmt::Write as _};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
     compute::Compute,
     model::{Model, ModelInfo},
-    train::{memory::StepMemory, places::Place},
+    nn::{Decoder, Format},
+    train::{TrainableModule, memory::StepMemory, places::Place, trainable_modules},
 };
 use cadre_models::{
-    Checkpoint, FormatOptions, Outline, Placement, Tokenizer,
+    Checkpoint, FormatOptions, LoadedModel, Outline, Placement, Tokenizer,
     adapter::{AdapterLayout, Lora, LoraOptions},
+    rewrite, targets,
 };
 
-use super::{data::Data, settings::Settings};
-use crate::{engine, host, memory::ExpertMemory};
+use super::{
+    affinity::ChosenExperts,
+    checkpoint::is_there,
+    data::Data,
+    settings::{Method, Settings},
+};
+use crate::{
+    engine, host,
+    memory::{BASE_BYTES, ExpertMemory, SHARE_OF_FREE, mebibytes},
+    progress,
+};
 
 /// Tokens that an example keeps when no flag says: more than most chats have.
 const MAX_LENGTH: usize = 2048;
-/// Of the free memory, what is used when no budget is given: the rest of the machine lives too.
-const SHARE_OF_FREE: f64 = 0.9;
-/// What a process takes beside what is reckoned.
-const BASE_BYTES: u64 = 32 << 20;
 
 /// What is there before the first step.
 pub struct Prepared {
@@ -31,9 +38,38 @@ pub struct Prepared {
     pub data: Data,
     pub eval: Option<Data>,
     pub steps: u64,
-    pub lora: Lora,
+    pub trainee: Trainee,
     pub memory: MemoryPlan,
     pub formats: FormatOptions,
+}
+
+/// What is trained.
+pub enum Trainee {
+    /// Adapters of frozen weights.
+    Adapters(Lora),
+    /// The weights of these modules.
+    Weights {
+        modules: Vec<TrainableModule>,
+        /// If the experts among them were chosen by the data.
+        chosen: Option<ChosenExperts>,
+    },
+}
+
+impl Trainee {
+    /// How many numbers.
+    fn numbers(&self) -> usize {
+        match self {
+            Self::Adapters(lora) => lora.parameters.count(),
+            Self::Weights { modules, .. } => modules.iter().map(|module| module.numbers).sum(),
+        }
+    }
+
+    /// Whether the weights of routed experts change.
+    fn changes_experts(&self) -> bool {
+        let is_expert =
+            |module: &TrainableModule| matches!(module.place, Some(Place::GateUp { .. } | Place::Down { .. }));
+        matches!(self, Self::Weights { modules, .. } if modules.iter().any(is_expert))
+    }
 }
 
 /// How the memory is divided, in bytes.
@@ -112,10 +148,6 @@ impl MemoryPlan {
     }
 }
 
-fn mebibytes(bytes: u64) -> String {
-    format!("{} MiB", bytes.div_ceil(1 << 20))
-}
-
 impl Prepared {
     /// Opens what the settings name.
     ///
@@ -136,27 +168,35 @@ impl Prepared {
         let data = read(&settings.data).context("--data")?;
         let eval = if settings.eval.is_empty() { None } else { Some(read(&settings.eval).context("--eval")?) };
         let steps = settings.max_steps.unwrap_or_else(|| data.steps(settings.epochs));
-        let layout = settings.layout.unwrap_or(if checkpoint.stacks_experts() {
-            AdapterLayout::Fused
-        } else {
-            AdapterLayout::PerExpert
-        });
-        let options = LoraOptions {
-            rank: settings.rank,
-            alpha: settings.alpha,
-            rslora: settings.rslora,
-            targets: settings.targets.clone(),
-            layout,
-            seed: settings.seed,
-        };
-        let lora = Lora::new(&resident.decoder, checkpoint.name(), &options)?;
         let [step_tokens, batch_tokens, longest] = data.most_tokens(settings.grad_accum);
-        let step = StepMemory::new(&resident.decoder, &lora.parameters, step_tokens, batch_tokens, longest);
+        let step = |numbers| StepMemory::new(&resident.decoder, numbers, step_tokens, batch_tokens, longest);
         let free = || host::free_memory_bytes().map_or(u64::MAX / 2, |free| (free as f64 * SHARE_OF_FREE) as u64);
         let budget = settings.memory.unwrap_or_else(free);
+        let trainee = match settings.method {
+            Method::Lora => Trainee::Adapters(adapters(settings, &checkpoint, &resident.decoder)?),
+            Method::Full => weights(&checkpoint, targets::modules_of(&resident.decoder, &settings.targets)?, None)?,
+            Method::Router => weights(
+                &checkpoint,
+                modules_that(&resident.decoder, |place| matches!(place, Place::Router { .. })),
+                None,
+            )?,
+            Method::Experts => {
+                let chosen = if is_there(&settings.output)? {
+                    ChosenExperts::read(&settings.output)?
+                } else {
+                    // Trained experts have to be in memory.
+                    MemoryPlan::new(budget, info, None, step(0))?;
+                    let decoder = load(&checkpoint, &formats, Placement::Resident, &compute)?.decoder;
+                    eprintln!("looking for the experts that the data use most");
+                    ChosenExperts::measure(&compute, decoder, &data, settings.expert_share)?
+                };
+                weights(&checkpoint, modules_that(&resident.decoder, |place| chosen.has(place)), Some(chosen))?
+            }
+        };
+        let step = step(trainee.numbers());
         let memory = match MemoryPlan::new(budget, info, None, step.clone()) {
             Ok(plan) => plan,
-            Err(error) if info.moe_layers.is_empty() => return Err(error),
+            Err(error) if info.moe_layers.is_empty() || trainee.changes_experts() => return Err(error),
             Err(_) => {
                 let stored = outline(&checkpoint, &formats, Placement::Stored, &compute)?;
                 let experts = stored.experts.as_ref().context("experts that can stay on disk")?;
@@ -169,7 +209,7 @@ impl Prepared {
                 MemoryPlan::new(budget, info, Some(memory), step)?
             }
         };
-        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, lora, memory, formats })
+        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, trainee, memory, formats })
     }
 
     /// What will be done.
@@ -212,32 +252,45 @@ impl Prepared {
 
     /// `experts: 64 x 16 adapted, …`
     fn trained(&self) -> String {
-        let (mut attention, mut shared, mut head) = (0, 0, 0);
-        let (mut experts, mut layers, mut routers) =
-            (std::collections::BTreeSet::new(), std::collections::BTreeSet::new(), 0);
-        for (place, _) in self.lora.trained.matrices() {
+        let (places, verb): (Vec<Option<Place>>, _) = match &self.trainee {
+            Trainee::Adapters(lora) => (lora.trained.matrices().map(|(place, _)| Some(place)).collect(), "adapted"),
+            Trainee::Weights { modules, .. } => (modules.iter().map(|module| module.place).collect(), "trained"),
+        };
+        let (mut attention, mut shared, mut head, mut routers, mut others) = (0, 0, 0, 0, 0);
+        let mut experts = BTreeSet::new();
+        for place in places {
             match place {
-                Place::Qkv { .. } | Place::AttentionOutput { .. } => attention += 1,
-                Place::Router { .. } => routers += 1,
-                Place::GateUp { layer, expert } | Place::Down { layer, expert } => {
-                    experts.insert(expert);
-                    layers.insert(layer);
+                Some(Place::Qkv { .. } | Place::AttentionOutput { .. }) => attention += 1,
+                Some(Place::Router { .. }) => routers += 1,
+                Some(Place::GateUp { layer, expert } | Place::Down { layer, expert }) => {
+                    experts.insert((layer, expert));
                 }
-                Place::SharedGateUp { .. } | Place::SharedDown { .. } => shared += 1,
-                Place::Head => head += 1,
+                Some(Place::SharedGateUp { .. } | Place::SharedDown { .. }) => shared += 1,
+                Some(Place::Head) => head += 1,
+                None => others += 1,
             }
         }
         let mut parts = Vec::new();
         if !experts.is_empty() {
-            parts.push(format!("experts: {} x {} adapted", experts.len(), layers.len()));
+            let layers = experts.iter().map(|(layer, _)| layer).collect::<BTreeSet<_>>().len();
+            let each = experts.iter().map(|(_, expert)| expert).collect::<BTreeSet<_>>().len();
+            let count = experts.len();
+            parts.push(if count == each * layers {
+                format!("experts: {each} x {layers} {verb}")
+            } else {
+                format!("experts: {count} in {layers} layers {verb}")
+            });
         }
         for (count, name) in [(attention, "attention"), (shared, "shared and dense feed-forward"), (head, "head")] {
             if count > 0 {
-                parts.push(format!("{name}: {count} matrices adapted"));
+                parts.push(format!("{name}: {count} matrices {verb}"));
             }
         }
-        parts.push(format!("{:.1} M parameters", self.lora.parameters.count() as f64 / 1e6));
-        parts.push(if routers > 0 { format!("{routers} routers adapted") } else { "router frozen".to_owned() });
+        if others > 0 {
+            parts.push(format!("embedding and norms: {others} {verb}"));
+        }
+        parts.push(format!("{:.1} M parameters", self.trainee.numbers() as f64 / 1e6));
+        parts.push(if routers > 0 { format!("{routers} routers {verb}") } else { "router frozen".to_owned() });
         parts.join(", ")
     }
 
@@ -253,6 +306,37 @@ impl Prepared {
     }
 }
 
+/// New adapters.
+fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Lora> {
+    let own = if checkpoint.stacks_experts() { AdapterLayout::Fused } else { AdapterLayout::PerExpert };
+    let options = LoraOptions {
+        rank: settings.rank,
+        alpha: settings.alpha,
+        rslora: settings.rslora,
+        targets: settings.targets.clone(),
+        layout: settings.layout.unwrap_or(own),
+        seed: settings.seed,
+    };
+    Ok(Lora::new(decoder, checkpoint.name(), &options)?)
+}
+
+fn modules_that(decoder: &Decoder, is_meant: impl Fn(Place) -> bool) -> Vec<TrainableModule> {
+    trainable_modules(decoder).into_iter().filter(|module| module.place.is_some_and(&is_meant)).collect()
+}
+
+/// The weights of `modules`, if they can be trained and written.
+fn weights(checkpoint: &Checkpoint, modules: Vec<TrainableModule>, chosen: Option<ChosenExperts>) -> Result<Trainee> {
+    ensure!(!modules.is_empty(), "{} has no router: use another --method", checkpoint.name());
+    rewrite::check(checkpoint)?;
+    if let Some(module) = modules.iter().find(|module| !matches!(module.format, Format::F32 | Format::Bf16)) {
+        let (name, format) = (&module.name, module.format);
+        bail!(
+            "{name} is packed as {format}, but weights are trained as f32 or bf16: give another --dtype, or train adapters"
+        );
+    }
+    Ok(Trainee::Weights { modules, chosen })
+}
+
 fn outline(
     checkpoint: &Checkpoint,
     formats: &FormatOptions,
@@ -260,6 +344,21 @@ fn outline(
     compute: &Compute,
 ) -> Result<Outline> {
     Ok(cadre_models::outline(checkpoint, formats, placement, compute)?)
+}
+
+/// Loads the weights, with a progress bar.
+///
+/// # Errors
+/// When they can't be read, or memory can't be had.
+pub fn load(
+    checkpoint: &Checkpoint,
+    formats: &FormatOptions,
+    placement: Placement,
+    compute: &Compute,
+) -> Result<LoadedModel> {
+    Ok(progress::weights("loading weights", |report| {
+        cadre_models::load(checkpoint, formats, placement, compute, report)
+    })?)
 }
 
 /// Shows what a run would do.

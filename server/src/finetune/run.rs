@@ -1,6 +1,7 @@
 //! The steps of a run.
 
 use std::{
+    collections::HashSet,
     fs,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
@@ -14,17 +15,23 @@ use cadre_engine::{
         RouterLossOptions, StepLosses, Trainer,
         guard::{Event, Guard, GuardOptions, Observed, Verdict},
         optimizer::{AdamW, AdamWOptions},
+        parameters::Parameters,
         schedule::Schedule,
+        trained::Trained,
     },
 };
-use cadre_models::{LoadedModel, Placement, adapter::AdapterFiles};
+use cadre_models::{
+    Checkpoint, LoadedModel, Placement,
+    adapter::{AdapterFiles, Lora},
+    rewrite::{self, Rewriting},
+};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::{
     checkpoint::{self, Position},
-    data::{Data, batches},
-    prepare::Prepared,
+    data::{Data, TOKENS_AT_ONCE, batches},
+    prepare::{Prepared, Trainee, load},
     report::{ExpertLoad, Price, Report},
     settings::{ReportTo, Settings},
     step_log::{EvaluationLine, GuardLine, Line, StepLine, StepLog},
@@ -34,8 +41,8 @@ use crate::{host, progress};
 
 const LOG_FILE: &str = "train_log.jsonl";
 const REPORT_FILE: &str = "report.html";
-/// Tokens of a batch that is evaluated.
-const EVALUATED_TOKENS: usize = 4096;
+/// The directory of a checkpoint with trained weights, in the output directory.
+const MODEL_DIRECTORY: &str = "model";
 
 /// Trains, from the start or from the latest checkpoint; `stop` ends it after the step that is running.
 ///
@@ -59,13 +66,20 @@ pub fn run(settings: &Settings, resume: bool, stop: &AtomicBool) -> Result<()> {
     let ended = run.steps(stop);
     run.progress.finish_and_clear();
     match ended? {
-        Ended::Finished => run.finish(),
+        Ended::Finished => run.finish(stop),
         Ended::Stopped => {
             run.save()?;
             eprintln!("stopped after step {}: go on with --resume", run.position.step);
             Ok(())
         }
     }
+}
+
+/// What a run makes.
+enum Made {
+    Adapter(AdapterFiles),
+    /// A checkpoint in the layout of the one that it began from.
+    Model,
 }
 
 enum Ended {
@@ -80,7 +94,8 @@ struct Run<'a> {
     eval: Option<Data>,
     steps: u64,
     trainer: Trainer,
-    files: AdapterFiles,
+    made: Made,
+    checkpoint: Checkpoint,
     store: Option<ExpertStore>,
     optimizer: AdamW,
     schedule: Schedule,
@@ -98,13 +113,22 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(settings: &'a Settings, prepared: Prepared, resume: bool) -> Result<Self> {
-        let Prepared { compute, checkpoint, data, eval, steps, lora, memory, formats, .. } = prepared;
+        let Prepared { compute, checkpoint, data, eval, steps, trainee, memory, formats, .. } = prepared;
         let placement = if memory.slots.is_some() { Placement::Stored } else { Placement::Resident };
-        let LoadedModel { decoder, experts, .. } = progress::weights("loading weights", |report| {
-            cadre_models::load(&checkpoint, &formats, placement, &compute, report)
-        })?;
+        let LoadedModel { decoder, experts, .. } = load(&checkpoint, &formats, placement, &compute)?;
         let store = experts.zip(memory.slots).map(|(experts, slots)| experts.open(slots)).transpose()?;
-        let mut parameters = lora.parameters;
+        let (trained, mut parameters, made) = match trainee {
+            Trainee::Adapters(Lora { trained, parameters, files }) => (trained, parameters, Made::Adapter(files)),
+            Trainee::Weights { modules, chosen } => {
+                if let Some(chosen) = chosen {
+                    chosen.write(&settings.output)?;
+                }
+                let names: HashSet<&str> = modules.iter().map(|module| module.name.as_str()).collect();
+                let mut parameters = Parameters::default();
+                let trained = Trained::weights(&decoder, &mut parameters, |module| names.contains(module))?;
+                (trained, parameters, Made::Model)
+            }
+        };
         let deciding = settings.deciding();
         let options = AdamWOptions { weight_decay: settings.weight_decay, ..AdamWOptions::default() };
         let guard_options =
@@ -119,7 +143,10 @@ impl<'a> Run<'a> {
             (position, AdamW::new(options, &parameters), guard)
         };
         let router = RouterLossOptions { balance: settings.aux_loss_coef, z: settings.z_loss_coef };
-        let mut trainer = Trainer::new(compute.clone(), decoder, lora.trained, parameters, router)?;
+        let mut trainer = Trainer::new(compute.clone(), decoder, trained, parameters, router)?;
+        if resume {
+            trainer.write_back();
+        }
         trainer.keep_from(memory.keep_from);
         let schedule = Schedule {
             shape: settings.scheduler.into(),
@@ -143,7 +170,8 @@ impl<'a> Run<'a> {
             eval,
             steps,
             trainer,
-            files: lora.files,
+            made,
+            checkpoint,
             store,
             optimizer,
             schedule,
@@ -276,21 +304,10 @@ impl<'a> Run<'a> {
     fn evaluate(&mut self) -> Result<Option<f64>> {
         let Some(eval) = &self.eval else { return Ok(None) };
         let (mut loss, mut targets, mut correct) = (0.0, 0, 0);
-        let mut start = 0;
-        while start < eval.examples().len() {
-            let mut tokens = 0;
-            let mut end = start;
-            while end < eval.examples().len()
-                && (end == start || tokens + eval.examples()[end].tokens.len() <= EVALUATED_TOKENS)
-            {
-                tokens += eval.examples()[end].tokens.len();
-                end += 1;
-            }
-            let numbers: Vec<u64> = (start as u64..end as u64).collect();
+        for numbers in eval.chunks(TOKENS_AT_ONCE) {
             let found = self.trainer.losses(&batches(eval.examples(), &numbers, 1)?)?;
             loss += found.cross_entropy * found.targets as f64;
             (targets, correct) = (targets + found.targets, correct + found.correct);
-            start = end;
         }
         let (loss, accuracy) = (loss / targets as f64, correct as f64 / targets as f64);
         let step = self.position.step;
@@ -312,35 +329,39 @@ impl<'a> Run<'a> {
     fn save(&self) -> Result<()> {
         let (output, keep) = (&self.settings.output, self.settings.keep);
         let state = self.optimizer.state();
-        checkpoint::save(output, &self.position, &self.files, &self.trainer.parameters, state, &self.deciding, keep)
+        let files = match &self.made {
+            Made::Adapter(files) => Some(files),
+            Made::Model => None,
+        };
+        checkpoint::save(output, &self.position, files, &self.trainer.parameters, state, &self.deciding, keep)
     }
 
     /// How often each expert is chosen in the first examples.
     fn expert_load(&self) -> Result<Vec<Vec<u64>>> {
         let data = self.eval.as_ref().unwrap_or(&self.data);
-        let mut tokens = 0;
-        let fits = |example: &&cadre_models::dataset::Example| {
-            tokens += example.tokens.len();
-            tokens <= EVALUATED_TOKENS
-        };
-        let count = data.examples().iter().take_while(fits).count().max(1);
-        let numbers: Vec<u64> = (0..count as u64).collect();
+        let numbers = data.chunks(TOKENS_AT_ONCE).into_iter().next().unwrap_or_default();
         let batches = batches(data.examples(), &numbers, 1)?;
         Ok(self.trainer.loads(batches.first().context("a batch")?)?)
     }
 
-    fn finish(mut self) -> Result<()> {
+    fn finish(mut self, stop: &AtomicBool) -> Result<()> {
         self.evaluate()?;
         self.save()?;
         let output = &self.settings.output;
-        self.files.write(output, &self.trainer.parameters)?;
-        check_saved(output, &self.files)?;
+        let parameters = &self.trainer.parameters;
+        let what = match &self.made {
+            Made::Adapter(files) => {
+                files.write(output, parameters)?;
+                check_saved(output, files)?;
+                format!("{} holds the adapter", output.display())
+            }
+            Made::Model => write_model(&self.checkpoint, parameters, &output.join(MODEL_DIRECTORY), stop)?,
+        };
         let after = self.expert_load()?;
         self.write_report(after)?;
         let peak = host::peak_rss_bytes().unwrap_or(0);
         eprintln!(
-            "{} holds the adapter; peak memory {} MiB, planned {} MiB; {} tells the rest",
-            output.display(),
+            "{what}; peak memory {} MiB, planned {} MiB; {} tells the rest",
             peak >> 20,
             self.planned_peak >> 20,
             output.join(REPORT_FILE).display()
@@ -375,6 +396,24 @@ impl<'a> Run<'a> {
         let path = output.join(REPORT_FILE);
         fs::write(&path, report.to_string()).with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// Writes the checkpoint with its trained weights, and says what is there then.
+fn write_model(checkpoint: &Checkpoint, parameters: &Parameters, output: &Path, stop: &AtomicBool) -> Result<String> {
+    let written = progress::weights("writing the model", |on_bytes| {
+        rewrite::write_checkpoint(checkpoint, parameters, &Rewriting { output, dtype: None, stop, on_bytes })
+    })?;
+    let (trained, unchanged) = (written.changes.len(), written.unchanged().count());
+    ensure!(
+        unchanged < trained,
+        "the checkpoint in {} is the one from before: no step was applied, or all changes were lost in rounding",
+        output.display()
+    );
+    Ok(format!(
+        "{} holds the model, with {} of {trained} trained tensors changed",
+        output.display(),
+        trained - unchanged
+    ))
 }
 
 /// Reads the adapter back: what was written must be what was trained.

@@ -16,6 +16,12 @@ pub enum Method {
     /// Adapters of modules
     #[default]
     Lora,
+    /// The weights themselves
+    Full,
+    /// The weights of those experts that the data use most (ESFT)
+    Experts,
+    /// The routers' weights
+    Router,
 }
 
 /// Which of a chat's assistant messages the loss is on.
@@ -118,7 +124,10 @@ pub struct Settings {
     pub report_to: ReportTo,
     pub price_per_hour: Option<f64>,
     pub method: Method,
+    /// Empty if the method says what is trained.
     pub targets: Vec<String>,
+    /// Of each layer's choices of experts, how many the chosen experts make up: for [`Method::Experts`].
+    pub expert_share: f64,
     pub rank: usize,
     pub alpha: f64,
     pub rslora: bool,
@@ -172,6 +181,11 @@ impl Settings {
             "--warmup-ratio must be from 0 to 1, found {}",
             self.warmup_ratio
         );
+        ensure!(
+            self.expert_share > 0.0 && self.expert_share <= 1.0,
+            "--expert-share must be above 0 and at most 1, found {}",
+            self.expert_share
+        );
         ensure!(self.max_steps != Some(0), "--max-steps must be at least 1");
         Ok(())
     }
@@ -183,7 +197,7 @@ impl Settings {
             "data": self.data, "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
             "max_length": self.max_length, "packing": self.packing, "targets": self.targets, "rank": self.rank,
             "alpha": self.alpha, "rslora": self.rslora, "adapter_layout": self.layout.map(|layout| format!("{layout:?}")),
-            "aux_loss_coef": self.aux_loss_coef, "z_loss_coef": self.z_loss_coef, "method": self.method,
+            "expert_share": self.expert_share, "aux_loss_coef": self.aux_loss_coef, "z_loss_coef": self.z_loss_coef, "method": self.method,
             "dtype": self.format.map(|format| format.to_string()), "learning_rate": self.learning_rate,
             "scheduler": self.scheduler, "warmup_ratio": self.warmup_ratio, "epochs": self.epochs,
             "max_steps": self.max_steps, "batch_size": self.batch_size, "grad_accum": self.grad_accum,

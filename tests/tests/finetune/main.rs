@@ -4,5 +4,6 @@
 mod adapters;
 mod learns;
 mod merge;
+mod methods;
 mod parity;
 mod runs;

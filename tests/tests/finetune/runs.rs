@@ -15,12 +15,12 @@ use cadre_tests::{
 };
 use serde_json::{Value, json};
 
-fn path(path: &Path) -> &str {
+pub fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// Chats that ask to write words backwards.
-fn data(file: &Path, examples: usize) {
+pub fn data(file: &Path, examples: usize) {
     let words = ["stone", "river", "cloud", "maple", "tiger", "ocean", "candle", "silver", "garden", "pepper"];
     let line = |index: usize| {
         let word = format!("{}{}", words[index % 10], words[index / 10 % 10]);
@@ -32,7 +32,7 @@ fn data(file: &Path, examples: usize) {
 }
 
 /// The log's lines of a kind.
-fn log(output: &Path, kind: &str) -> Vec<Value> {
+pub fn log(output: &Path, kind: &str) -> Vec<Value> {
     let text = fs::read_to_string(output.join("train_log.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).filter(|line: &Value| line["type"] == kind).collect()
 }
@@ -61,7 +61,7 @@ fn flags<'a>(data: &'a str, output: &'a str) -> Vec<&'a str> {
 }
 
 /// Kills `cadre` once `ready` says so, or after it has ended by itself.
-fn killed_when(arguments: &[&str], ready: impl Fn() -> bool) {
+pub fn killed_when(arguments: &[&str], ready: impl Fn() -> bool) {
     let mut child = binary::command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_for("the moment", 120, || ready() || child.try_wait().unwrap().is_some());
     let _ = child.kill();
@@ -166,7 +166,7 @@ fn budgets_change_no_bit() {
 
 /// What `cadre` says when it fails.
 #[track_caller]
-fn refused(arguments: &[&str]) -> String {
+pub fn refused(arguments: &[&str]) -> String {
     let Run { code, stderr, .. } = run(arguments);
     assert_eq!(code, Some(1), "{stderr}");
     stderr

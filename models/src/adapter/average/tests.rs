@@ -9,9 +9,10 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     FormatOptions, Placement,
-    adapter::{ALL_LINEAR, AdapterLayout, Lora, LoraOptions},
+    adapter::{AdapterLayout, Lora, LoraOptions},
     checkpoint::open_directory,
     load::outline,
+    targets::ALL_LINEAR,
     testing::{tiny, write_checkpoint},
     tokenizer::tests::byte_level_json,
 };

@@ -1,0 +1,133 @@
+//! Weights that are trained themselves: all, some, those of the experts that the data use most, or the routers'.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use cadre_tests::{binary::output, source::root};
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::runs::{data, killed_when, log, path, refused};
+
+/// Arguments for twelve steps on all examples at once.
+fn flags<'a>(lines: &'a str, folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let fixed =
+        ["--data", lines, "--output", folder, "--max-steps", "12", "--batch-size", "8", "--learning-rate", "1e-3"];
+    [&["finetune"][..], &fixed, more].concat()
+}
+
+/// The names of the tensors that the run in `folder` changed in the embedded model.
+fn changed(folder: &Path) -> BTreeSet<String> {
+    let read = |path: &Path| -> HashMap<String, Tensor> { candle_core::safetensors::load(path, &Device::Cpu).unwrap() };
+    let before = read(&root().join("models/embedded/model.safetensors"));
+    let after = read(&folder.join("model/model.safetensors"));
+    assert_eq!(before.len(), after.len());
+    let is_same = |name: &str| {
+        let [before, after] = [&before, &after].map(|all| all[name].to_dtype(candle_core::DType::F32).unwrap());
+        assert_eq!(before.dims(), after.dims());
+        let difference = (before - after).unwrap().abs().unwrap().sum_all().unwrap();
+        difference.to_scalar::<f32>().unwrap() == 0.0
+    };
+    before.keys().filter(|name| !is_same(name)).cloned().collect()
+}
+
+/// Runs a method; its output directory.
+fn train(method: &[&str]) -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let (lines, folder) = (directory.path().join("train.jsonl"), directory.path().join("run"));
+    data(&lines, 8);
+    output(&flags(path(&lines), path(&folder), method));
+    (directory, folder)
+}
+
+#[test]
+fn a_method_changes_what_it_says_and_nothing_else() {
+    let trained = |method: &[&str]| changed(&train(method).1);
+    let is_router = |name: &String| name.ends_with("mlp.gate.weight");
+    let routers = trained(&["--method", "router"]);
+    assert!(!routers.is_empty() && routers.iter().all(is_router), "{routers:?}");
+    let all = trained(&["--method", "full"]);
+    assert!(!all.iter().any(is_router));
+    for part in ["word_embeddings", "query_key_value", "shared_experts", "experts.3.up_proj", "lm_head"] {
+        assert!(all.iter().any(|name| name.contains(part)), "{part} is missing in {all:?}");
+    }
+    let some = trained(&["--method", "full", "--targets", "attention,gate"]);
+    assert!(some.iter().any(is_router) && some.iter().any(|name| !is_router(name)));
+    assert!(some.iter().all(|name| name.contains(".attention.") || is_router(name)), "{some:?}");
+}
+
+#[test]
+fn the_experts_that_the_data_use_most_are_chosen_and_changed() {
+    let (_directory, folder) = train(&["--method", "experts"]);
+    let kept: Value = serde_json::from_slice(&fs::read(folder.join("expert_cfg.json")).unwrap()).unwrap();
+    let layers = kept["experts"].as_object().unwrap();
+    let of_layer = |(layer, experts): (&String, &Value)| {
+        let experts = experts.as_array().unwrap().iter();
+        experts.map(|expert| format!("model.layers.{layer}.mlp.experts.{expert}.")).collect::<Vec<_>>()
+    };
+    let chosen: Vec<String> = layers.iter().flat_map(of_layer).collect();
+    assert!(layers.len() == 3 && chosen.len() < 3 * 16, "{chosen:?}");
+    let changed = changed(&folder);
+    assert!(chosen.iter().all(|expert| changed.iter().any(|tensor| tensor.starts_with(expert))), "{changed:?}");
+    assert!(changed.iter().all(|tensor| chosen.iter().any(|expert| tensor.starts_with(expert))), "{changed:?}");
+}
+
+#[test]
+fn the_model_that_is_written_is_the_one_that_was_trained() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, first, second] = ["train.jsonl", "first", "second"].map(|name| directory.path().join(name));
+    data(&lines, 8);
+    output(&flags(path(&lines), path(&first), &["--method", "full", "--eval", path(&lines)]));
+    let loss = |folder: &Path, kind: &str| log(folder, kind)[0]["loss"].as_f64().unwrap();
+    let (before, after) = (loss(&first, "step"), loss(&first, "evaluation"));
+    assert!(after < 0.7 * before, "{before} became {after}");
+    // The new model's first step begins where the first run ended, but for norms that are stored as bf16: a part in 500.
+    let model = first.join("model");
+    output(&flags(path(&lines), path(&second), &["--model", path(&model), "--warmup-ratio", "1"]));
+    let again = loss(&second, "step");
+    assert!((again - after).abs() < 0.01 * after, "{after}, then {again}");
+}
+
+#[test]
+fn a_killed_run_ends_with_the_same_model() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, whole, broken] = ["train.jsonl", "whole", "broken"].map(|name| directory.path().join(name));
+    data(&lines, 20);
+    let method = ["--method", "experts", "--expert-share", "0.5", "--save-every", "3"];
+    output(&flags(path(&lines), path(&whole), &method));
+    let arguments = flags(path(&lines), path(&broken), &method);
+    killed_when(&arguments, || broken.join("checkpoint-3").exists());
+    output(&[&arguments[..], &["--resume"]].concat());
+    let result = |folder: &Path| {
+        ["expert_cfg.json", "model/model.safetensors", "checkpoint-12/optimizer.safetensors"]
+            .map(|file| fs::read(folder.join(file)).unwrap())
+    };
+    assert!(result(&whole) == result(&broken));
+}
+
+#[test]
+fn what_a_method_cannot_do_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, folder, pack] = ["train.jsonl", "run", "pack"].map(|name| directory.path().join(name));
+    data(&lines, 4);
+    output(&["pack", "--format", "bf16", "--output", path(&pack)]);
+    for (flags, word) in [
+        (&["--method", "full", "--rank", "4"][..], "--rank is for --method lora"),
+        (&["--method", "router", "--targets", "gate"], "--targets is for --method lora or full"),
+        (&["--expert-share", "0.5"], "--expert-share is for --method experts"),
+        (&["--method", "experts", "--expert-share", "0"], "--expert-share must be above 0"),
+        (&["--method", "full", "--targets", "q_proj"], "query_key_value"),
+        (&["--method", "full", "--dtype", "q4_k"], "give another --dtype"),
+        (&["--method", "full", "--model", path(&pack)], "expected a checkpoint that isn't packed"),
+        (&["--method", "full", "--memory", "60MiB"], "needs at least"),
+    ] {
+        let arguments = [&["finetune", "--data", path(&lines), "--output", path(&folder)][..], flags].concat();
+        let error = refused(&arguments);
+        assert!(error.contains(word), "{word} is missing in {error}");
+    }
+    assert!(!folder.exists());
+}
