@@ -34,6 +34,10 @@ use crate::{
 };
 use shard::{Shard, Writing};
 
+/// What checkpoints call the embedding, and the head.
+const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "model.word_embeddings.weight"];
+const HEAD: &str = "lm_head.weight";
+
 /// How a checkpoint is written again.
 #[derive(Clone, Copy)]
 pub struct Rewriting<'a> {
@@ -66,6 +70,9 @@ pub fn write_checkpoint(
     rewriting: &Rewriting<'_>,
 ) -> Result<Rewritten> {
     let tensors = plain_tensors(checkpoint)?;
+    // Some checkpoints store the tied head all the same: what is trained of the embedding is trained of it.
+    let is_tied = checkpoint.config().get("tie_word_embeddings") == Some(&Value::Bool(true));
+    let tied_head = tensors.find(HEAD).filter(|_| is_tied);
     let mut changes = Changes::new();
     for parameter in replaced.iter() {
         let names = tensor_names(&parameter.name);
@@ -85,6 +92,9 @@ pub fn write_checkpoint(
             let replace = move |rows: Range<usize>, out: &mut [f32]| {
                 out.copy_from_slice(&values[rows.start * row..rows.end * row]);
             };
+            if tied_head.is_some() && EMBEDDINGS.contains(&name.as_str()) {
+                changes.insert(HEAD.to_owned(), Box::new(replace));
+            }
             changes.insert(name, Box::new(replace));
         }
         let sizes = found.iter().map(|shape| shape.iter().product::<usize>());

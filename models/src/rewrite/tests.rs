@@ -392,3 +392,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_tied_head_that_is_stored_all_the_same_follows_the_embedding() {
+    for is_tied in [true, false] {
+        let place = Place::new();
+        let (mut config, tensors) = tiny("qwen3_moe");
+        config["tie_word_embeddings"] = json!(is_tied);
+        write_tiny(&place.source(), &config, &tensors);
+        place.write(&parameters(&[("model.embed_tokens.weight", &[11, 8], vec![2.0; 88])]), None).unwrap();
+        let written = place.tensors().unwrap();
+        let values = |name: &str| written.values(written.find(name).unwrap()).unwrap();
+        assert_eq!(values("model.embed_tokens.weight"), [2.0; 88]);
+        assert_eq!(values("lm_head.weight") == [2.0; 88], is_tied);
+    }
+}
