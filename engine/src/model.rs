@@ -28,6 +28,25 @@ pub trait Model: Send {
     fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor>;
 }
 
+/// A model that others use too: nothing of it changes.
+impl<M: Model + Sync> Model for Arc<M> {
+    fn info(&self) -> &ModelInfo {
+        (**self).info()
+    }
+
+    fn embed(&self, step: &mut StepContext<'_>) -> Result<Tensor> {
+        (**self).embed(step)
+    }
+
+    fn layer(&self, step: &mut StepContext<'_>, index: usize, hidden: Tensor) -> Result<Tensor> {
+        (**self).layer(step, index, hidden)
+    }
+
+    fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor> {
+        (**self).head(step, hidden)
+    }
+}
+
 /// The whole forward pass: logits `[logit_rows, vocab]` of the rows that the batch names, `None` if it names none.
 ///
 /// # Errors

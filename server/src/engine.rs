@@ -74,6 +74,8 @@ pub struct EngineOptions {
     pub adapters: Vec<AdapterSource>,
     /// The folder from below which others may be loaded while it runs, if they may.
     pub adapter_folder: Option<PathBuf>,
+    /// Fine-tuning jobs may add others.
+    pub finetunes: bool,
 }
 
 /// A running engine.
@@ -94,6 +96,8 @@ pub struct Engine {
     pub kv_blocks: usize,
     /// Tokens in one of them.
     pub kv_block_tokens: usize,
+    /// The weights.
+    pub decoder: Arc<Decoder>,
     /// The experts that don't fit the memory.
     pub store: Option<ExpertStore>,
     /// What is kept of their routing for the next run.
@@ -247,11 +251,12 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
     let expert_meters = |store| (store, ExpertMeters::new(info.moe_layers.len()));
-    let has_adapters = !options.adapters.is_empty() || options.adapter_folder.is_some();
+    let has_adapters = !options.adapters.is_empty() || options.adapter_folder.is_some() || options.finetunes;
     let adapter_meters = has_adapters.then(|| AdapterMeters::new(options.max_num_seqs));
     let experts = store.clone().map(expert_meters);
     let observer = Observer { meters: meters.clone(), experts, adapters: adapter_meters, trace };
-    let runtime = start_runtime(options, Box::new(decoder), &plan, compute.clone(), observer)?;
+    let decoder = Arc::new(decoder);
+    let runtime = start_runtime(options, Box::new(decoder.clone()), &plan, compute.clone(), observer)?;
     let served = Arc::new(Served::new(options, &checkpoint, runtime.handle(), meters, adapters)?);
     Ok(Engine {
         runtime,
@@ -262,6 +267,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
         kv_dtype: plan.dtype,
         kv_blocks: plan.blocks,
         kv_block_tokens: BLOCK_SIZE,
+        decoder,
         store,
         profile,
         checkpoint,

@@ -1,7 +1,8 @@
 //! `cadre`: serves mixture-of-experts language models on small hardware.
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
-//! it through [`generation`]; [`adapters`] has those that are served beside the model; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
+//! it through [`generation`]; [`adapters`] has those that are served beside the model; [`finetune`] trains, [`storage`] keeps what
+//! outlives a server; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
 mod adapters;
 mod cli;
@@ -16,7 +17,9 @@ mod metrics;
 mod plan;
 mod profile;
 mod progress;
+mod random;
 mod routing_trace;
+mod storage;
 #[cfg(test)]
 mod testing;
 

@@ -40,6 +40,7 @@ const BUCKETS: &[(&str, &[f64])] = &[
     ("vllm:request_decode_time_seconds", SECONDS),
     ("vllm:request_inference_time_seconds", SECONDS),
     ("cadre_step_seconds", SECONDS),
+    ("cadre_finetune_step_seconds", SECONDS),
     ("vllm:iteration_tokens_total", TOKENS),
     ("vllm:request_prompt_tokens", TOKENS),
     ("vllm:request_generation_tokens", TOKENS),
@@ -90,8 +91,24 @@ fn describe() {
     describe_counter!("cadre_expert_ahead_wasted_bytes_total", "Bytes of experts that were read ahead for nothing");
     describe_gauge!("cadre_expert_stall_seconds", "Time that computing has waited for experts so far");
     describe_gauge!("cadre_expert_layer_hit_rate", "Uses of a layer's experts that were in memory, as a part of all");
+    describe_gauge!("cadre_finetune_jobs", "Fine-tuning jobs by status");
+    describe_gauge!("cadre_finetune_loss", "Training loss of the latest step of a fine-tuning job");
+    describe_counter!("cadre_finetune_tokens_total", "Tokens that fine-tuning jobs have trained on");
+    describe_histogram!("cadre_finetune_step_seconds", "Time that a step of a fine-tuning job takes");
     describe_histogram!("cadre_expert_read_seconds", "Time that reading one expert takes");
     describe_histogram!("cadre_experts_active_per_step", "Different experts that a step uses, all layers together");
+}
+
+/// How many fine-tuning jobs have a status.
+pub fn finetune_jobs(status: &'static str, count: usize) {
+    gauge!("cadre_finetune_jobs", "status" => status).set(count as f64);
+}
+
+/// A fine-tuning job has made a step.
+pub fn finetune_step(loss: f64, tokens: u64, seconds: f64) {
+    gauge!("cadre_finetune_loss").set(loss);
+    counter!("cadre_finetune_tokens_total").increment(tokens);
+    histogram!("cadre_finetune_step_seconds").record(seconds);
 }
 
 /// The tier that experts are read from.

@@ -45,6 +45,7 @@ pub fn engine_options() -> EngineOptions {
         return_routed_experts: false,
         adapters: Vec::new(),
         adapter_folder: None,
+        finetunes: false,
     }
 }
 

@@ -110,6 +110,14 @@ impl Trained {
         self.matrices.iter().map(|(place, matrix)| (*place, matrix))
     }
 
+    /// Whether weights, or vectors, are trained themselves.
+    pub(super) fn has_weights(&self) -> bool {
+        self.embedding.is_some()
+            || self.norm.is_some()
+            || !self.vectors.is_empty()
+            || self.matrices.values().any(|matrix| !matrix.weights.is_empty())
+    }
+
     /// What is trained of the layer's vectors.
     pub(super) fn vectors(&self, layer: usize) -> &TrainedVectors {
         static NONE: TrainedVectors = TrainedVectors {

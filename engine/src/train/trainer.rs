@@ -1,4 +1,4 @@
-use std::cell::RefCell;
+use std::{cell::RefCell, sync::Arc};
 
 use cadre_kernels::gradient::{self, RouterLosses};
 
@@ -48,7 +48,7 @@ pub struct StepLosses {
 /// A decoder that is trained, or some parts of it.
 pub struct Trainer {
     compute: Compute,
-    decoder: Decoder,
+    decoder: Arc<Decoder>,
     trained: Trained,
     /// What is trained.
     pub parameters: Parameters,
@@ -84,17 +84,19 @@ struct RouterSums {
 }
 
 impl Trainer {
-    /// Trains what `trained` says of `decoder`; its numbers are `parameters`.
+    /// Trains what `trained` says of `decoder`; its numbers are `parameters`. A decoder that is served meanwhile takes
+    /// adapters only.
     ///
     /// # Errors
     /// When a load-balancing loss is wanted, and layers have different numbers of experts.
     pub fn new(
         compute: Compute,
-        decoder: Decoder,
+        decoder: impl Into<Arc<Decoder>>,
         trained: Trained,
         parameters: Parameters,
         router_losses: RouterLossOptions,
     ) -> Result<Self> {
+        let decoder = decoder.into();
         let mut counts: Vec<usize> = decoder.parts.layers.iter().filter_map(|layer| experts(&layer.ffn)).collect();
         counts.dedup();
         if counts.len() > 1 && router_losses.balance != 0.0 {
@@ -112,8 +114,18 @@ impl Trainer {
     }
 
     /// Writes the parameters that are weights themselves back into the decoder: to be called after each update.
-    pub fn write_back(&mut self) {
-        self.trained.write_back(&self.compute, &mut self.decoder, &self.parameters);
+    ///
+    /// # Errors
+    /// When there are some, and somebody else uses the decoder.
+    pub fn write_back(&mut self) -> Result<()> {
+        if !self.trained.has_weights() {
+            return Ok(());
+        }
+        let in_use =
+            || Error::Config("the weights are in use elsewhere: they can't be trained, adapters of them can".into());
+        let decoder = Arc::get_mut(&mut self.decoder).ok_or_else(in_use)?;
+        self.trained.write_back(&self.compute, decoder, &self.parameters);
+        Ok(())
     }
 
     /// The decoder.

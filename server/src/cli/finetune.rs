@@ -9,12 +9,14 @@ use anyhow::{Context, Result, bail};
 use cadre_engine::nn::Format;
 use cadre_models::targets::{ALL, ALL_LINEAR};
 use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 use super::{parse_bytes, terminal::stop_at_ctrl_c};
 use crate::finetune::{
-    self,
+    self, Ended, Prepared, Watcher,
     settings::{LayoutName, LossOnName, Method, ReportTo, SchedulerName, Settings},
+    step_log::{EvaluationLine, StepLine},
 };
 
 /// Flags of `cadre finetune`. A config file has the same names.
@@ -200,10 +202,58 @@ pub fn run(args: FinetuneArgs) -> Result<()> {
     if dry_run {
         return finetune::dry_run(&settings);
     }
-    finetune::run(&settings, resume, &*stop_at_ctrl_c()?)
+    finetune::check_output(&settings.output, resume)?;
+    let prepared = Prepared::new(&settings, None)?;
+    eprint!("{}", prepared.describe(&settings)?);
+    let stop = stop_at_ctrl_c()?;
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg} eta {eta}");
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let ended = finetune::run(&settings, prepared, resume, &stop, &mut Terminal(&bar));
+    bar.finish_and_clear();
+    match ended? {
+        Ended::Finished { made } => eprintln!("{made}"),
+        Ended::Stopped { step } => eprintln!("stopped after step {step}: go on with --resume"),
+    }
+    Ok(())
+}
+
+/// Shows a run on standard error.
+struct Terminal<'a>(&'a ProgressBar);
+
+impl Watcher for Terminal<'_> {
+    fn begins(&mut self, step: u64, steps: u64) {
+        self.0.set_length(steps);
+        self.0.set_position(step);
+    }
+
+    fn step(&mut self, line: &StepLine) {
+        self.0.set_position(line.step + 1);
+        self.0.set_message(format!("loss {:.4}, {:.0} tokens/s", line.loss, line.tokens_per_second));
+    }
+
+    fn guard(&mut self, step: u64, decision: &str) {
+        self.0.suspend(|| eprintln!("step {step}: {decision}"));
+    }
+
+    fn evaluated(&mut self, &EvaluationLine { step, loss, accuracy }: &EvaluationLine) {
+        let (perplexity, percent) = (loss.exp(), accuracy * 100.0);
+        self.0.suspend(|| {
+            eprintln!("step {step:>6}  held-out loss {loss:.4}  perplexity {perplexity:.2}  accuracy {percent:.1} %");
+        });
+    }
+
+    fn saved(&mut self, _: u64) {}
 }
 
 impl FinetuneArgs {
+    /// The settings that `fields` name as a config file does, over the defaults.
+    ///
+    /// # Errors
+    /// When a field is unknown, of another type, or out of its range.
+    pub fn settings_of(fields: Map<String, Value>) -> Result<Settings> {
+        serde_json::from_value::<Self>(Value::Object(fields))?.settings()
+    }
+
     /// The flags over the config file over the defaults.
     fn settings(self) -> Result<Settings> {
         let args = match self.config.clone() {
@@ -274,7 +324,7 @@ impl FinetuneArgs {
             ("--adapter-layout", self.adapter_layout.is_some(), &[Method::Lora]),
         ];
         let name = |method: &Method| method.to_possible_value().map_or(String::new(), |one| one.get_name().to_owned());
-        for (flag, _, methods) in flags.iter().filter(|(_, is_given, methods)| *is_given && !methods.contains(&method))
+        if let Some((flag, _, methods)) = flags.iter().find(|(_, given, methods)| *given && !methods.contains(&method))
         {
             let methods = methods.iter().map(name).collect::<Vec<_>>().join(" or ");
             bail!("{flag} is for --method {methods}, but this run's is {}", name(&method));

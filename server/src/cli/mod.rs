@@ -2,7 +2,7 @@
 
 mod bench;
 mod chat;
-mod finetune;
+pub mod finetune;
 mod generate;
 mod inspect;
 mod merge;
@@ -150,6 +150,7 @@ impl EngineArgs {
             return_routed_experts: false,
             adapters: Vec::new(),
             adapter_folder: None,
+            finetunes: false,
         }
     }
 }

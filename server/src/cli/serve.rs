@@ -13,20 +13,27 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use super::{EngineArgs, at_least_one};
+use super::{EngineArgs, at_least_one, parse_bytes};
 use crate::{
     adapters::AdapterSource,
     engine::{self, EngineOptions},
+    finetune::{
+        Weights,
+        jobs::{Base, Jobs, Runner},
+    },
     http::{self, App, HttpOptions},
     metrics,
     profile::KeptProfile,
+    storage::Storage,
 };
 
 /// How long requests under way may go on once the server was told to end. With the moments for telling clients
-/// and joining the engine, the process ends within five seconds.
+/// and joining the engine, the process ends within five seconds, if it trains nothing.
 const DRAIN: Duration = Duration::from_millis(3500);
 /// How long the engine may take to end its step.
 const JOIN: Duration = Duration::from_millis(400);
+/// How long a fine-tuning job may take to end its step and save.
+const SAVE: Duration = Duration::from_secs(5);
 /// How often the exporter tidies its samples.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -71,20 +78,39 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     allow_runtime_adapters: Option<PathBuf>,
 
+    /// Keep uploaded files and fine-tuning jobs in this folder: turns on `/v1/files` and `/v1/fine_tuning/jobs`
+    #[arg(long, value_name = "DIR", help_heading = "Fine-tuning jobs")]
+    storage: Option<PathBuf>,
+
+    /// Memory for a fine-tuning job beside the weights, such as 4GiB; a part of --memory if that is given [default: nine tenths
+    /// of what is free when it starts]
+    #[arg(long, value_name = "SIZE", requires = "storage", value_parser = parse_bytes, help_heading = "Fine-tuning jobs")]
+    finetune_memory: Option<u64>,
+
     #[command(flatten)]
     engine: EngineArgs,
 }
 
 impl ServeArgs {
-    fn engine_options(&self) -> EngineOptions {
-        EngineOptions {
+    fn engine_options(&self) -> Result<EngineOptions> {
+        let mut options = self.engine.options(self.max_num_seqs);
+        if let (Some(memory), true) = (&mut options.memory, self.storage.is_some()) {
+            let jobs = self.finetune_memory.context(
+                "--storage beside --memory: say how much of it fine-tuning jobs may have, by --finetune-memory",
+            )?;
+            *memory = memory
+                .checked_sub(jobs)
+                .context("--finetune-memory is greater than --memory, of which it is a part")?;
+        }
+        Ok(EngineOptions {
             served_names: self.served_model_name.clone(),
             prefix_caching: !self.no_prefix_caching,
             return_routed_experts: self.enable_return_routed_experts,
             adapters: self.adapters.clone(),
             adapter_folder: self.allow_runtime_adapters.clone(),
-            ..self.engine.options(self.max_num_seqs)
-        }
+            finetunes: self.storage.is_some(),
+            ..options
+        })
     }
 }
 
@@ -113,6 +139,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
 
 async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
     let mut interrupts = Interrupts::new()?;
+    let engine_options = args.engine_options()?;
+    let storage = args.storage.as_deref().map(Storage::open).transpose()?.map(Arc::new);
     let listener = TcpListener::bind((args.host.as_str(), args.port))
         .await
         .with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
@@ -123,8 +151,8 @@ async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
         runtime_adapters: args.allow_runtime_adapters.is_some(),
         ..HttpOptions::default()
     };
-    let app = Arc::new(App::new(metrics, options));
-    let loaded = load(args.engine_options(), app.clone());
+    let app = Arc::new(App::new(metrics, options, storage.clone()));
+    let loaded = load(engine_options, storage.map(|storage| (storage, args.finetune_memory)), app.clone());
 
     let mut outcome = Ok(None);
     let until_told = async {
@@ -139,12 +167,16 @@ async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
         }
     };
     http::serve(listener, app, until_told, DRAIN).await?;
-    if let Some(Loaded { runtime, profile }) = outcome? {
+    if let Some(Loaded { runtime, profile, runner }) = outcome? {
+        let end = tokio::task::spawn_blocking(move || runner.map(Runner::end));
         let join = tokio::task::spawn_blocking(move || runtime.shutdown(Duration::ZERO));
         let keep = tokio::task::spawn_blocking(move || profile.iter().for_each(KeptProfile::keep));
-        let (joined, kept) = tokio::join!(timeout(JOIN, join), timeout(JOIN, keep));
+        let (joined, kept, ended) = tokio::join!(timeout(JOIN, join), timeout(JOIN, keep), timeout(SAVE, end));
         if joined.is_err() {
             tracing::warn!("the engine is still in its last step");
+        }
+        if ended.is_err() {
+            tracing::warn!("the fine-tuning job is still in its step: it goes on from its latest checkpoint");
         }
         if kept.is_err() {
             tracing::warn!("the disk is slow: the routing profile isn't kept");
@@ -157,16 +189,37 @@ async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
 struct Loaded {
     runtime: Runtime,
     profile: Option<KeptProfile>,
+    runner: Option<Runner>,
 }
 
 /// Loads the model on a thread of its own; it comes through the channel, or why there is none.
-fn load(options: EngineOptions, app: Arc<App>) -> oneshot::Receiver<Result<Loaded>> {
+fn load(
+    options: EngineOptions,
+    storage: Option<(Arc<Storage>, Option<u64>)>,
+    app: Arc<App>,
+) -> oneshot::Receiver<Result<Loaded>> {
     let (sender, receiver) = oneshot::channel();
     std::thread::spawn(move || {
-        let started = engine::start(&options).map(|engine| {
-            tracing::info!(model = engine.served.name(), "ready");
-            app.ready(engine.served);
-            Loaded { runtime: engine.runtime, profile: engine.profile }
+        let started = engine::start(&options).and_then(|engine| {
+            let served = engine.served;
+            let jobs = storage.map(|(storage, memory)| {
+                let base = Base {
+                    model: options.model.clone(),
+                    names: served.names.clone(),
+                    weights: Weights { decoder: engine.decoder, store: engine.store },
+                    tokenizer: served.tokenizer.clone(),
+                    template: served.template.clone(),
+                    adapters: served.adapters.clone(),
+                    threads: engine.threads,
+                    memory,
+                };
+                Jobs::start(storage, base)
+            });
+            let (jobs, runner) = jobs.transpose()?.unzip();
+            tracing::info!(model = served.name(), "ready");
+            app.ready(served);
+            jobs.into_iter().for_each(|jobs| app.jobs_ready(jobs));
+            Ok(Loaded { runtime: engine.runtime, profile: engine.profile, runner })
         });
         // Nobody listens any more if the server ends while it loads.
         let _ = sender.send(started);

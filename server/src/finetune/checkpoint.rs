@@ -135,7 +135,7 @@ pub fn save(
     settings: &Value,
     keep: usize,
 ) -> Result<()> {
-    let folder = output.join(format!("{PREFIX}{}", position.step));
+    let folder = folder(output, position.step);
     let unfinished = output.join(format!("{PREFIX}{}{UNFINISHED}", position.step));
     let failed = || format!("cannot save {}", folder.display());
     remove(&unfinished)?;
@@ -163,6 +163,11 @@ fn remove(folder: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// The folder in `output` of the checkpoint after so many steps.
+pub fn folder(output: &Path, step: u64) -> PathBuf {
+    output.join(format!("{PREFIX}{step}"))
 }
 
 /// The checkpoints in `output` by their steps, ascending.

@@ -8,11 +8,13 @@
 //! | [`prepare`] | opens the model, finds what is trained, divides the memory; what `--dry-run` shows |
 //! | [`run`](mod@run) | the steps |
 //! | [`checkpoint`] | what a run needs to go on bit for bit |
+//! | [`jobs`] | a server's runs, one at a time |
 //! | [`step_log`], [`tensorboard`], [`report`] | what a run leaves behind for those who watch it and look back at it |
 
 mod affinity;
 pub mod checkpoint;
 mod data;
+pub mod jobs;
 mod prepare;
 pub mod report;
 mod run;
@@ -20,5 +22,5 @@ pub mod settings;
 pub mod step_log;
 pub mod tensorboard;
 
-pub use prepare::dry_run;
-pub use run::run;
+pub use prepare::{Prepared, Weights, dry_run};
+pub use run::{Ended, Watcher, check_output, run};

@@ -1,10 +1,11 @@
 //! What is there before the first step: the model's sizes, the data, what is trained, and how the memory is divided.
 
-use std::{collections::BTreeSet, fmt::Write as _};
+use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
     compute::Compute,
+    experts::ExpertStore,
     model::{Model, ModelInfo},
     nn::{Decoder, Format},
     train::{TrainableModule, memory::StepMemory, places::Place, trainable_modules},
@@ -30,6 +31,13 @@ use crate::{
 /// Tokens that an example keeps when no flag says: more than most chats have.
 const MAX_LENGTH: usize = 2048;
 
+/// The model's weights, and what reads the experts that aren't in memory.
+#[derive(Clone)]
+pub struct Weights {
+    pub decoder: Arc<Decoder>,
+    pub store: Option<ExpertStore>,
+}
+
 /// What is there before the first step.
 pub struct Prepared {
     pub compute: Compute,
@@ -41,12 +49,14 @@ pub struct Prepared {
     pub trainee: Trainee,
     pub memory: MemoryPlan,
     pub formats: FormatOptions,
+    /// Weights that are served meanwhile, if there are some: a run beside them loads no others.
+    pub served: Option<Weights>,
 }
 
 /// What is trained.
 pub enum Trainee {
     /// Adapters of frozen weights.
-    Adapters(Lora),
+    Adapters(Box<Lora>),
     /// The weights of these modules.
     Weights {
         modules: Vec<TrainableModule>,
@@ -114,6 +124,20 @@ impl MemoryPlan {
         Ok(Self { budget, weights, experts: expert_bytes, slots, step, keep_from, base })
     }
 
+    /// The division of `budget` bytes for a run beside weights that are served: it has nothing but its steps.
+    fn beside(budget: u64, step: StepMemory) -> Result<Self> {
+        let least = step.least();
+        ensure!(
+            least <= budget,
+            "a fine-tuning job may use {} (--finetune-memory), but this one needs at least {}: allow more, or use a smaller \
+             max_length, rank or batch_size",
+            mebibytes(budget),
+            mebibytes(least)
+        );
+        let keep_from = step.keep_from(budget - least);
+        Ok(Self { budget, weights: 0, experts: 0, slots: None, step, keep_from, base: 0 })
+    }
+
     /// What the process will hold at most.
     pub fn peak(&self) -> u64 {
         let kept: u64 = self.step.kept[self.keep_from..].iter().sum();
@@ -149,17 +173,21 @@ impl MemoryPlan {
 }
 
 impl Prepared {
-    /// Opens what the settings name.
+    /// Opens what the settings name. Beside weights that are `served`, which have to be those of the model that they name,
+    /// the memory of the settings is the run's own.
     ///
     /// # Errors
     /// When something is missing or broken, a target matches nothing, or the memory is too small.
-    pub fn new(settings: &Settings) -> Result<Self> {
+    pub fn new(settings: &Settings, served: Option<Weights>) -> Result<Self> {
         let compute = Compute::new(settings.threads.unwrap_or_else(host::physical_cores).max(1));
         let checkpoint = engine::open(settings.model.as_deref())?;
         let (tokenizer, template) = (checkpoint.tokenizer()?, checkpoint.chat_template()?);
         let formats = FormatOptions { format: settings.format, experts: None, dense: None };
-        let resident = outline(&checkpoint, &formats, Placement::Resident, &compute)?;
-        let info = resident.decoder.info();
+        let decoder = match &served {
+            Some(weights) => weights.decoder.clone(),
+            None => Arc::new(outline(&checkpoint, &formats, Placement::Resident, &compute)?.decoder),
+        };
+        let info = decoder.info();
         let longest = info.max_position_embeddings;
         let max_length = settings.max_length.unwrap_or(MAX_LENGTH.min(longest));
         ensure!(max_length <= longest, "--max-length is {max_length}, but the model was made for {longest} tokens");
@@ -169,32 +197,30 @@ impl Prepared {
         let eval = if settings.eval.is_empty() { None } else { Some(read(&settings.eval).context("--eval")?) };
         let steps = settings.max_steps.unwrap_or_else(|| data.steps(settings.epochs));
         let [step_tokens, batch_tokens, longest] = data.most_tokens(settings.grad_accum);
-        let step = |numbers| StepMemory::new(&resident.decoder, numbers, step_tokens, batch_tokens, longest);
+        let step = |numbers| StepMemory::new(&decoder, numbers, step_tokens, batch_tokens, longest);
         let free = || host::free_memory_bytes().map_or(u64::MAX / 2, |free| (free as f64 * SHARE_OF_FREE) as u64);
         let budget = settings.memory.unwrap_or_else(free);
         let trainee = match settings.method {
-            Method::Lora => Trainee::Adapters(adapters(settings, &checkpoint, &resident.decoder)?),
-            Method::Full => weights(&checkpoint, targets::modules_of(&resident.decoder, &settings.targets)?, None)?,
-            Method::Router => weights(
-                &checkpoint,
-                modules_that(&resident.decoder, |place| matches!(place, Place::Router { .. })),
-                None,
-            )?,
+            Method::Lora => Trainee::Adapters(Box::new(adapters(settings, &checkpoint, &decoder)?)),
+            Method::Full => weights(&checkpoint, targets::modules_of(&decoder, &settings.targets)?, None)?,
+            Method::Router => {
+                weights(&checkpoint, modules_that(&decoder, |place| matches!(place, Place::Router { .. })), None)?
+            }
             Method::Experts => {
                 let chosen = if is_there(&settings.output)? {
                     ChosenExperts::read(&settings.output)?
                 } else {
                     // Trained experts have to be in memory.
                     MemoryPlan::new(budget, info, None, step(0))?;
-                    let decoder = load(&checkpoint, &formats, Placement::Resident, &compute)?.decoder;
-                    eprintln!("looking for the experts that the data use most");
-                    ChosenExperts::measure(&compute, decoder, &data, settings.expert_share)?
+                    let loaded = load(&checkpoint, &formats, Placement::Resident, &compute)?.decoder;
+                    ChosenExperts::measure(&compute, loaded, &data, settings.expert_share)?
                 };
-                weights(&checkpoint, modules_that(&resident.decoder, |place| chosen.has(place)), Some(chosen))?
+                weights(&checkpoint, modules_that(&decoder, |place| chosen.has(place)), Some(chosen))?
             }
         };
         let step = step(trainee.numbers());
         let memory = match MemoryPlan::new(budget, info, None, step.clone()) {
+            _ if served.is_some() => MemoryPlan::beside(budget, step)?,
             Ok(plan) => plan,
             Err(error) if info.moe_layers.is_empty() || trainee.changes_experts() => return Err(error),
             Err(_) => {
@@ -209,7 +235,7 @@ impl Prepared {
                 MemoryPlan::new(budget, info, Some(memory), step)?
             }
         };
-        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, trainee, memory, formats })
+        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, trainee, memory, formats, served })
     }
 
     /// What will be done.
@@ -366,7 +392,7 @@ pub fn load(
 /// # Errors
 /// As the run itself would, before its first step.
 pub fn dry_run(settings: &Settings) -> Result<()> {
-    let prepared = Prepared::new(settings)?;
+    let prepared = Prepared::new(settings, None)?;
     print!("{}{}", prepared.describe(settings)?, prepared.first_example()?);
     Ok(())
 }

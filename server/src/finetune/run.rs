@@ -4,7 +4,10 @@ use std::{
     collections::HashSet,
     fs,
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Instant, SystemTime},
 };
 
@@ -25,13 +28,12 @@ use cadre_models::{
     adapter::{AdapterFiles, Lora},
     rewrite::{self, Rewriting},
 };
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::{
     checkpoint::{self, Position},
     data::{Data, TOKENS_AT_ONCE, batches},
-    prepare::{Prepared, Trainee, load},
+    prepare::{Prepared, Trainee, Weights, load},
     report::{ExpertLoad, Price, Report},
     settings::{ReportTo, Settings},
     step_log::{EvaluationLine, GuardLine, Line, StepLine, StepLog},
@@ -39,52 +41,74 @@ use super::{
 };
 use crate::{host, progress};
 
-const LOG_FILE: &str = "train_log.jsonl";
+pub const LOG_FILE: &str = "train_log.jsonl";
 const REPORT_FILE: &str = "report.html";
 /// The directory of a checkpoint with trained weights, in the output directory.
 const MODEL_DIRECTORY: &str = "model";
 
-/// Trains, from the start or from the latest checkpoint; `stop` ends it after the step that is running.
+/// Who follows a run.
+pub trait Watcher {
+    /// It is about to make the steps from `step` on.
+    fn begins(&mut self, step: u64, steps: u64);
+    /// A step was made.
+    fn step(&mut self, line: &StepLine);
+    /// The spike guard has decided something.
+    fn guard(&mut self, step: u64, decision: &str);
+    /// The held-out examples were looked at.
+    fn evaluated(&mut self, line: &EvaluationLine);
+    /// A checkpoint is safe on disk.
+    fn saved(&mut self, step: u64);
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// All steps are made.
+    Finished {
+        /// What there is now.
+        made: String,
+    },
+    /// It was asked to stop, and can be gone on with.
+    Stopped {
+        /// Steps made.
+        step: u64,
+    },
+}
+
+/// Trains what `prepared` says, from the start or from the latest checkpoint; `stop` ends it after the step that is running.
 ///
 /// # Errors
-/// When a setting is wrong, the data are broken, the memory is too small, the system refuses, or the losses don't
-/// recover from spikes.
-pub fn run(settings: &Settings, resume: bool, stop: &AtomicBool) -> Result<()> {
-    let shown = settings.output.display();
+/// When the checkpoint is of another run, the system refuses, or the losses don't recover from spikes.
+pub fn run(
+    settings: &Settings,
+    prepared: Prepared,
+    resume: bool,
+    stop: &AtomicBool,
+    watcher: &mut dyn Watcher,
+) -> Result<Ended> {
+    let output = &settings.output;
+    fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
+    let mut run = Run::new(settings, prepared, resume, watcher)?;
+    if run.steps(stop)? {
+        return Ok(Ended::Finished { made: run.finish(stop)? });
+    }
+    run.save()?;
+    Ok(Ended::Stopped { step: run.position.step })
+}
+
+/// Whether a run is to go on from a checkpoint, as was asked for.
+///
+/// # Errors
+/// When there is none, or there are some and it isn't.
+pub fn check_output(output: &Path, resume: bool) -> Result<()> {
+    let shown = output.display();
+    let is_there = checkpoint::is_there(output)?;
     ensure!(
-        resume || !checkpoint::is_there(&settings.output)?,
+        resume || !is_there,
         "{shown} has the checkpoints of a run: go on with it by --resume, or give another --output"
     );
-    ensure!(
-        !resume || checkpoint::is_there(&settings.output)?,
-        "--resume: {shown} has no checkpoint: start without it"
-    );
-    let prepared = Prepared::new(settings)?;
-    eprint!("{}", prepared.describe(settings)?);
-    fs::create_dir_all(&settings.output).with_context(|| format!("cannot make {shown}"))?;
-    let mut run = Run::new(settings, prepared, resume)?;
-    let ended = run.steps(stop);
-    run.progress.finish_and_clear();
-    match ended? {
-        Ended::Finished => run.finish(stop),
-        Ended::Stopped => {
-            run.save()?;
-            eprintln!("stopped after step {}: go on with --resume", run.position.step);
-            Ok(())
-        }
-    }
-}
-
-/// What a run makes.
-enum Made {
-    Adapter(AdapterFiles),
-    /// A checkpoint in the layout of the one that it began from.
-    Model,
-}
-
-enum Ended {
-    Finished,
-    Stopped,
+    ensure!(!resume || is_there, "--resume: {shown} has no checkpoint: start without it");
+    Ok(())
 }
 
 struct Run<'a> {
@@ -94,7 +118,8 @@ struct Run<'a> {
     eval: Option<Data>,
     steps: u64,
     trainer: Trainer,
-    made: Made,
+    /// How the adapter is saved; `None`: weights are trained, and a checkpoint in the layout of this one is made.
+    files: Option<AdapterFiles>,
     checkpoint: Checkpoint,
     store: Option<ExpertStore>,
     optimizer: AdamW,
@@ -103,7 +128,7 @@ struct Run<'a> {
     position: Position,
     log: StepLog,
     events: Option<EventFile>,
-    progress: ProgressBar,
+    watcher: &'a mut dyn Watcher,
     planned_peak: u64,
     /// How often each expert was chosen in the first examples, before training.
     load_before: Vec<Vec<u64>>,
@@ -112,13 +137,22 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(settings: &'a Settings, prepared: Prepared, resume: bool) -> Result<Self> {
-        let Prepared { compute, checkpoint, data, eval, steps, trainee, memory, formats, .. } = prepared;
-        let placement = if memory.slots.is_some() { Placement::Stored } else { Placement::Resident };
-        let LoadedModel { decoder, experts, .. } = load(&checkpoint, &formats, placement, &compute)?;
-        let store = experts.zip(memory.slots).map(|(experts, slots)| experts.open(slots)).transpose()?;
-        let (trained, mut parameters, made) = match trainee {
-            Trainee::Adapters(Lora { trained, parameters, files }) => (trained, parameters, Made::Adapter(files)),
+    fn new(settings: &'a Settings, prepared: Prepared, resume: bool, watcher: &'a mut dyn Watcher) -> Result<Self> {
+        let Prepared { compute, checkpoint, data, eval, steps, trainee, memory, formats, served, .. } = prepared;
+        let Weights { decoder, store } = match served {
+            Some(served) => served,
+            None => {
+                let placement = if memory.slots.is_some() { Placement::Stored } else { Placement::Resident };
+                let LoadedModel { decoder, experts, .. } = load(&checkpoint, &formats, placement, &compute)?;
+                let store = experts.zip(memory.slots).map(|(experts, slots)| experts.open(slots)).transpose()?;
+                Weights { decoder: Arc::new(decoder), store }
+            }
+        };
+        let (trained, mut parameters, files) = match trainee {
+            Trainee::Adapters(lora) => {
+                let Lora { trained, parameters, files } = *lora;
+                (trained, parameters, Some(files))
+            }
             Trainee::Weights { modules, chosen } => {
                 if let Some(chosen) = chosen {
                     chosen.write(&settings.output)?;
@@ -126,7 +160,7 @@ impl<'a> Run<'a> {
                 let names: HashSet<&str> = modules.iter().map(|module| module.name.as_str()).collect();
                 let mut parameters = Parameters::default();
                 let trained = Trained::weights(&decoder, &mut parameters, |module| names.contains(module))?;
-                (trained, parameters, Made::Model)
+                (trained, parameters, None)
             }
         };
         let deciding = settings.deciding();
@@ -145,7 +179,7 @@ impl<'a> Run<'a> {
         let router = RouterLossOptions { balance: settings.aux_loss_coef, z: settings.z_loss_coef };
         let mut trainer = Trainer::new(compute.clone(), decoder, trained, parameters, router)?;
         if resume {
-            trainer.write_back();
+            trainer.write_back()?;
         }
         trainer.keep_from(memory.keep_from);
         let schedule = Schedule {
@@ -159,9 +193,7 @@ impl<'a> Run<'a> {
             ReportTo::Tensorboard => Some(EventFile::create(&settings.output, position.step, SystemTime::now())?),
             ReportTo::None => None,
         };
-        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg} eta {eta}");
-        let progress = ProgressBar::new(steps).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        progress.set_position(position.step);
+        watcher.begins(position.step, steps);
         let title = format!("{} on {}", checkpoint.name(), shown(&settings.data));
         Ok(Self {
             settings,
@@ -170,7 +202,7 @@ impl<'a> Run<'a> {
             eval,
             steps,
             trainer,
-            made,
+            files,
             checkpoint,
             store,
             optimizer,
@@ -179,7 +211,7 @@ impl<'a> Run<'a> {
             position,
             log,
             events,
-            progress,
+            watcher,
             planned_peak: memory.peak(),
             load_before: Vec::new(),
             compute,
@@ -187,11 +219,12 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn steps(&mut self, stop: &AtomicBool) -> Result<Ended> {
+    /// Whether all steps were made.
+    fn steps(&mut self, stop: &AtomicBool) -> Result<bool> {
         self.load_before = self.expert_load()?;
         while self.position.step < self.steps {
             if stop.load(Ordering::Relaxed) {
-                return Ok(Ended::Stopped);
+                return Ok(false);
             }
             self.step()?;
             let step = self.position.step;
@@ -204,7 +237,7 @@ impl<'a> Run<'a> {
                 self.save()?;
             }
         }
-        Ok(Ended::Finished)
+        Ok(true)
     }
 
     fn step(&mut self) -> Result<()> {
@@ -227,7 +260,7 @@ impl<'a> Run<'a> {
         };
         if let Verdict::Apply { .. } = judgement.verdict {
             self.optimizer.update(&self.compute.pool, &mut self.trainer.parameters, &gradients, learning_rate)?;
-            self.trainer.write_back();
+            self.trainer.write_back()?;
         }
         self.position.step += 1;
         self.position.drawn += u64::from(is_new);
@@ -242,6 +275,7 @@ impl<'a> Run<'a> {
             step,
             epoch: self.data.epoch_after(self.position.drawn),
             loss: losses.cross_entropy,
+            accuracy: losses.correct as f64 / losses.targets.max(1) as f64,
             aux_loss: f64::from(self.settings.aux_loss_coef) * losses.balance,
             z_loss: f64::from(self.settings.z_loss_coef) * losses.z,
             grad_norm: gradient_norm,
@@ -266,16 +300,14 @@ impl<'a> Run<'a> {
     }
 
     fn report_step(&mut self, line: StepLine, losses: &StepLosses) -> Result<()> {
-        self.progress.set_position(self.position.step);
-        self.progress.set_message(format!("loss {:.4}, {:.0} tokens/s", line.loss, line.tokens_per_second));
+        self.watcher.step(&line);
         if !line.step.is_multiple_of(self.settings.log_every) {
             return Ok(());
         }
         if let Some(events) = &mut self.events {
-            let accuracy = losses.correct as f64 / losses.targets.max(1) as f64;
             let scalars = [
                 ("train/loss", line.loss),
-                ("train/accuracy", accuracy),
+                ("train/accuracy", line.accuracy),
                 ("train/grad_norm", line.grad_norm),
                 ("train/learning_rate", line.learning_rate),
                 ("train/tokens_per_second", line.tokens_per_second),
@@ -297,7 +329,7 @@ impl<'a> Run<'a> {
             Event::LearningRateLowered { .. } | Event::LearningRateRestored => Vec::new(),
         };
         let decision = event.to_string();
-        self.progress.suspend(|| eprintln!("step {step}: {decision}"));
+        self.watcher.guard(step, &decision);
         self.log.append(&Line::Guard(GuardLine { step, decision, examples }))
     }
 
@@ -311,29 +343,23 @@ impl<'a> Run<'a> {
         }
         let (loss, accuracy) = (loss / targets as f64, correct as f64 / targets as f64);
         let step = self.position.step;
-        self.progress.suspend(|| {
-            eprintln!(
-                "step {step:>6}  held-out loss {loss:.4}  perplexity {:.2}  accuracy {:.1} %",
-                loss.exp(),
-                accuracy * 100.0
-            );
-        });
+        let line = EvaluationLine { step, loss, accuracy };
+        self.watcher.evaluated(&line);
         if let Some(events) = &mut self.events {
             let scalars = [("eval/loss", loss), ("eval/accuracy", accuracy)];
             events.write(step, SystemTime::now(), &scalars)?;
         }
-        self.log.append(&Line::Evaluation(EvaluationLine { step, loss }))?;
+        self.log.append(&Line::Evaluation(line))?;
         Ok(Some(loss))
     }
 
-    fn save(&self) -> Result<()> {
+    fn save(&mut self) -> Result<()> {
         let (output, keep) = (&self.settings.output, self.settings.keep);
         let state = self.optimizer.state();
-        let files = match &self.made {
-            Made::Adapter(files) => Some(files),
-            Made::Model => None,
-        };
-        checkpoint::save(output, &self.position, files, &self.trainer.parameters, state, &self.deciding, keep)
+        let files = self.files.as_ref();
+        checkpoint::save(output, &self.position, files, &self.trainer.parameters, state, &self.deciding, keep)?;
+        self.watcher.saved(self.position.step);
+        Ok(())
     }
 
     /// How often each expert is chosen in the first examples.
@@ -344,29 +370,28 @@ impl<'a> Run<'a> {
         Ok(self.trainer.loads(batches.first().context("a batch")?)?)
     }
 
-    fn finish(mut self, stop: &AtomicBool) -> Result<()> {
+    fn finish(mut self, stop: &AtomicBool) -> Result<String> {
         self.evaluate()?;
         self.save()?;
         let output = &self.settings.output;
         let parameters = &self.trainer.parameters;
-        let what = match &self.made {
-            Made::Adapter(files) => {
+        let what = match &self.files {
+            Some(files) => {
                 files.write(output, parameters)?;
                 check_saved(output, files)?;
                 format!("{} holds the adapter", output.display())
             }
-            Made::Model => write_model(&self.checkpoint, parameters, &output.join(MODEL_DIRECTORY), stop)?,
+            None => write_model(&self.checkpoint, parameters, &output.join(MODEL_DIRECTORY), stop)?,
         };
         let after = self.expert_load()?;
         self.write_report(after)?;
         let peak = host::peak_rss_bytes().unwrap_or(0);
-        eprintln!(
+        Ok(format!(
             "{what}; peak memory {} MiB, planned {} MiB; {} tells the rest",
             peak >> 20,
             self.planned_peak >> 20,
             output.join(REPORT_FILE).display()
-        );
-        Ok(())
+        ))
     }
 
     fn write_report(&self, after: Vec<Vec<u64>>) -> Result<()> {

@@ -31,6 +31,8 @@ pub struct StepLine {
     /// The mean loss of a token that is trained on.
     #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
+    /// Of the tokens that are trained on, the part that got the highest logit.
+    pub accuracy: f64,
     /// The load-balancing loss, with its coefficient.
     #[serde(deserialize_with = "null_is_nan")]
     pub aux_loss: f64,
@@ -68,6 +70,8 @@ pub struct EvaluationLine {
     /// The mean loss of a token.
     #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
+    /// The part of the tokens that got the highest logit.
+    pub accuracy: f64,
 }
 
 /// What the spike guard decided.
@@ -177,7 +181,7 @@ mod tests {
     }
 
     fn evaluation(step: u64) -> Line {
-        Line::Evaluation(EvaluationLine { step, loss: 2.25 })
+        Line::Evaluation(EvaluationLine { step, loss: 2.25, accuracy: 0.5 })
     }
 
     fn guard(step: u64) -> Line {

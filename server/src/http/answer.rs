@@ -9,10 +9,10 @@ use axum::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
 
-use super::params::shared::random_seed;
 use crate::{
     generation::{Delta, Finish, Usage},
     metrics,
+    random::random_seed,
 };
 
 /// What every answer and every chunk of it begins with.

@@ -21,6 +21,10 @@ pub enum Kind {
     ModelNotFound,
     /// No such route.
     NotFound,
+    /// No file or job of that id.
+    ObjectNotFound,
+    /// The state of things forbids it.
+    Conflict,
     /// The route exists, but not for this method.
     MethodNotAllowed,
     /// The body is longer than the server reads.
@@ -52,6 +56,8 @@ impl Kind {
             }
             Self::ModelNotFound => (StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), None),
             Self::NotFound => (StatusCode::NOT_FOUND, "invalid_request_error", Some("unknown_url"), None),
+            Self::ObjectNotFound => (StatusCode::NOT_FOUND, "invalid_request_error", Some("not_found"), None),
+            Self::Conflict => (StatusCode::CONFLICT, "invalid_request_error", Some("conflict"), None),
             Self::MethodNotAllowed => {
                 (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", Some("method_not_allowed"), None)
             }

@@ -6,6 +6,8 @@
 //! | `/v1/completions` | [`completions`] |
 //! | `/tokenize`, `/detokenize`, `/tokenizer_info` | [`tokenize`] |
 //! | `/v1/models` | [`models`] |
+//! | `/v1/files` | [`files`] |
+//! | `/v1/fine_tuning/jobs` | [`fine_tuning`] |
 //! | `/v1/load_lora_adapter`, `/v1/unload_lora_adapter` | [`adapters`] |
 //! | `/health`, `/version`, `/metrics` | [`health`] |
 //!
@@ -19,6 +21,8 @@ pub mod chat;
 pub mod completions;
 pub mod error;
 pub mod fields;
+pub mod files;
+pub mod fine_tuning;
 pub mod health;
 pub mod logprobs;
 pub mod messages;
@@ -40,7 +44,7 @@ use axum::{
     extract::{DefaultBodyLimit, Request},
     middleware::{self, Next},
     response::Response,
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
@@ -49,7 +53,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{engine::Served, metrics};
+use crate::{engine::Served, finetune::jobs::Jobs, metrics, storage::Storage};
 use error::{ApiError, Kind};
 
 /// How long answered connections may take to be read to their end when the server ends.
@@ -90,16 +94,47 @@ pub struct App {
     metrics: PrometheusHandle,
     options: HttpOptions,
     preparations: Semaphore,
+    storage: Option<Arc<Storage>>,
+    jobs: OnceLock<Arc<Jobs>>,
 }
 
 /// Prompts that are tokenised at a time: a body of the largest size takes some hundred times its bytes meanwhile.
 const MAX_PREPARATIONS: usize = 2;
 
 impl App {
-    /// A server without a model: it answers that it is loading.
-    pub fn new(metrics: PrometheusHandle, options: HttpOptions) -> Self {
-        let preparations = Semaphore::new(MAX_PREPARATIONS);
-        Self { served: OnceLock::new(), phase: watch::Sender::new(Phase::Open), metrics, options, preparations }
+    /// A server without a model: it answers that it is loading. Files and jobs are kept in `storage`, if they are kept.
+    pub fn new(metrics: PrometheusHandle, options: HttpOptions, storage: Option<Arc<Storage>>) -> Self {
+        Self {
+            served: OnceLock::new(),
+            phase: watch::Sender::new(Phase::Open),
+            metrics,
+            options,
+            preparations: Semaphore::new(MAX_PREPARATIONS),
+            storage,
+            jobs: OnceLock::new(),
+        }
+    }
+
+    /// What outlives the server.
+    ///
+    /// # Errors
+    /// When nothing does.
+    pub fn storage(&self) -> Result<&Arc<Storage>, ApiError> {
+        self.storage.as_ref().ok_or_else(|| ApiError::internal("a route of --storage was asked without it"))
+    }
+
+    /// Fine-tuning jobs can run.
+    pub fn jobs_ready(&self, jobs: Arc<Jobs>) {
+        let _ = self.jobs.set(jobs);
+    }
+
+    /// The fine-tuning jobs.
+    ///
+    /// # Errors
+    /// As [`App::served`].
+    pub fn jobs(&self) -> Result<&Arc<Jobs>, ApiError> {
+        self.served()?;
+        self.jobs.get().ok_or_else(ApiError::loading)
     }
 
     /// Runs `work`, which templates and tokenises, beside few others; a client that leaves while it waits gives its
@@ -180,6 +215,20 @@ pub fn router(app: Arc<App>) -> Router {
         router = router
             .route("/v1/load_lora_adapter", post(adapters::load))
             .route("/v1/unload_lora_adapter", post(adapters::unload));
+    }
+    if app.storage.is_some() {
+        router = router
+            .route("/v1/files", get(files::list).post(files::upload))
+            .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
+            .route("/v1/files/{id}/content", get(files::content))
+            .route("/v1/fine_tuning/jobs", get(fine_tuning::list).post(fine_tuning::create))
+            .route("/v1/fine_tuning/jobs/{id}", get(fine_tuning::retrieve))
+            .route("/v1/fine_tuning/jobs/{id}/cancel", post(fine_tuning::cancel))
+            .route("/v1/fine_tuning/jobs/{id}/pause", post(fine_tuning::pause))
+            .route("/v1/fine_tuning/jobs/{id}/resume", post(fine_tuning::resume))
+            .route("/v1/fine_tuning/jobs/{id}/events", get(fine_tuning::events))
+            .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(fine_tuning::checkpoints))
+            .route("/v1/models/{*model}", delete(models::delete));
     }
     router
         .route("/health", get(health::health))
@@ -273,14 +322,22 @@ fn route_label(path: &str) -> &'static str {
         "/v1/models",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
+        "/v1/files",
+        "/v1/fine_tuning/jobs",
         "/v1/chat/completions",
         "/v1/completions",
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",
     ];
+    const BELOW: &[(&str, &str)] = &[
+        ("/v1/models/", "/v1/models/{model}"),
+        ("/v1/files/", "/v1/files/{file}"),
+        ("/v1/fine_tuning/jobs/", "/v1/fine_tuning/jobs/{job}"),
+    ];
     let exact = EXACT.iter().find(|&&route| route == path).copied();
-    exact.unwrap_or(if path.starts_with("/v1/models/") { "/v1/models/{model}" } else { "other" })
+    let below = |(prefix, _): &&(&str, &'static str)| path.starts_with(prefix);
+    exact.or_else(|| BELOW.iter().find(below).map(|(_, label)| *label)).unwrap_or("other")
 }
 
 fn method_label(method: &str) -> &'static str {

@@ -8,7 +8,10 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::{App, error::ApiError};
+use super::{
+    App, blocking,
+    error::{ApiError, Kind},
+};
 use crate::engine::Served;
 
 /// The served model under each of its names, and its adapters.
@@ -34,6 +37,20 @@ pub async fn retrieve(State(app): State<Arc<App>>, Path(model): Path<String>) ->
     let served = app.served_as(Some(&model))?;
     let parent = served.adapter.is_some().then_some(app.served()?.name());
     Ok(Json(card(&served, &model, parent)))
+}
+
+/// Removes a model that a fine-tuning job has made, with its checkpoints; requests that use it are answered to their end.
+///
+/// # Errors
+/// When no job has made a model of that name.
+pub async fn delete(State(app): State<Arc<App>>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
+    let jobs = app.jobs()?.clone();
+    let name = model.clone();
+    if !blocking(move || Ok(jobs.delete_model(&name)?)).await? {
+        let message = format!("The model `{model}` does not exist, or no fine-tuning job has made it.");
+        return Err(ApiError::new(Kind::ModelNotFound, message).or_param("model"));
+    }
+    Ok(Json(json!({"id": model, "object": "model", "deleted": true})))
 }
 
 fn card(served: &Served, name: &str, parent: Option<&str>) -> Value {

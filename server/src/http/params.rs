@@ -21,6 +21,8 @@ pub enum Endpoint {
     Tokenize,
     /// `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`
     Adapters,
+    /// `/v1/fine_tuning/jobs`
+    FineTuning,
 }
 
 /// Honoured by chat and text completions alike.
@@ -76,6 +78,10 @@ const HONOURED_TOKENIZE: &[&str] = &["return_token_strs", "tokens"];
 
 /// Honoured where adapters are loaded and unloaded.
 const HONOURED_ADAPTERS: &[&str] = &["load_inplace", "lora_name", "lora_path"];
+
+/// Honoured where fine-tuning jobs are created.
+const HONOURED_FINE_TUNING: &[&str] =
+    &["hyperparameters", "metadata", "method", "suffix", "training_file", "validation_file"];
 
 /// Accepted without effect: they don't change what is generated.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -209,7 +215,7 @@ fn is_text_only(value: &Value) -> bool {
 
 /// Whether any route reads the parameter.
 pub fn is_honoured(name: &str) -> bool {
-    [HONOURED, HONOURED_CHAT, HONOURED_COMPLETIONS, HONOURED_TOKENIZE, HONOURED_ADAPTERS]
+    [HONOURED, HONOURED_CHAT, HONOURED_COMPLETIONS, HONOURED_TOKENIZE, HONOURED_ADAPTERS, HONOURED_FINE_TUNING]
         .iter()
         .any(|list| list.contains(&name))
 }
@@ -225,6 +231,7 @@ pub fn admit(body: &Map<String, Value>, endpoint: Endpoint, strict: bool) -> Res
         // What shapes the prompt; what shapes the answer is without effect here.
         Endpoint::Tokenize => (&[HONOURED_TOKENIZE, HONOURED_CHAT, HONOURED_COMPLETIONS], &[]),
         Endpoint::Adapters => (&[HONOURED_ADAPTERS], &[]),
+        Endpoint::FineTuning => (&[HONOURED_FINE_TUNING], &[]),
     };
     let mut unknown = Vec::new();
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {

@@ -35,7 +35,7 @@ impl Server {
     }
 
     fn loading(options: HttpOptions) -> Self {
-        let app = Arc::new(App::new(exporter().unwrap().build_recorder().handle(), options));
+        let app = Arc::new(App::new(exporter().unwrap().build_recorder().handle(), options, None));
         let (stop, stopped) = oneshot::channel::<()>();
         let (send, receive) = std::sync::mpsc::channel();
         let shared = app.clone();

@@ -53,8 +53,8 @@ fn assert_well_formed(html: &str) {
 
 fn whole_report() -> String {
     let mut lines: Vec<Line> = (0..8).map(step).collect();
-    lines.insert(4, Line::Evaluation(EvaluationLine { step: 4, loss: 2.75 }));
-    lines.push(Line::Evaluation(EvaluationLine { step: 8, loss: 2.25 }));
+    lines.insert(4, Line::Evaluation(EvaluationLine { step: 4, loss: 2.75, accuracy: 0.5 }));
+    lines.push(Line::Evaluation(EvaluationLine { step: 8, loss: 2.25, accuracy: 0.5 }));
     lines.push(Line::Guard(GuardLine { step: 5, decision: "loss 6 <skipped>".into(), examples: vec![1] }));
     let settings = [("rank".into(), "8".into()), ("data <b>&'\"\u{1}".into(), "<script>alert(1)</script>".into())];
     let expert_load = Some(ExpertLoad {

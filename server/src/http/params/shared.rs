@@ -13,6 +13,7 @@ use crate::{
     engine::Served,
     generation::OutputOptions,
     http::{error::ApiError, fields::Fields},
+    random::random_seed,
 };
 
 /// The most alternatives that are reported at one place.
@@ -350,10 +351,4 @@ fn truncate(fields: Fields<'_>, max_model_len: usize) -> Result<Option<Truncate>
         }
         Some(keep) => Ok(Some(Truncate { keep: u32::try_from(keep).ok(), side })),
     }
-}
-
-/// A seed that differs from request to request.
-pub fn random_seed() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(std::time::SystemTime::now())
 }

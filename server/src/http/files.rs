@@ -1,0 +1,210 @@
+//! `/v1/files`: upload, list, get, content, delete; there only with `--storage`.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Multipart, Path, Query, State, multipart::Field},
+    http::header,
+    response::{IntoResponse, Response},
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::{fs, io::AsyncWriteExt};
+
+use super::{
+    App, blocking,
+    error::{ApiError, Kind, sentence},
+    messages::required,
+};
+use crate::storage::{FileQuery, Page, Purpose, StorageError, StoredFile, Upload};
+
+/// The longest file, as OpenAI has it.
+const MAX_BYTES: u64 = 512 << 20;
+/// The most files on a page.
+const MAX_LIMIT: usize = 10_000;
+/// The longest field beside the file.
+const MAX_FIELD_BYTES: usize = 1 << 10;
+
+/// Keeps a file.
+///
+/// # Errors
+/// When the form lacks a field, the purpose isn't known, or the file is too large.
+pub async fn upload(State(app): State<Arc<App>>, mut form: Multipart) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let (mut file, mut purpose) = (None, None);
+    while let Some(field) = form.next_field().await.map_err(bad_form)? {
+        match field.name() {
+            Some("file") => {
+                let name = field.file_name().unwrap_or_default().to_owned();
+                let upload = storage.new_upload();
+                write(field, &upload).await?;
+                file = Some((name, upload));
+            }
+            Some("purpose") => purpose = Some(text(field).await?),
+            // Files that expire aren't kept track of: this one lives until it is deleted.
+            _ => {}
+        }
+    }
+    let (name, upload) = file.ok_or_else(|| required("file"))?;
+    let purpose = purpose.ok_or_else(|| required("purpose"))?;
+    if purpose != Purpose::FineTune.name() {
+        let message = format!("purpose must be \"fine-tune\", got \"{purpose}\": this server uses no other files.");
+        return Err(ApiError::invalid("purpose", message));
+    }
+    let file = blocking(move || Ok(storage.add_file(upload, &name, Purpose::FineTune)?)).await?;
+    Ok(Json(object(&file)))
+}
+
+/// Writes a form's file to the disk as it comes.
+async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
+    let mut file = fs::File::create(&upload.path).await.map_err(ApiError::internal)?;
+    let mut bytes = 0;
+    while let Some(piece) = field.chunk().await.map_err(bad_form)? {
+        bytes += piece.len() as u64;
+        if bytes > MAX_BYTES {
+            let message = format!("The file is too large: this server keeps at most {MAX_BYTES} bytes.");
+            return Err(ApiError::new(Kind::BodyTooLarge, message).or_param("file"));
+        }
+        file.write_all(&piece).await.map_err(ApiError::internal)?;
+    }
+    file.flush().await.map_err(ApiError::internal)
+}
+
+async fn text(mut field: Field<'_>) -> Result<String, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(piece) = field.chunk().await.map_err(bad_form)? {
+        bytes.extend_from_slice(&piece);
+        if bytes.len() > MAX_FIELD_BYTES {
+            let message = format!("A field of the form is too large: at most {MAX_FIELD_BYTES} bytes are read.");
+            return Err(ApiError::new(Kind::BodyTooLarge, message));
+        }
+    }
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn bad_form(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(Kind::InvalidRequest, format!("The body must be a form (multipart/form-data): {error}."))
+}
+
+/// What a list of files may ask for.
+#[derive(Debug, Deserialize)]
+pub struct ListQuery {
+    after: Option<String>,
+    limit: Option<usize>,
+    order: Option<String>,
+    purpose: Option<String>,
+}
+
+/// All files, the latest first.
+///
+/// # Errors
+/// When a parameter is out of range.
+pub async fn list(State(app): State<Arc<App>>, Query(query): Query<ListQuery>) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let ListQuery { after, limit, order, purpose } = query;
+    let ascending = match order.as_deref() {
+        None | Some("desc") => false,
+        Some("asc") => true,
+        Some(other) => {
+            return Err(ApiError::invalid("order", format!("order must be \"asc\" or \"desc\", got \"{other}\".")));
+        }
+    };
+    let query = FileQuery { purpose, after, limit: limit_of(limit, MAX_LIMIT, MAX_LIMIT)?, ascending };
+    let page = blocking(move || Ok(storage.files(&query)?)).await?;
+    Ok(Json(list_of(&page, object)))
+}
+
+/// The rows of a page as OpenAI lists them.
+pub fn list_of<T>(page: &Page<T>, object: impl Fn(&T) -> Value) -> Value {
+    let data: Vec<Value> = page.data.iter().map(object).collect();
+    let id = |value: Option<&Value>| value.map_or(Value::Null, |value| value["id"].clone());
+    json!({
+        "object": "list", "first_id": id(data.first()), "last_id": id(data.last()), "has_more": page.has_more,
+        "data": data,
+    })
+}
+
+/// How many rows a page may have.
+///
+/// # Errors
+/// When more than `most` are asked for, or none.
+pub fn limit_of(asked: Option<usize>, default: usize, most: usize) -> Result<usize, ApiError> {
+    match asked {
+        None => Ok(default),
+        Some(limit) if (1..=most).contains(&limit) => Ok(limit),
+        Some(limit) => Err(ApiError::invalid("limit", format!("limit must be from 1 to {most}, got {limit}."))),
+    }
+}
+
+/// What is known of a file.
+///
+/// # Errors
+/// When there is no such file.
+pub async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(object(&find(&app, id).await?)))
+}
+
+/// Its bytes.
+///
+/// # Errors
+/// When there is no such file.
+pub async fn content(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let file = find(&app, id).await?;
+    let path = app.storage()?.file_path(&file.id, file.purpose);
+    let opened = fs::File::open(path).await.map_err(ApiError::internal)?;
+    let pieces = futures_util::stream::try_unfold(opened, |mut file| async move {
+        use tokio::io::AsyncReadExt;
+        let mut piece = vec![0; 64 << 10];
+        let count = file.read(&mut piece).await?;
+        piece.truncate(count);
+        Ok::<_, std::io::Error>((count > 0).then_some((piece, file)))
+    });
+    let name: String = file.filename.chars().map(|c| if c.is_ascii_graphic() && c != '"' { c } else { '_' }).collect();
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, file.bytes.to_string()),
+        (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{name}\"")),
+    ];
+    Ok((headers, Body::from_stream(pieces)).into_response())
+}
+
+/// Removes a file.
+///
+/// # Errors
+/// When there is no such file, or a job needs it.
+pub async fn delete(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let asked = id.clone();
+    if !blocking(move || Ok(storage.delete_file(&asked)?)).await? {
+        return Err(no_file(&id));
+    }
+    Ok(Json(json!({"id": id, "object": "file", "deleted": true})))
+}
+
+async fn find(app: &App, id: String) -> Result<StoredFile, ApiError> {
+    let storage = app.storage()?.clone();
+    blocking(move || storage.file(&id)?.ok_or_else(|| no_file(&id))).await
+}
+
+/// There is no such file.
+pub fn no_file(id: &str) -> ApiError {
+    ApiError::new(Kind::ObjectNotFound, format!("No such File object: {id}")).or_param("id")
+}
+
+fn object(file: &StoredFile) -> Value {
+    json!({
+        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": file.created, "expires_at": null,
+        "filename": file.filename, "purpose": file.purpose.name(), "status": "processed", "status_details": null,
+    })
+}
+
+impl From<StorageError> for ApiError {
+    fn from(error: StorageError) -> Self {
+        match error {
+            StorageError::FileInUse { .. } => Self::new(Kind::Conflict, sentence(&error.to_string())),
+            other => Self::internal(other),
+        }
+    }
+}

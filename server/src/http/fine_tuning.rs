@@ -1,0 +1,281 @@
+//! `/v1/fine_tuning/jobs`: create, list, get, cancel, pause, resume, events, checkpoints; there only with `--storage`.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Path, Query, State},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Map, Value, json};
+
+use super::{
+    App, answer, blocking,
+    body::JsonBody,
+    error::{ApiError, Kind, sentence},
+    fields::{Fields, wrong},
+    files::{limit_of, list_of, no_file},
+    messages::required,
+    params::{self, Endpoint},
+};
+use crate::{
+    finetune::jobs::{Jobs, JobsError},
+    random::random_seed,
+    storage::{Checkpoint, Event, Job, JobStatus, NewJob, Purpose},
+};
+
+/// Of a suffix, in characters.
+const MAX_SUFFIX: usize = 64;
+/// Of metadata: pairs, and characters of a name and a value.
+const MAX_METADATA: [usize; 3] = [16, 64, 512];
+const MAX_LIMIT: usize = 100;
+
+/// Adds a job.
+///
+/// # Errors
+/// When the request is at fault, or a file isn't there.
+pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    let unknown = params::admit(&body, Endpoint::FineTuning, app.options.strict_params)?;
+    let jobs = app.jobs()?.clone();
+    let asked = asked(&jobs, &body)?;
+    let storage = app.storage()?.clone();
+    let job = blocking(move || {
+        let files =
+            [("training_file", Some(&asked.training_file)), ("validation_file", asked.validation_file.as_ref())];
+        for (param, file) in files.into_iter().filter_map(|(param, file)| Some((param, file?))) {
+            let found =
+                storage.file(file)?.ok_or_else(|| ApiError { param: Some(param.to_owned()), ..no_file(file) })?;
+            if found.purpose != Purpose::FineTune {
+                let message = format!("File {file} has the purpose {}, not fine-tune.", found.purpose.name());
+                return Err(ApiError::invalid(param, message));
+            }
+        }
+        Ok(jobs.create(asked)?)
+    });
+    let mut response = Json(object(&job.await?)).into_response();
+    answer::name_ignored(&mut response, &unknown);
+    Ok(response)
+}
+
+fn asked(jobs: &Jobs, body: &Map<String, Value>) -> Result<NewJob, ApiError> {
+    let fields = Fields::new(body);
+    let model = fields.string("model")?.ok_or_else(|| required("model"))?;
+    if !jobs.base_models().iter().any(|name| name == model) {
+        let known = jobs.base_models().join("`, `");
+        let message = format!("The model `{model}` can't be fine-tuned here. This server fine-tunes `{known}`.");
+        return Err(ApiError::new(Kind::ModelNotFound, message).or_param("model"));
+    }
+    let (hyperparameters, path) = hyperparameters(fields)?;
+    let mut hyperparameters = hyperparameters.cloned().unwrap_or_default();
+    jobs.check(&mut hyperparameters).map_err(|error| ApiError::invalid(path, sentence(&format!("{error:#}"))))?;
+    let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
+    if let Some(suffix) = suffix.filter(|suffix| suffix.chars().count() > MAX_SUFFIX) {
+        let message = format!("suffix must have at most {MAX_SUFFIX} characters, got {}.", suffix.chars().count());
+        return Err(ApiError::invalid("suffix", message));
+    }
+    let seed = fields.integer("seed", 0, i64::from(u32::MAX))?.map(i64::cast_unsigned);
+    Ok(NewJob {
+        model: model.to_owned(),
+        training_file: fields.string("training_file")?.ok_or_else(|| required("training_file"))?.to_owned(),
+        validation_file: fields.string("validation_file")?.map(str::to_owned),
+        suffix: suffix.map(str::to_owned),
+        seed: seed.unwrap_or_else(|| random_seed() % (1 << 31)),
+        metadata: metadata(fields)?,
+        hyperparameters,
+    })
+}
+
+/// Those of the method, or of the body itself as in older versions of the API, and where they lie.
+fn hyperparameters<'a>(fields: Fields<'a>) -> Result<(Option<&'a Map<String, Value>>, &'static str), ApiError> {
+    let Some(method) = fields.get("method") else {
+        return Ok((fields.object("hyperparameters")?, "hyperparameters"));
+    };
+    let method = Fields::nested(method, "method")?;
+    match method.string("type")? {
+        None | Some("supervised") => {}
+        Some(other) => {
+            let message =
+                format!("method.type must be \"supervised\", got \"{other}\": this server trains by no other.");
+            return Err(ApiError::invalid("method.type", message));
+        }
+    }
+    const PATH: &str = "method.supervised.hyperparameters";
+    let Some(supervised) = method.get("supervised") else { return Ok((None, PATH)) };
+    Ok((Fields::nested(supervised, "method.supervised")?.object("hyperparameters")?, PATH))
+}
+
+fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
+    let map = fields.object("metadata")?.cloned().unwrap_or_default();
+    let [pairs, name_length, value_length] = MAX_METADATA;
+    if map.len() > pairs {
+        let message = format!("metadata must have at most {pairs} pairs, got {}.", map.len());
+        return Err(ApiError::invalid("metadata", message));
+    }
+    for (name, value) in &map {
+        let path = format!("metadata.{name}");
+        let text = value.as_str().ok_or_else(|| wrong(&path, "a string", value))?;
+        if name.chars().count() > name_length || text.chars().count() > value_length {
+            let message =
+                format!("Names of metadata must have at most {name_length} characters, values {value_length}.");
+            return Err(ApiError::invalid(path, message));
+        }
+    }
+    Ok(map)
+}
+
+/// Pages of lists: `after`, `limit`, and pairs such as `metadata[key]`.
+type ListQuery = Query<Vec<(String, String)>>;
+
+struct Paging {
+    after: Option<String>,
+    limit: usize,
+    metadata: Vec<(String, String)>,
+}
+
+fn paging(query: Vec<(String, String)>, default: usize) -> Result<Paging, ApiError> {
+    let mut paging = Paging { after: None, limit: default, metadata: Vec::new() };
+    for (name, value) in query {
+        let key = name.strip_prefix("metadata[").and_then(|rest| rest.strip_suffix(']'));
+        match (name.as_str(), key) {
+            ("after", _) => paging.after = Some(value),
+            ("limit", _) => {
+                let limit = value.parse().map_err(|_| wrong("limit", "a whole number", &value.as_str().into()))?;
+                paging.limit = limit_of(Some(limit), default, MAX_LIMIT)?;
+            }
+            (_, Some(key)) => paging.metadata.push((key.to_owned(), value)),
+            _ => {}
+        }
+    }
+    Ok(paging)
+}
+
+/// All jobs, the latest first.
+///
+/// # Errors
+/// When a parameter is out of range.
+pub async fn list(State(app): State<Arc<App>>, Query(query): ListQuery) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let Paging { after, limit, metadata } = paging(query, 20)?;
+    let page = blocking(move || Ok(storage.jobs(after.as_deref(), limit, &metadata)?)).await?;
+    Ok(Json(list_of(&page, object)))
+}
+
+/// A job.
+///
+/// # Errors
+/// When there is no such job.
+pub async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let job = blocking(move || storage.job(&id)?.ok_or_else(|| JobsError::NotFound(id).into())).await?;
+    Ok(Json(object(&job)))
+}
+
+/// Cancels a job.
+///
+/// # Errors
+/// When it is done, or there is no such job.
+pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    change(&app, move |jobs| jobs.cancel(&id)).await
+}
+
+/// Pauses a job.
+///
+/// # Errors
+/// When it is done or paused, or there is no such job.
+pub async fn pause(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    change(&app, move |jobs| jobs.pause(&id)).await
+}
+
+/// Lets a paused job go on.
+///
+/// # Errors
+/// When it isn't paused, or there is no such job.
+pub async fn resume(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    change(&app, move |jobs| jobs.resume(&id)).await
+}
+
+async fn change(
+    app: &App,
+    change: impl FnOnce(&Jobs) -> Result<Job, JobsError> + Send + 'static,
+) -> Result<Json<Value>, ApiError> {
+    let jobs = app.jobs()?.clone();
+    Ok(Json(object(&blocking(move || Ok(change(&jobs)?)).await?)))
+}
+
+/// What has happened to a job, the latest first.
+///
+/// # Errors
+/// When there is no such job, or a parameter is out of range.
+pub async fn events(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    Query(query): ListQuery,
+) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let Paging { after, limit, .. } = paging(query, 20)?;
+    let page = blocking(move || {
+        let job = storage.job(&id)?.ok_or(JobsError::NotFound(id))?;
+        Ok(storage.events(&job.id, after.as_deref(), limit)?)
+    });
+    Ok(Json(list_of(&page.await?, event)))
+}
+
+/// A job's checkpoints, the latest first.
+///
+/// # Errors
+/// When there is no such job, or a parameter is out of range.
+pub async fn checkpoints(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+    Query(query): ListQuery,
+) -> Result<Json<Value>, ApiError> {
+    let storage = app.storage()?.clone();
+    let Paging { after, limit, .. } = paging(query, 10)?;
+    let job = id.clone();
+    let page = blocking(move || {
+        let job = storage.job(&job)?.ok_or(JobsError::NotFound(job))?;
+        Ok(storage.checkpoints(&job.id, after.as_deref(), limit)?)
+    });
+    Ok(Json(list_of(&page.await?, |one| checkpoint(&id, one))))
+}
+
+fn object(job: &Job) -> Value {
+    let Job { asked, status, error, .. } = job;
+    let error = error.as_ref().map(|error| json!({"code": error.code, "message": error.message, "param": error.param}));
+    json!({
+        "object": "fine_tuning.job", "id": job.id, "created_at": job.created, "model": asked.model,
+        "fine_tuned_model": job.fine_tuned_model, "organization_id": "org-cadre", "status": status.name(),
+        "paused": job.is_paused && !status.is_final(), "hyperparameters": asked.hyperparameters,
+        "training_file": asked.training_file, "validation_file": asked.validation_file,
+        "result_files": job.result_file.iter().collect::<Vec<_>>(), "trained_tokens": job.trained_tokens,
+        "finished_at": job.finished, "estimated_finish": job.estimated_finish.filter(|_| *status == JobStatus::Running),
+        "seed": asked.seed, "suffix": asked.suffix, "error": error, "integrations": [], "metadata": asked.metadata,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": asked.hyperparameters}},
+    })
+}
+
+fn event(event: &Event) -> Value {
+    json!({
+        "object": "fine_tuning.job.event", "id": event.id, "created_at": event.created, "level": event.level,
+        "message": event.message, "type": event.kind, "data": event.data,
+    })
+}
+
+fn checkpoint(job: &str, checkpoint: &Checkpoint) -> Value {
+    json!({
+        "object": "fine_tuning.job.checkpoint", "id": checkpoint.id, "created_at": checkpoint.created,
+        "fine_tuning_job_id": job, "step_number": checkpoint.step, "fine_tuned_model_checkpoint": checkpoint.model,
+        "metrics": checkpoint.metrics,
+    })
+}
+
+impl From<JobsError> for ApiError {
+    fn from(error: JobsError) -> Self {
+        let kind = match error {
+            JobsError::NotFound(_) => Kind::ObjectNotFound,
+            JobsError::Status { .. } => Kind::Conflict,
+            JobsError::Storage(error) => return error.into(),
+        };
+        Self::new(kind, sentence(&error.to_string()))
+    }
+}

@@ -1,0 +1,493 @@
+//! Fine-tuning jobs, their events and their checkpoints.
+
+use std::fs;
+
+use rusqlite::{OptionalExtension, Row, ToSql, params, types::FromSqlError};
+use serde_json::{Map, Value};
+
+use super::{Page, Storage, StorageError, new_id, now, page, unreadable};
+
+/// How far a job is, in OpenAI's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobStatus {
+    /// Its data are looked at.
+    ValidatingFiles,
+    /// It waits for its turn, or is paused.
+    Queued,
+    /// It trains.
+    Running,
+    /// Its model is served.
+    Succeeded,
+    /// It can't go on.
+    Failed,
+    /// Somebody has cancelled it.
+    Cancelled,
+}
+
+impl JobStatus {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::ValidatingFiles, Self::Queued, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled];
+
+    /// OpenAI's word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ValidatingFiles => "validating_files",
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether nothing follows.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobError {
+    /// A word for programs.
+    pub code: String,
+    /// For people.
+    pub message: String,
+    /// The parameter at fault.
+    pub param: Option<String>,
+}
+
+/// What a job is made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewJob {
+    /// The model that it begins from.
+    pub model: String,
+    /// The file with its training data.
+    pub training_file: String,
+    /// The file with held-out data.
+    pub validation_file: Option<String>,
+    /// What its model's name has.
+    pub suffix: Option<String>,
+    /// Where its randomness begins.
+    pub seed: u64,
+    /// What the client keeps with it.
+    pub metadata: Map<String, Value>,
+    /// Its settings, by the names of `cadre finetune`'s flags.
+    pub hyperparameters: Map<String, Value>,
+}
+
+/// A job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// `ftjob-…`
+    pub id: String,
+    /// When it came, in seconds since 1970.
+    pub created: i64,
+    /// What it is made of.
+    pub asked: NewJob,
+    /// How far it is.
+    pub status: JobStatus,
+    /// It waits until it is resumed.
+    pub is_paused: bool,
+    /// The name that its model is served under.
+    pub fine_tuned_model: Option<String>,
+    /// The file with its results.
+    pub result_file: Option<String>,
+    /// Tokens that went through the model.
+    pub trained_tokens: Option<u64>,
+    /// When it ended.
+    pub finished: Option<i64>,
+    /// When it will probably end.
+    pub estimated_finish: Option<i64>,
+    /// Why it failed.
+    pub error: Option<JobError>,
+}
+
+/// How important an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// As it should be.
+    Info,
+    /// Worth a look.
+    Warn,
+    /// The job fails.
+    Error,
+}
+
+impl Level {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Info => "info",
+            Self::Warn => "warn",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// What an event tells.
+#[derive(Debug, Clone, PartialEq)]
+pub enum EventKind {
+    /// Its message.
+    Message,
+    /// Numbers, too.
+    Metrics(Map<String, Value>),
+}
+
+/// Something that happened to a job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// `ft-event-…`
+    pub id: String,
+    /// When, in seconds since 1970.
+    pub created: i64,
+    /// How important it is.
+    pub level: String,
+    /// For people.
+    pub message: String,
+    /// `message` or `metrics`.
+    pub kind: String,
+    /// The numbers of `metrics`.
+    pub data: Value,
+}
+
+/// A checkpoint whose adapter is served.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// `ftckpt_…`
+    pub id: String,
+    /// When it was saved, in seconds since 1970.
+    pub created: i64,
+    /// After which step.
+    pub step: u64,
+    /// The name that it is served under.
+    pub model: String,
+    /// How good it is.
+    pub metrics: Value,
+}
+
+const JOB: &str =
+    "SELECT id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters, status,
+                   paused, fine_tuned_model, result_file, trained_tokens, finished, estimated_finish, error FROM jobs";
+
+impl Storage {
+    /// Adds a job, whose files are to be looked at.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn add_job(&self, asked: NewJob) -> Result<Job, StorageError> {
+        let job = Job {
+            id: new_id("ftjob-"),
+            created: now(),
+            asked,
+            status: JobStatus::ValidatingFiles,
+            is_paused: false,
+            fine_tuned_model: None,
+            result_file: None,
+            trained_tokens: None,
+            finished: None,
+            estimated_finish: None,
+            error: None,
+        };
+        let NewJob { model, training_file, validation_file, suffix, seed, metadata, hyperparameters } = &job.asked;
+        let [metadata, hyperparameters] = [metadata, hyperparameters].map(|map| Value::from(map.clone()).to_string());
+        self.database().execute(
+            "INSERT INTO jobs (id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters,
+             status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            params![
+                job.id,
+                job.created,
+                model,
+                training_file,
+                validation_file,
+                suffix,
+                seed.cast_signed(),
+                metadata,
+                hyperparameters,
+                job.status.name()
+            ],
+        )?;
+        Ok(job)
+    }
+
+    /// A job.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn job(&self, id: &str) -> Result<Option<Job>, StorageError> {
+        Ok(self.database().query_row(&format!("{JOB} WHERE id = ?"), [id], read).optional()?)
+    }
+
+    /// Jobs, the latest first, from the one that comes after `after` on; those with these metadata only.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn jobs(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+        metadata: &[(String, String)],
+    ) -> Result<Page<Job>, StorageError> {
+        let text = format!(
+            "{JOB} WHERE (?1 IS NULL OR number < (SELECT number FROM jobs WHERE id = ?1)) ORDER BY number DESC"
+        );
+        let database = self.database();
+        let mut statement = database.prepare(&text)?;
+        let has =
+            |job: &Job, (name, value): &(String, String)| job.asked.metadata.get(name) == Some(&value.as_str().into());
+        let is_meant =
+            |job: &rusqlite::Result<Job>| job.as_ref().map_or(true, |job| metadata.iter().all(|pair| has(job, pair)));
+        let rows = statement.query_map(params![after], read)?.filter(is_meant).take(limit + 1);
+        Ok(page(rows.collect::<Result<_, _>>()?, limit))
+    }
+
+    /// The jobs of a status, the first one first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn jobs_that_are(&self, status: JobStatus) -> Result<Vec<Job>, StorageError> {
+        let database = self.database();
+        let mut statement = database.prepare(&format!("{JOB} WHERE status = ? ORDER BY number"))?;
+        Ok(statement.query_map([status.name()], read)?.collect::<Result<_, _>>()?)
+    }
+
+    /// The job whose turn it is: one that was interrupted, or the first that waits.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn next_job(&self) -> Result<Option<Job>, StorageError> {
+        let query = format!(
+            "{JOB} WHERE status IN ('running', 'queued') AND paused = 0 ORDER BY status = 'running' DESC, number LIMIT 1"
+        );
+        Ok(self.database().query_row(&query, [], read).optional()?)
+    }
+
+    /// A job's status becomes `to` if it is one of `from`; whether it was.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn set_status(&self, id: &str, from: &[JobStatus], to: JobStatus) -> Result<bool, StorageError> {
+        let from = from.iter().map(|status| format!("'{}'", status.name())).collect::<Vec<_>>().join(", ");
+        let finished = to.is_final().then(now);
+        let query = format!("UPDATE jobs SET status = ?, finished = ? WHERE id = ? AND status IN ({from})");
+        Ok(self.database().execute(&query, params![to.name(), finished, id])? > 0)
+    }
+
+    /// Whether a job waits until it is resumed.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn set_paused(&self, id: &str, is_paused: bool) -> Result<(), StorageError> {
+        self.database().execute("UPDATE jobs SET paused = ? WHERE id = ?", params![is_paused, id])?;
+        Ok(())
+    }
+
+    /// A job that isn't done has failed.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn fail_job(&self, id: &str, error: &JobError) -> Result<(), StorageError> {
+        let JobError { code, message, param } = error;
+        let text = serde_json::json!({"code": code, "message": message, "param": param}).to_string();
+        self.database().execute(
+            "UPDATE jobs SET status = 'failed', finished = ?, estimated_finish = NULL, error = ?
+             WHERE id = ? AND status NOT IN ('succeeded', 'failed', 'cancelled')",
+            params![now(), text, id],
+        )?;
+        Ok(())
+    }
+
+    /// How far a running job is.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn set_progress(&self, id: &str, trained_tokens: u64, seconds_left: f64) -> Result<(), StorageError> {
+        self.database().execute(
+            "UPDATE jobs SET trained_tokens = ?, estimated_finish = ? WHERE id = ?",
+            params![trained_tokens.cast_signed(), now() + seconds_left as i64, id],
+        )?;
+        Ok(())
+    }
+
+    /// A running job has succeeded: its model is served as `model`, its results are in the file `result_file`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn finish_job(&self, id: &str, model: &str, result_file: &str) -> Result<bool, StorageError> {
+        let changed = self.database().execute(
+            "UPDATE jobs SET status = 'succeeded', finished = ?, estimated_finish = NULL, fine_tuned_model = ?, result_file = ?
+             WHERE id = ? AND status = 'running'",
+            params![now(), model, result_file, id],
+        )?;
+        Ok(changed > 0)
+    }
+
+    /// The job whose model has this name forgets it with all checkpoints, whose names are returned, and its run is removed;
+    /// `None` if there is no such job.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn forget_model(&self, model: &str) -> Result<Option<Vec<String>>, StorageError> {
+        let database = self.database();
+        let query = "SELECT id FROM jobs WHERE fine_tuned_model = ?";
+        let Some(job) = database.query_row(query, [model], |row| row.get::<_, String>(0)).optional()? else {
+            return Ok(None);
+        };
+        let mut statement = database.prepare("SELECT model FROM checkpoints WHERE job = ?")?;
+        let checkpoints = statement.query_map([&job], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        drop(statement);
+        database.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", [&job])?;
+        database.execute("DELETE FROM checkpoints WHERE job = ?", [&job])?;
+        drop(database);
+        let folder = self.job_folder(&job);
+        fs::remove_dir_all(&folder)
+            .map_err(|source| StorageError::Io { path: folder.display().to_string(), source })?;
+        Ok(Some(checkpoints))
+    }
+
+    /// Something has happened to a job.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn add_event(&self, job: &str, level: Level, message: &str, kind: EventKind) -> Result<(), StorageError> {
+        let (kind, data) = match kind {
+            EventKind::Message => ("message", Value::Null),
+            EventKind::Metrics(data) => ("metrics", data.into()),
+        };
+        self.database().execute(
+            "INSERT INTO events (id, job, created, level, message, kind, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            params![new_id("ft-event-"), job, now(), level.name(), message, kind, data.to_string()],
+        )?;
+        Ok(())
+    }
+
+    /// Forgets what was told of a job's steps after the first `step`: they are made again.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn forget_metrics_after(&self, job: &str, step: u64) -> Result<(), StorageError> {
+        self.database().execute(
+            "DELETE FROM events WHERE job = ? AND kind = 'metrics' AND json_extract(data, '$.step') > ?",
+            params![job, step.cast_signed()],
+        )?;
+        Ok(())
+    }
+
+    /// A job's events, the latest first, from the one that comes after `after` on.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn events(&self, job: &str, after: Option<&str>, limit: usize) -> Result<Page<Event>, StorageError> {
+        let query = "SELECT id, created, level, message, kind, data FROM events WHERE job = ?1
+                     AND (?2 IS NULL OR number < (SELECT number FROM events WHERE id = ?2)) ORDER BY number DESC LIMIT ?3";
+        let read = |row: &Row<'_>| {
+            Ok(Event {
+                id: row.get(0)?,
+                created: row.get(1)?,
+                level: row.get(2)?,
+                message: row.get(3)?,
+                kind: row.get(4)?,
+                data: json(row, 5)?,
+            })
+        };
+        let database = self.database();
+        let mut statement = database.prepare(query)?;
+        let rows = statement.query_map(params![job, after, limit as i64 + 1], read)?;
+        Ok(page(rows.collect::<Result<_, _>>()?, limit))
+    }
+
+    /// A job's checkpoint of a step is served as `model`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn add_checkpoint(&self, job: &str, step: u64, model: &str, metrics: &Value) -> Result<(), StorageError> {
+        self.database().execute(
+            "INSERT OR REPLACE INTO checkpoints (id, job, created, step, model, metrics) VALUES (?, ?, ?, ?, ?, ?)",
+            params![new_id("ftckpt_"), job, now(), step.cast_signed(), model, metrics.to_string()],
+        )?;
+        Ok(())
+    }
+
+    /// A job's checkpoint of a step is no more.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn remove_checkpoint(&self, job: &str, step: u64) -> Result<(), StorageError> {
+        let parameters: [&dyn ToSql; 2] = [&job, &step.cast_signed()];
+        self.database().execute("DELETE FROM checkpoints WHERE job = ? AND step = ?", parameters)?;
+        Ok(())
+    }
+
+    /// A job's checkpoints, the latest first, from the one that comes after `after` on.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn checkpoints(&self, job: &str, after: Option<&str>, limit: usize) -> Result<Page<Checkpoint>, StorageError> {
+        let query = "SELECT id, created, step, model, metrics FROM checkpoints WHERE job = ?1
+                     AND (?2 IS NULL OR step < (SELECT step FROM checkpoints WHERE id = ?2)) ORDER BY step DESC LIMIT ?3";
+        let read = |row: &Row<'_>| {
+            let step: i64 = row.get(2)?;
+            Ok(Checkpoint {
+                id: row.get(0)?,
+                created: row.get(1)?,
+                step: step.cast_unsigned(),
+                model: row.get(3)?,
+                metrics: json(row, 4)?,
+            })
+        };
+        let database = self.database();
+        let mut statement = database.prepare(query)?;
+        let rows = statement.query_map(params![job, after, limit as i64 + 1], read)?;
+        Ok(page(rows.collect::<Result<_, _>>()?, limit))
+    }
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Job> {
+    let status: String = row.get(9)?;
+    let unknown = || unreadable(9, FromSqlError::Other(format!("the status `{status}`").into()));
+    let seed: i64 = row.get(6)?;
+    let trained_tokens: Option<i64> = row.get(13)?;
+    let error: Option<String> = row.get(16)?;
+    let error = error.map(|text| {
+        let value: Value = serde_json::from_str(&text).unwrap_or_default();
+        let text = |name: &str| value[name].as_str().map(str::to_owned);
+        JobError {
+            code: text("code").unwrap_or_default(),
+            message: text("message").unwrap_or_default(),
+            param: text("param"),
+        }
+    });
+    Ok(Job {
+        id: row.get(0)?,
+        created: row.get(1)?,
+        asked: NewJob {
+            model: row.get(2)?,
+            training_file: row.get(3)?,
+            validation_file: row.get(4)?,
+            suffix: row.get(5)?,
+            seed: seed.cast_unsigned(),
+            metadata: object(row, 7)?,
+            hyperparameters: object(row, 8)?,
+        },
+        status: JobStatus::ALL.into_iter().find(|known| known.name() == status).ok_or_else(unknown)?,
+        is_paused: row.get(10)?,
+        fine_tuned_model: row.get(11)?,
+        result_file: row.get(12)?,
+        trained_tokens: trained_tokens.map(i64::cast_unsigned),
+        finished: row.get(14)?,
+        estimated_finish: row.get(15)?,
+        error,
+    })
+}
+
+fn json(row: &Row<'_>, column: usize) -> rusqlite::Result<Value> {
+    let text: String = row.get(column)?;
+    serde_json::from_str(&text).map_err(|error| unreadable(column, FromSqlError::Other(error.into())))
+}
+
+fn object(row: &Row<'_>, column: usize) -> rusqlite::Result<Map<String, Value>> {
+    match json(row, column)? {
+        Value::Object(map) => Ok(map),
+        _ => Err(unreadable(column, FromSqlError::InvalidType)),
+    }
+}

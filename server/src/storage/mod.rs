@@ -1,0 +1,185 @@
+//! What outlives the server: uploaded files and fine-tuning jobs, in one folder.
+//!
+//! | in the folder | is |
+//! |---|---|
+//! | `cadre.db` | SQLite: what is known of files, jobs, their events and checkpoints |
+//! | `files/` | the files' bytes, each under its id |
+//! | `jobs/` | a folder a job: its run |
+//!
+//! A change is on disk when its call returns. Bytes come before the row that names them, and go after it: a process that
+//! is killed leaves at most files that no row names, which the next start removes.
+
+mod files;
+mod jobs;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rusqlite::{
+    Connection,
+    types::{FromSqlError, Type},
+};
+
+pub use files::{FileQuery, Purpose, StoredFile, Upload};
+pub use jobs::{Checkpoint, Event, EventKind, Job, JobError, JobStatus, Level, NewJob};
+
+use crate::random::random_seed;
+
+/// The layout of the tables below.
+const VERSION: i64 = 1;
+const SCHEMA: &str = "
+    CREATE TABLE files (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, bytes INTEGER NOT NULL, created INTEGER NOT NULL,
+        filename TEXT NOT NULL, purpose TEXT NOT NULL
+    );
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created INTEGER NOT NULL, model TEXT NOT NULL,
+        training_file TEXT NOT NULL, validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, metadata TEXT NOT NULL,
+        hyperparameters TEXT NOT NULL, status TEXT NOT NULL, paused INTEGER NOT NULL DEFAULT 0, fine_tuned_model TEXT,
+        result_file TEXT, trained_tokens INTEGER, finished INTEGER, estimated_finish INTEGER, error TEXT
+    );
+    CREATE TABLE events (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, created INTEGER NOT NULL,
+        level TEXT NOT NULL, message TEXT NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL
+    );
+    CREATE INDEX events_of_job ON events (job, number);
+    CREATE TABLE checkpoints (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, created INTEGER NOT NULL,
+        step INTEGER NOT NULL, model TEXT NOT NULL, metrics TEXT NOT NULL, UNIQUE (job, step)
+    );
+";
+/// How long another process may hold the database before that is an error.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Why something is not stored, or not found.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The folder, or something in it.
+    #[error("{path}: {source}")]
+    Io {
+        /// Where.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another process has it open.
+    #[error("{0} is in use by another process: stop that one, or give another --storage")]
+    InUse(String),
+    /// Of another version of cadre.
+    #[error(
+        "{folder}: expected a storage folder of layout {VERSION}, found layout {found}: use the cadre that made it"
+    )]
+    Version {
+        /// The folder.
+        folder: String,
+        /// The layout that it has.
+        found: i64,
+    },
+    /// The database.
+    #[error("the database of --storage: {0}")]
+    Database(#[from] rusqlite::Error),
+    /// A file is needed by a job that isn't done.
+    #[error("file `{file}` is used by the fine-tuning job `{job}`, which is not done")]
+    FileInUse {
+        /// The file.
+        file: String,
+        /// The job.
+        job: String,
+    },
+}
+
+/// A page of a list, and whether there is more of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<T> {
+    /// What is on it.
+    pub data: Vec<T>,
+    /// Whether others come after it.
+    pub has_more: bool,
+}
+
+/// The folder, opened by this process alone.
+#[derive(Debug)]
+pub struct Storage {
+    folder: PathBuf,
+    database: Mutex<Connection>,
+}
+
+impl Storage {
+    /// Opens the folder, which is made if it isn't there, and removes what an interrupted process left.
+    ///
+    /// # Errors
+    /// When another process has it, it is of another layout, or the system refuses.
+    pub fn open(folder: &Path) -> Result<Self, StorageError> {
+        let failed = |path: &Path| {
+            let path = path.display().to_string();
+            move |source| StorageError::Io { path, source }
+        };
+        for directory in [folder.to_owned(), folder.join("files"), folder.join("jobs")] {
+            fs::create_dir_all(&directory).map_err(failed(&directory))?;
+        }
+        let folder = folder.canonicalize().map_err(failed(folder))?;
+        let database = Connection::open(folder.join("cadre.db"))?;
+        database.busy_timeout(PATIENCE)?;
+        prepare(&database, &folder).map_err(|error| match error {
+            StorageError::Database(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy) => {
+                StorageError::InUse(folder.display().to_string())
+            }
+            other => other,
+        })?;
+        let storage = Self { folder, database: Mutex::new(database) };
+        storage.sweep()?;
+        Ok(storage)
+    }
+
+    /// The folder of a job's run.
+    pub fn job_folder(&self, job: &str) -> PathBuf {
+        self.folder.join("jobs").join(job)
+    }
+
+    fn database(&self) -> MutexGuard<'_, Connection> {
+        // A transaction that panicked was rolled back.
+        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes the database for this process, and makes the tables.
+fn prepare(database: &Connection, folder: &Path) -> Result<(), StorageError> {
+    // With WAL, FULL syncs the log at each commit: what was answered survives a power failure.
+    database.execute_batch(
+        "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; BEGIN EXCLUSIVE; COMMIT;",
+    )?;
+    let found: i64 = database.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    match found {
+        VERSION => Ok(()),
+        0 => Ok(database.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"))?),
+        found => Err(StorageError::Version { folder: folder.display().to_string(), found }),
+    }
+}
+
+/// A new id.
+fn new_id(prefix: &str) -> String {
+    format!("{prefix}{:016x}{:08x}", random_seed(), random_seed() as u32)
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().cast_signed())
+}
+
+/// The rows of a query that asked for one more than `limit`.
+fn page<T>(mut data: Vec<T>, limit: usize) -> Page<T> {
+    let has_more = data.len() > limit;
+    data.truncate(limit);
+    Page { data, has_more }
+}
+
+/// A column has what no version of cadre writes.
+fn unreadable(column: usize, error: FromSqlError) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into())
+}

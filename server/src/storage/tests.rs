@@ -1,0 +1,154 @@
+//! Files and jobs, written, listed page by page, and found again.
+
+use proptest::prelude::*;
+use serde_json::{Map, json};
+use tempfile::TempDir;
+
+use super::*;
+
+fn opened() -> (TempDir, Storage) {
+    let folder = tempfile::tempdir().unwrap();
+    let storage = Storage::open(&folder.path().join("storage")).unwrap();
+    (folder, storage)
+}
+
+fn add(storage: &Storage, text: &str, purpose: Purpose) -> StoredFile {
+    let upload = storage.new_upload();
+    fs::write(&upload.path, text).unwrap();
+    storage.add_file(upload, "a.jsonl", purpose).unwrap()
+}
+
+fn job(storage: &Storage, file: &str) -> Job {
+    let metadata = Map::from_iter([("team".to_owned(), json!(file))]);
+    let asked = NewJob {
+        model: "base".to_owned(),
+        training_file: file.to_owned(),
+        validation_file: None,
+        suffix: Some("ü".to_owned()),
+        seed: 7,
+        metadata,
+        hyperparameters: Map::from_iter([("n_epochs".to_owned(), json!(3))]),
+    };
+    storage.add_job(asked).unwrap()
+}
+
+#[test]
+fn what_was_kept_is_there_at_the_next_start_and_nothing_else() {
+    let (folder, storage) = opened();
+    let file = add(&storage, "line\n", Purpose::FineTune);
+    let added = job(&storage, &file.id);
+    storage.add_event(&added.id, Level::Info, "hello", EventKind::Message).unwrap();
+    storage.add_checkpoint(&added.id, 5, "ft:5", &json!({"step": 5})).unwrap();
+    let error = JobError { code: "c".into(), message: "m".into(), param: Some("p".into()) };
+    let failed = job(&storage, "file-2");
+    storage.fail_job(&failed.id, &error).unwrap();
+    let unfinished = storage.new_upload();
+    fs::write(&unfinished.path, "half").unwrap();
+    // As a kill would leave it.
+    let left = unfinished.path.clone();
+    std::mem::forget(unfinished);
+    drop(storage);
+
+    let storage = Storage::open(&folder.path().join("storage")).unwrap();
+    assert!(!left.exists());
+    assert_eq!(storage.file(&file.id).unwrap(), Some(file.clone()));
+    assert_eq!(fs::read_to_string(storage.file_path(&file.id, file.purpose)).unwrap(), "line\n");
+    assert_eq!(storage.job(&added.id).unwrap(), Some(added.clone()));
+    let failed = storage.job(&failed.id).unwrap().unwrap();
+    assert_eq!((failed.status, failed.error), (JobStatus::Failed, Some(error)));
+    assert!(failed.finished.is_some());
+    assert_eq!(storage.events(&added.id, None, 9).unwrap().data[0].message, "hello");
+    assert_eq!(storage.checkpoints(&added.id, None, 9).unwrap().data[0].model, "ft:5");
+}
+
+#[test]
+fn a_folder_is_opened_by_one_process_of_the_same_layout() {
+    let (folder, storage) = opened();
+    let path = folder.path().join("storage");
+    let error = Storage::open(&path).unwrap_err().to_string();
+    assert!(error.contains("in use by another process"), "{error}");
+    storage.database().execute_batch("PRAGMA user_version = 2").unwrap();
+    drop(storage);
+    let error = Storage::open(&path).unwrap_err().to_string();
+    assert!(error.contains("layout 1") && error.contains("layout 2"), "{error}");
+}
+
+#[test]
+fn a_file_that_a_job_needs_stays() {
+    let (_folder, storage) = opened();
+    let file = add(&storage, "line\n", Purpose::FineTune);
+    let added = job(&storage, &file.id);
+    assert!(matches!(storage.delete_file(&file.id), Err(StorageError::FileInUse { .. })));
+    assert!(storage.set_status(&added.id, &[JobStatus::ValidatingFiles], JobStatus::Cancelled).unwrap());
+    assert!(storage.delete_file(&file.id).unwrap());
+    assert!(!storage.file_path(&file.id, file.purpose).exists() && !storage.delete_file(&file.id).unwrap());
+}
+
+#[test]
+fn one_job_after_the_other_and_an_interrupted_one_first() {
+    let (_folder, storage) = opened();
+    let [first, second, third] = ["a", "b", "c"].map(|file| job(&storage, file).id);
+    assert_eq!(storage.next_job().unwrap(), None, "they aren't validated");
+    for id in [&first, &second, &third] {
+        assert!(storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued).unwrap());
+    }
+    let next = || storage.next_job().unwrap().map(|job| job.id);
+    assert_eq!(next().as_ref(), Some(&first));
+    storage.set_paused(&first, true).unwrap();
+    assert_eq!(next().as_ref(), Some(&second));
+    storage.set_status(&third, &[JobStatus::Queued], JobStatus::Running).unwrap();
+    assert_eq!(next().as_ref(), Some(&third));
+    assert!(!storage.finish_job(&second, "ft", "file").unwrap(), "it doesn't run");
+    assert!(storage.finish_job(&third, "ft:third", "file").unwrap());
+    assert!(!storage.set_status(&third, &[JobStatus::Running], JobStatus::Cancelled).unwrap());
+    let all = storage.jobs(None, 9, &[]).unwrap().data;
+    assert_eq!(all.iter().map(|job| &job.id).collect::<Vec<_>>(), [&third, &second, &first]);
+    let of_b = storage.jobs(None, 9, &[("team".to_owned(), "b".to_owned())]).unwrap().data;
+    assert_eq!(of_b.len(), 1);
+    storage.add_checkpoint(&third, 5, "ft:third:5", &json!({})).unwrap();
+    fs::create_dir_all(storage.job_folder(&third)).unwrap();
+    assert_eq!(storage.forget_model("ft:third").unwrap(), Some(vec!["ft:third:5".to_owned()]));
+    assert_eq!(storage.forget_model("ft:third").unwrap(), None);
+    assert!(!storage.job_folder(&third).exists());
+}
+
+#[test]
+fn steps_that_are_made_again_are_told_once() {
+    let (_folder, storage) = opened();
+    let id = job(&storage, "a").id;
+    for step in 1..=5 {
+        let data = Map::from_iter([("step".to_owned(), json!(step))]);
+        storage.add_event(&id, Level::Info, &format!("step {step}"), EventKind::Metrics(data)).unwrap();
+    }
+    storage.add_event(&id, Level::Info, "paused", EventKind::Message).unwrap();
+    storage.forget_metrics_after(&id, 3).unwrap();
+    let left: Vec<String> = storage.events(&id, None, 9).unwrap().data.into_iter().map(|event| event.message).collect();
+    assert_eq!(left, ["paused", "step 3", "step 2", "step 1"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+
+    /// In both orders, whatever a page's size.
+    #[test]
+    fn pages_hold_each_file_once(count in 0_usize..8, limit in 1_usize..5, ascending: bool) {
+        let (_folder, storage) = opened();
+        let mut expected: Vec<String> = (0..count).map(|_| add(&storage, "", Purpose::FineTune).id).collect();
+        add(&storage, "", Purpose::FineTuneResults);
+        if !ascending {
+            expected.reverse();
+        }
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let purpose = Some("fine-tune".to_owned());
+            let page = storage.files(&FileQuery { purpose, after, limit, ascending }).unwrap();
+            found.extend(page.data.iter().map(|file| file.id.clone()));
+            prop_assert!(page.data.len() == limit || !page.has_more);
+            after = found.last().cloned();
+            if !page.has_more {
+                break;
+            }
+        }
+        prop_assert_eq!(found, expected);
+    }
+}
