@@ -8,13 +8,25 @@ use cadre_tests::{
     source::root,
 };
 
+/// Runs a script against the server, and returns what it said.
+fn run(script: &str, server: &Server) -> String {
+    let path = root().join("tests/python").join(script);
+    let output =
+        Command::new(python::interpreter()).arg(path).args([server.address(), MODEL]).output().expect("python runs");
+    python::assert_success(script, &output);
+    String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+}
+
 #[test]
 fn the_official_client_works() {
-    let interpreter = python::interpreter();
-    let server = Server::start(&[]);
-    let script = root().join("tests/python/openai_client.py");
-    let output = Command::new(interpreter).arg(script).args([server.address(), MODEL]).output().expect("python runs");
-    python::assert_success("openai_client.py", &output);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(said.trim_end().ends_with("checks passed"), "it did not come to its end:\n{said}");
+    let said = run("openai_client.py", &Server::start(&[]));
+    assert!(said.ends_with("checks passed"), "it did not come to its end:\n{said}");
+}
+
+#[test]
+fn the_official_client_fine_tunes() {
+    let storage = tempfile::tempdir().expect("a temporary directory");
+    let storage = storage.path().to_str().expect("paths are UTF-8");
+    let said = run("openai_jobs.py", &Server::start(&["--storage", storage]));
+    assert!(said.ends_with("passed"), "it did not come to its end:\n{said}");
 }

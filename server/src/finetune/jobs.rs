@@ -40,8 +40,9 @@ const ORGANIZATION: &str = "cadre";
 const LEARNING_RATE: f64 = 2e-4;
 /// Steps between checkpoints at most: what a killed server loses.
 const MOST_STEPS_UNSAVED: u64 = 100;
-/// Events that tell of steps, in the course of a job.
-const STEP_EVENTS: u64 = 200;
+/// Steps that are told of in the course of a job, if that leaves out no more than so many in a row.
+const STEPS_TOLD: u64 = 200;
+const MOST_STEPS_UNTOLD: u64 = 10;
 /// Settings that a job may give besides OpenAI's, by the names of `cadre finetune`'s flags with underscores.
 const SETTINGS: [&str; 18] = [
     "rank",
@@ -561,7 +562,7 @@ impl Watcher for JobWatcher<'_> {
         self.trained = Some((line.loss, line.accuracy));
         metrics::finetune_step(line.loss, line.tokens, line.seconds);
         let done = line.step + 1;
-        if done.is_multiple_of(self.steps.div_ceil(STEP_EVENTS).max(1)) || done == self.steps {
+        if done.is_multiple_of(self.steps.div_ceil(STEPS_TOLD).clamp(1, MOST_STEPS_UNTOLD)) || done == self.steps {
             let message = format!("Step {done}/{}: training loss={:.4}", self.steps, line.loss);
             let data = json!({
                 "step": done, "total_steps": self.steps, "train_loss": line.loss,

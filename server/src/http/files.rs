@@ -5,7 +5,10 @@ use std::sync::Arc;
 use axum::{
     Json,
     body::Body,
-    extract::{Multipart, Path, Query, State, multipart::Field},
+    extract::{
+        Multipart, Path, State,
+        multipart::{Field, MultipartRejection},
+    },
     http::header,
     response::{IntoResponse, Response},
 };
@@ -17,6 +20,7 @@ use super::{
     App, blocking,
     error::{ApiError, Kind, sentence},
     messages::required,
+    query::Parameters,
 };
 use crate::storage::{FileQuery, Page, Purpose, StorageError, StoredFile, Upload};
 
@@ -31,8 +35,12 @@ const MAX_FIELD_BYTES: usize = 1 << 10;
 ///
 /// # Errors
 /// When the form lacks a field, the purpose isn't known, or the file is too large.
-pub async fn upload(State(app): State<Arc<App>>, mut form: Multipart) -> Result<Json<Value>, ApiError> {
+pub async fn upload(
+    State(app): State<Arc<App>>,
+    form: Result<Multipart, MultipartRejection>,
+) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
+    let mut form = form.map_err(bad_form)?;
     let (mut file, mut purpose) = (None, None);
     while let Some(field) = form.next_field().await.map_err(bad_form)? {
         match field.name() {
@@ -101,7 +109,10 @@ pub struct ListQuery {
 ///
 /// # Errors
 /// When a parameter is out of range.
-pub async fn list(State(app): State<Arc<App>>, Query(query): Query<ListQuery>) -> Result<Json<Value>, ApiError> {
+pub async fn list(
+    State(app): State<Arc<App>>,
+    Parameters(query): Parameters<ListQuery>,
+) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
     let ListQuery { after, limit, order, purpose } = query;
     let ascending = match order.as_deref() {

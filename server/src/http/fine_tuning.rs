@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::{Path, Query, State},
+    extract::{Path, State},
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
@@ -17,6 +17,7 @@ use super::{
     files::{limit_of, list_of, no_file},
     messages::required,
     params::{self, Endpoint},
+    query::Parameters,
 };
 use crate::{
     finetune::jobs::{Jobs, JobsError},
@@ -65,8 +66,7 @@ fn asked(jobs: &Jobs, body: &Map<String, Value>) -> Result<NewJob, ApiError> {
         let message = format!("The model `{model}` can't be fine-tuned here. This server fine-tunes `{known}`.");
         return Err(ApiError::new(Kind::ModelNotFound, message).or_param("model"));
     }
-    let (hyperparameters, path) = hyperparameters(fields)?;
-    let mut hyperparameters = hyperparameters.cloned().unwrap_or_default();
+    let (mut hyperparameters, path) = hyperparameters(fields)?;
     jobs.check(&mut hyperparameters).map_err(|error| ApiError::invalid(path, sentence(&format!("{error:#}"))))?;
     let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
     if let Some(suffix) = suffix.filter(|suffix| suffix.chars().count() > MAX_SUFFIX) {
@@ -86,9 +86,9 @@ fn asked(jobs: &Jobs, body: &Map<String, Value>) -> Result<NewJob, ApiError> {
 }
 
 /// Those of the method, or of the body itself as in older versions of the API, and where they lie.
-fn hyperparameters<'a>(fields: Fields<'a>) -> Result<(Option<&'a Map<String, Value>>, &'static str), ApiError> {
+fn hyperparameters(fields: Fields<'_>) -> Result<(Map<String, Value>, &'static str), ApiError> {
     let Some(method) = fields.get("method") else {
-        return Ok((fields.object("hyperparameters")?, "hyperparameters"));
+        return Ok((fields.object("hyperparameters")?.cloned().unwrap_or_default(), "hyperparameters"));
     };
     let method = Fields::nested(method, "method")?;
     match method.string("type")? {
@@ -100,8 +100,9 @@ fn hyperparameters<'a>(fields: Fields<'a>) -> Result<(Option<&'a Map<String, Val
         }
     }
     const PATH: &str = "method.supervised.hyperparameters";
-    let Some(supervised) = method.get("supervised") else { return Ok((None, PATH)) };
-    Ok((Fields::nested(supervised, "method.supervised")?.object("hyperparameters")?, PATH))
+    let Some(supervised) = method.get("supervised") else { return Ok((Map::new(), PATH)) };
+    let found = Fields::nested(supervised, "method.supervised")?.object("hyperparameters")?;
+    Ok((found.cloned().unwrap_or_default(), PATH))
 }
 
 fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
@@ -124,7 +125,7 @@ fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
 }
 
 /// Pages of lists: `after`, `limit`, and pairs such as `metadata[key]`.
-type ListQuery = Query<Vec<(String, String)>>;
+type ListQuery = Parameters<Vec<(String, String)>>;
 
 struct Paging {
     after: Option<String>,
@@ -153,7 +154,7 @@ fn paging(query: Vec<(String, String)>, default: usize) -> Result<Paging, ApiErr
 ///
 /// # Errors
 /// When a parameter is out of range.
-pub async fn list(State(app): State<Arc<App>>, Query(query): ListQuery) -> Result<Json<Value>, ApiError> {
+pub async fn list(State(app): State<Arc<App>>, Parameters(query): ListQuery) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
     let Paging { after, limit, metadata } = paging(query, 20)?;
     let page = blocking(move || Ok(storage.jobs(after.as_deref(), limit, &metadata)?)).await?;
@@ -209,7 +210,7 @@ async fn change(
 pub async fn events(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
-    Query(query): ListQuery,
+    Parameters(query): ListQuery,
 ) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
     let Paging { after, limit, .. } = paging(query, 20)?;
@@ -227,7 +228,7 @@ pub async fn events(
 pub async fn checkpoints(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
-    Query(query): ListQuery,
+    Parameters(query): ListQuery,
 ) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
     let Paging { after, limit, .. } = paging(query, 10)?;

@@ -11,7 +11,7 @@
 //! | `/v1/load_lora_adapter`, `/v1/unload_lora_adapter` | [`adapters`] |
 //! | `/health`, `/version`, `/metrics` | [`health`] |
 //!
-//! What they share: [`body`] reads JSON, [`fields`] its fields, [`params`] knows every parameter, [`error`]
+//! What they share: [`body`] reads JSON, [`fields`] its fields, [`query`] what stands behind a `?`, [`params`] knows every parameter, [`error`]
 //! every error, [`logprobs`] and [`answer`] the shapes of answers, [`sse`] streams.
 
 pub mod adapters;
@@ -28,6 +28,7 @@ pub mod logprobs;
 pub mod messages;
 pub mod models;
 pub mod params;
+pub mod query;
 pub mod sse;
 pub mod tokenize;
 

@@ -1,0 +1,309 @@
+//! Fine-tuning jobs: on the weights that are served, beside requests, through kills and restarts.
+
+use std::{fs, path::Path, time::Duration};
+
+use cadre_tests::{
+    client::Client,
+    server::{MODEL, Server},
+    wait_for,
+};
+use serde_json::{Value, json};
+
+/// A server that keeps jobs in `storage`.
+fn start(storage: &Path) -> Server {
+    Server::start(&["--storage", storage.to_str().unwrap()])
+}
+
+/// Uploads chats that ask to write words backwards; the file's id.
+fn upload(client: &Client, examples: usize) -> String {
+    let words = ["stone", "river", "cloud", "maple", "tiger", "ocean", "candle", "silver", "garden", "pepper"];
+    let line = |index: usize| {
+        let word = format!("{}{}", words[index % 10], words[index / 10 % 10]);
+        let back: String = word.chars().rev().collect();
+        let (question, answer) =
+            (json!({"role": "user", "content": word}), json!({"role": "assistant", "content": back}));
+        json!({"messages": [question, answer]}).to_string() + "\n"
+    };
+    upload_text(client, &(0..examples).map(line).collect::<String>())
+}
+
+fn upload_text(client: &Client, text: &str) -> String {
+    let field = |name: &str, value: &str| {
+        format!("--edge\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n")
+    };
+    let file = field("file\"; filename=\"train.jsonl", text);
+    let body = field("purpose", "fine-tune") + &file + "--edge--\r\n";
+    let answer = client.post_bytes("/v1/files", "multipart/form-data; boundary=edge", body.as_bytes());
+    answer.ok()["id"].as_str().unwrap().to_owned()
+}
+
+fn create(client: &Client, file: &str, hyperparameters: Value) -> String {
+    let method = json!({"type": "supervised", "supervised": {"hyperparameters": hyperparameters}});
+    let body = json!({"model": MODEL, "training_file": file, "seed": 1, "method": method});
+    client.post("/v1/fine_tuning/jobs", &body).ok()["id"].as_str().unwrap().to_owned()
+}
+
+fn job(client: &Client, id: &str) -> Value {
+    client.get(&format!("/v1/fine_tuning/jobs/{id}")).ok()
+}
+
+/// Waits until a job is what it should become, and fails if it ends otherwise.
+#[track_caller]
+fn wait_until(client: &Client, id: &str, status: &str) -> Value {
+    wait_for(status, 120, || {
+        let found = job(client, id);
+        let ended = ["succeeded", "failed", "cancelled"].contains(&found["status"].as_str().unwrap());
+        assert!(!ended || found["status"] == status, "{found}");
+        found["status"] == status
+    });
+    job(client, id)
+}
+
+/// All rows of a list, page by page.
+fn all(client: &Client, path: &str) -> Vec<Value> {
+    let (mut rows, mut after): (Vec<Value>, _) = (Vec::new(), String::new());
+    loop {
+        let page = client.get(&format!("{path}?limit=3{after}")).ok();
+        rows.extend(page["data"].as_array().unwrap().clone());
+        if page["has_more"] == false {
+            return rows;
+        }
+        after = format!("&after={}", page["last_id"].as_str().unwrap());
+    }
+}
+
+fn models(client: &Client) -> Vec<String> {
+    let list = client.get("/v1/models").ok();
+    list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap().to_owned()).collect()
+}
+
+/// The steps that events tell of, the first one first.
+fn told_steps(client: &Client, id: &str) -> Vec<u64> {
+    let events = all(client, &format!("/v1/fine_tuning/jobs/{id}/events"));
+    let steps = events.iter().rev().filter(|event| event["data"].get("train_loss").is_some());
+    steps.map(|event| event["data"]["step"].as_u64().unwrap()).collect()
+}
+
+const TEN_STEPS: fn() -> Value = || json!({"max_steps": 10, "batch_size": 4, "rank": 2, "learning_rate": 1e-3});
+
+#[test]
+fn a_job_s_model_is_served_at_once_and_after_a_restart_until_it_is_deleted() {
+    let storage = tempfile::tempdir().unwrap();
+    let server = start(storage.path());
+    let client = server.client();
+    let file = upload(client, 12);
+    let body = json!({"model": MODEL, "training_file": file, "validation_file": file, "suffix": "back", "hyperparameters":
+        {"n_epochs": 4, "learning_rate_multiplier": 40}, "metadata": {"team": "a"}});
+    let id = client.post("/v1/fine_tuning/jobs", &body).ok()["id"].as_str().unwrap().to_owned();
+    let done = wait_until(client, &id, "succeeded");
+    let model = done["fine_tuned_model"].as_str().unwrap().to_owned();
+    assert_eq!(model, format!("ft:{MODEL}:cadre:back:{}", id.trim_start_matches("ftjob-")));
+    assert!(done["trained_tokens"].as_u64().unwrap() > 100 && done["finished_at"].is_u64());
+    assert_eq!(told_steps(client, &id), (1..=12).collect::<Vec<_>>());
+    let checkpoints = all(client, &format!("/v1/fine_tuning/jobs/{id}/checkpoints"));
+    let steps: Vec<&Value> = checkpoints.iter().map(|one| &one["step_number"]).collect();
+    assert_eq!(steps, [12, 9, 6], "one an epoch, the latest three");
+    assert!(
+        checkpoints[0]["metrics"]["full_valid_loss"].as_f64() < checkpoints[2]["metrics"]["full_valid_loss"].as_f64()
+    );
+    let results = done["result_files"][0].as_str().unwrap();
+    let csv = client.get(&format!("/v1/files/{results}/content")).text;
+    assert!(csv.starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,"), "{csv}");
+
+    let ask = |server: &Server, model: &str| {
+        let answer = server.chat("stonestone", json!({"model": model, "temperature": 0, "max_tokens": 16})).ok();
+        answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+    };
+    let (base, tuned) = (ask(&server, MODEL), ask(&server, &model));
+    assert_ne!(base, tuned);
+    let checkpoint = checkpoints[0]["fine_tuned_model_checkpoint"].as_str().unwrap();
+    assert_eq!(ask(&server, checkpoint), tuned, "the last checkpoint is the model");
+    assert_eq!(models(client).len(), 1 + 3 + 1);
+    let metrics = server.metrics();
+    assert!(metrics.value("cadre_finetune_jobs", &[("status", "succeeded")]) == 1.0);
+    drop(server);
+
+    let server = start(storage.path());
+    assert_eq!(ask(&server, &model), tuned);
+    let client = server.client();
+    assert_eq!(client.delete(&format!("/v1/models/{model}")).ok()["deleted"], true);
+    assert_eq!(models(client), [MODEL]);
+    assert_eq!(client.delete(&format!("/v1/models/{model}")).status, 404);
+    assert_eq!(client.delete(&format!("/v1/files/{file}")).ok()["deleted"], true);
+}
+
+#[test]
+fn a_job_of_a_killed_server_ends_with_the_same_adapter() {
+    let adapter =
+        |storage: &Path, id: &str| fs::read(storage.join("jobs").join(id).join("adapter_model.safetensors")).unwrap();
+    let settings = || json!({"max_steps": 40, "batch_size": 4, "rank": 2, "learning_rate": 1e-3});
+    let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = start(whole.path());
+    let unbroken = create(server.client(), &upload(server.client(), 20), settings());
+    wait_until(server.client(), &unbroken, "succeeded");
+
+    let mut server = start(broken.path());
+    let id = create(server.client(), &upload(server.client(), 20), settings());
+    for steps in [7, 18, 29] {
+        wait_for("some steps", 120, || told_steps(server.client(), &id).len() >= steps);
+        // It is killed.
+        drop(server);
+        server = start(broken.path());
+    }
+    let done = wait_until(server.client(), &id, "succeeded");
+    assert!(adapter(whole.path(), &unbroken) == adapter(broken.path(), &id));
+    assert_eq!(told_steps(server.client(), &id), (1..=40).collect::<Vec<_>>());
+    assert_eq!(done["trained_tokens"], job_tokens(whole.path(), &unbroken));
+}
+
+/// The tokens of a job, by its log.
+fn job_tokens(storage: &Path, id: &str) -> u64 {
+    let log = fs::read_to_string(storage.join("jobs").join(id).join("train_log.jsonl")).unwrap();
+    let line = |line: &str| serde_json::from_str::<Value>(line).unwrap()["tokens"].as_u64().unwrap_or(0);
+    log.lines().map(line).sum()
+}
+
+#[test]
+fn a_server_that_is_told_to_end_saves_its_job() {
+    let storage = tempfile::tempdir().unwrap();
+    let mut server = start(storage.path());
+    let id = create(server.client(), &upload(server.client(), 8), json!({"max_steps": 100_000, "batch_size": 2}));
+    wait_for("some steps", 120, || told_steps(server.client(), &id).len() >= 3);
+    server.terminate();
+    assert!(server.wait_for_exit(Duration::from_secs(15)).success());
+    let made = fs::read_dir(storage.path().join("jobs").join(&id)).unwrap();
+    let names: Vec<String> = made.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.iter().any(|name| name.starts_with("checkpoint-") && !name.ends_with("unfinished")), "{names:?}");
+    let server = start(storage.path());
+    wait_until(server.client(), &id, "running");
+}
+
+#[test]
+fn jobs_take_turns_and_can_be_paused_and_cancelled() {
+    let storage = tempfile::tempdir().unwrap();
+    let server = start(storage.path());
+    let client = server.client();
+    let file = upload(client, 8);
+    let endless = create(client, &file, json!({"max_steps": 100_000, "batch_size": 2, "rank": 2}));
+    let short = create(client, &file, TEN_STEPS());
+    wait_until(client, &endless, "running");
+    wait_until(client, &short, "queued");
+    // Requests are answered meanwhile.
+    server.chat("hello", json!({"max_tokens": 8})).ok();
+    let change = |id: &str, verb: &str| client.post(&format!("/v1/fine_tuning/jobs/{id}/{verb}"), &json!({}));
+    assert_eq!(client.delete(&format!("/v1/files/{file}")).status, 409);
+    assert_eq!(change(&endless, "resume").status, 409, "it isn't paused");
+    assert_eq!(change(&endless, "pause").ok()["paused"], true);
+    wait_until(client, &short, "succeeded");
+    let waiting = job(client, &endless);
+    assert!(waiting["status"] == "queued" && waiting["paused"] == true, "{waiting}");
+    assert_eq!(change(&endless, "pause").status, 409);
+    let made = told_steps(client, &endless).len();
+    assert_eq!(change(&endless, "resume").ok()["paused"], false);
+    wait_for("further steps", 120, || told_steps(client, &endless).len() > made);
+    assert_eq!(change(&endless, "cancel").ok()["status"], "cancelled");
+    assert_eq!(change(&endless, "cancel").status, 409);
+    let third = create(client, &file, TEN_STEPS());
+    wait_until(client, &third, "succeeded");
+    let listed = all(client, "/v1/fine_tuning/jobs");
+    let listed: Vec<&str> = listed.iter().map(|job| job["id"].as_str().unwrap()).collect();
+    assert_eq!(listed, [&third, &short, &endless]);
+    for (verb, status) in [("cancel", 404), ("pause", 404), ("resume", 404)] {
+        assert_eq!(change("ftjob-none", verb).status, status);
+    }
+}
+
+#[test]
+fn what_is_wrong_is_told_at_once_or_in_the_job() {
+    let storage = tempfile::tempdir().unwrap();
+    let server = start(storage.path());
+    let client = server.client();
+    let file = upload(client, 4);
+    let refused = |body: Value, status: u16, param: &str, word: &str| {
+        let answer = client.post("/v1/fine_tuning/jobs", &body);
+        let error = &answer.json()["error"];
+        assert_eq!((answer.status, &error["param"]), (status, &json!(param)), "{error}");
+        assert!(error["message"].as_str().unwrap().contains(word), "{error}");
+    };
+    let with = |more: Value| {
+        let mut body = json!({"model": MODEL, "training_file": file});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let tuned = |parameters: Value| {
+        with(json!({"method": {"type": "supervised", "supervised": {"hyperparameters": parameters}}}))
+    };
+    let path = "method.supervised.hyperparameters";
+    refused(json!({"model": MODEL}), 400, "training_file", "training_file");
+    refused(json!({"training_file": file}), 400, "model", "model");
+    refused(json!({"model": "gpt-4o", "training_file": file}), 404, "model", MODEL);
+    refused(with(json!({"training_file": "file-none"})), 404, "training_file", "file-none");
+    refused(with(json!({"validation_file": 3})), 400, "validation_file", "string");
+    refused(with(json!({"suffix": "x".repeat(65)})), 400, "suffix", "64");
+    refused(with(json!({"metadata": {"a": 1}})), 400, "metadata.a", "string");
+    refused(with(json!({"method": {"type": "dpo"}})), 400, "method.type", "supervised");
+    refused(tuned(json!({"rank": 0})), 400, path, "rank");
+    refused(tuned(json!({"n_epochs": "many"})), 400, path, "many");
+    refused(tuned(json!({"learning_rate_multiplier": -1})), 400, path, "learning-rate");
+    refused(tuned(json!({"output": "/etc"})), 400, path, "output");
+
+    let failed = |text: &str, hyperparameters: Value, words: &[&str]| {
+        let id = create(client, &upload_text(client, text), hyperparameters);
+        let error = wait_until(client, &id, "failed")["error"]["message"].as_str().unwrap().to_owned();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        let events = all(client, &format!("/v1/fine_tuning/jobs/{id}/events"));
+        assert!(events[0]["level"] == "error" && events[0]["message"].as_str().unwrap().contains(&error));
+    };
+    failed("{\"text\": \"some words\"}\nnot json\n{\"messages\": []}\n", json!({}), &["2 lines", ":2:", ":3:"]);
+    failed("", json!({}), &["is empty"]);
+    failed("{\"text\": \"some words\"}\n", json!({"targets": ["q_proj"]}), &["q_proj", "query_key_value"]);
+    failed("{\"text\": \"some words\"}\n", json!({"max_length": 100_000}), &["max-length"]);
+    // The next one is none the worse for it.
+    let id = create(client, &file, TEN_STEPS());
+    wait_until(client, &id, "succeeded");
+}
+
+#[test]
+fn files_are_kept_found_and_removed() {
+    let storage = tempfile::tempdir().unwrap();
+    let server = start(storage.path());
+    let client = server.client();
+    let [first, second] = ["one\n", "two\n"].map(|text| upload_text(client, text));
+    let listed = |query: &str| {
+        let list = client.get(&format!("/v1/files{query}")).ok();
+        list["data"].as_array().unwrap().iter().map(|file| file["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(""), [second.clone(), first.clone()]);
+    assert_eq!(listed("?order=asc&limit=1"), std::slice::from_ref(&first));
+    assert_eq!(listed("?purpose=batch"), Vec::<String>::new());
+    assert_eq!(client.get("/v1/files?limit=0").status, 400);
+    assert_eq!(client.get("/v1/files?order=up").status, 400);
+    let found = client.get(&format!("/v1/files/{first}")).ok();
+    assert!(found["bytes"] == 4 && found["filename"] == "train.jsonl" && found["purpose"] == "fine-tune", "{found}");
+    assert_eq!(client.get(&format!("/v1/files/{first}/content")).text, "one\n");
+    assert_eq!(client.delete(&format!("/v1/files/{first}")).ok()["deleted"], true);
+    for answer in [client.get(&format!("/v1/files/{first}")), client.get(&format!("/v1/files/{first}/content"))] {
+        assert_eq!(answer.status, 404);
+    }
+    assert_eq!(client.delete(&format!("/v1/files/{first}")).status, 404);
+    for (body, word) in [
+        ("--edge--\r\n", "file"),
+        ("--edge\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n--edge--\r\n", "file"),
+        ("--edge\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nx\r\n--edge--\r\n", "purpose"),
+        ("--edge\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\ncut o", "form"),
+    ] {
+        let answer = client.post_bytes("/v1/files", "multipart/form-data; boundary=edge", body.as_bytes());
+        assert_eq!(answer.status, 400, "{}", answer.text);
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains(word), "{}", answer.text);
+    }
+    let answer = client.post("/v1/files", &json!({"purpose": "fine-tune"}));
+    assert!(
+        answer.status == 400 && answer.json()["error"]["message"].as_str().unwrap().contains("form"),
+        "{}",
+        answer.text
+    );
+    // What was refused leaves nothing behind.
+    assert_eq!(fs::read_dir(storage.path().join("files")).unwrap().count(), 1);
+    // Without a place for them there are no such routes.
+    assert_eq!(Server::start(&[]).client().get("/v1/files").status, 404);
+}
