@@ -204,7 +204,7 @@ fn check(name: &str) -> Result<()> {
         }
         gradients.clip(case.number("max_grad_norm")?);
         optimizer.update(&compute.pool, &mut trainer.parameters, &gradients, case.number("learning_rate")?)?;
-        trainer.write_back();
+        trainer.write_back()?;
     }
     // Without weight decay they would be off by 1e-4.
     compare(&case, "final.", &named(files.as_ref(), &trainer.parameters)?, 5e-5)
