@@ -168,6 +168,15 @@ impl ChatTemplate {
     }
 }
 
+/// A message's tool call as templates want it, with its arguments as an object; the wire has them as a string.
+pub fn parse_arguments(call: &mut Value) {
+    let Some(arguments) = call.pointer_mut("/function/arguments") else { return };
+    let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
+    if let Some(object @ Value::Object(_)) = parsed {
+        *arguments = object;
+    }
+}
+
 /// The rendered text up to the mark, without the space that the template trimmed if it trimmed.
 fn cut_at_mark(rendered: &str, last_text: &str) -> Result<String> {
     let mark = rendered.rfind(CONTINUE_TAG.trim_end()).filter(|_| rendered.contains(last_text.trim()));

@@ -319,6 +319,14 @@ pub enum Error {
         /// The module.
         module: String,
     },
+    /// PEFT has no dropout on what isn't a module in transformers.
+    #[error(
+        "PEFT has no dropout on adapters of {parameters}, which are no modules in transformers: use no dropout, other targets, or for experts the layout per-expert"
+    )]
+    DropoutOnParameters {
+        /// Those that would have adapters.
+        parameters: String,
+    },
     /// An adapter has a tensor that the model has no place for.
     #[error("{file}: no part of this model takes the tensor {tensor}: the adapter was made for another model")]
     AdapterOfAnother {

@@ -66,6 +66,13 @@ struct Pair<'a> {
     down: Linear<'a>,
 }
 
+impl<'a> Pair<'a> {
+    /// The same for inputs that are these rows of the batch.
+    fn of_rows(self, rows: &'a [WeightedRow]) -> Self {
+        Self { gate_up: self.gate_up.of_rows(rows), down: self.down.of_rows(rows), ..self }
+    }
+}
+
 impl Walk<'_> {
     fn pair<'b>(&'b self, places: [Place; 2], layout: FfnLayout, weights: [Packed<'b>; 2]) -> Pair<'b> {
         let gate_up = Linear { paired: Some(layout.intermediate), ..self.linear(places[0], weights[0]) };
@@ -105,7 +112,7 @@ impl Walk<'_> {
         let converted = Inputs::new(pool, self.products.compute.isa, layout.format, x, layout.hidden);
         each_expert(&ffn.experts, &groups, |expert, bytes| {
             let rows = &groups[expert];
-            let pair = self.routed_pair(layer, expert, layout, bytes);
+            let pair = self.routed_pair(layer, expert, layout, bytes).of_rows(rows);
             let values = self.values(pair.gate_up.is_trained(), x, layout.hidden, rows);
             let picked = Picked { converted: &converted, rows, values: &values };
             let (gate_up, outputs) = self.gated(&pair, picked);
@@ -262,7 +269,7 @@ impl Walk<'_> {
         let mut routed = routed.into_iter();
         each_expert(&ffn.experts, &groups, |expert, bytes| {
             let rows = &groups[expert];
-            let pair = self.routed_pair(layer, expert, layout, bytes);
+            let pair = self.routed_pair(layer, expert, layout, bytes).of_rows(rows);
             let inputs = self.values(pair.gate_up.is_trained(), x, layout.hidden, rows);
             let of_outputs = self.values(pair.down.is_trained(), of_output, layout.hidden, rows);
             let gate_up = routed.next().unwrap_or_default();

@@ -41,13 +41,13 @@ impl Walk<'_> {
     ) -> Result<(TargetLosses, Vec<f32>)> {
         let (compute, workspace) = (self.products.compute, self.products.workspace);
         let (pool, isa) = (&compute.pool, compute.isa);
-        let linear = self.linear(Place::Head, head.packed());
         let (vocab, width) = (head.layout().n, head.layout().k);
         let mut of_hidden = vec![0.0; if gradients.is_some() { hidden.len() } else { 0 }];
         let mut total = TargetLosses::default();
         let rows_at_once = (LOGITS / vocab).clamp(16, 1024);
         for targets in batch.targets.chunks(rows_at_once) {
             let from: Vec<_> = targets.iter().map(|target| WeightedRow { row: target.row, weight: 1.0 }).collect();
+            let linear = self.linear(Place::Head, head.packed()).of_rows(&from);
             let mut inputs = workspace.take(targets.len() * width);
             rows::gather(pool, hidden, width, &from, &mut inputs);
             let normed = self.norm(&self.parts.norm, &inputs);

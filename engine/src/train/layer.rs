@@ -57,7 +57,10 @@ impl<'a> Walk<'a> {
     }
 
     pub fn linear<'b>(&'b self, place: Place, weight: Packed<'b>) -> Linear<'b> {
-        Linear { weight, trained: self.trained.of(place), paired: None }
+        let trained = self.trained.of(place);
+        let dropout = self.products.dropout.filter(|_| !trained.adapters.is_empty());
+        let mask = dropout.map(|dropout| dropout.mask(place, self.products.first_token.get()));
+        Linear { weight, trained, paired: None, mask }
     }
 
     pub fn norm(&self, norm: &RmsNorm, x: &[f32]) -> Vec<f32> {

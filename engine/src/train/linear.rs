@@ -1,15 +1,20 @@
 //! A frozen matrix with what is trained of it: the product, the gradient of its input, and of what is trained.
 
-use std::cell::RefCell;
+use std::{
+    borrow::Cow,
+    cell::{Cell, RefCell},
+};
 
 use cadre_kernels::{
     ffn::WeightedRow,
     format::Packed,
-    gradient::{Strided, Transposed, add_product},
+    gradient::{Strided, Transposed, add_product, dropout},
     matmul::{Inputs, matmul, matmul_rows},
+    rows,
 };
 
 use super::{
+    dropout::{Dropout, Mask},
     parameters::{Gradients, Parameters},
     trained::TrainedMatrix,
     workspace::Workspace,
@@ -23,6 +28,8 @@ pub(super) struct Linear<'a> {
     pub trained: &'a TrainedMatrix,
     /// Rows of gate when panels of gate and up take turns; `None`: the rows lie in order.
     pub paired: Option<usize>,
+    /// What its adapters don't take of the input.
+    pub mask: Option<Mask<'a>>,
 }
 
 /// What all products of a walk share.
@@ -32,6 +39,10 @@ pub(super) struct Products<'a> {
     pub workspace: &'a Workspace,
     /// For transposed weights.
     pub room: RefCell<Transposed>,
+    /// What adapters don't take.
+    pub dropout: Option<Dropout>,
+    /// The number in the step of the first token of the batch that is walked over.
+    pub first_token: Cell<usize>,
 }
 
 /// The gradient of a product.
@@ -42,7 +53,12 @@ pub(super) struct OutputGradient<'a> {
     pub of_inner: Vec<f32>,
 }
 
-impl Linear<'_> {
+impl<'a> Linear<'a> {
+    /// The same for inputs that are these rows of the batch.
+    pub fn of_rows(self, rows: &'a [WeightedRow]) -> Self {
+        Self { mask: self.mask.map(|mask| mask.of_rows(rows)), ..self }
+    }
+
     /// Whether anything of it is.
     pub fn is_trained(&self) -> bool {
         !self.trained.adapters.is_empty() || !self.trained.weights.is_empty()
@@ -82,7 +98,9 @@ impl<'a> Products<'a> {
         let (adapters, n) = (self.adapters(linear), linear.outputs());
         let (rank, rows) = (adapters.rank(), y.len() / n);
         if rank > 0 && rows > 0 {
-            let (inner, b) = (self.inner(linear, x), adapters.b_transposed(n));
+            let x = self.dropped(linear, x);
+            let (inner, b) = (self.inner(linear, &x), adapters.b_transposed(n));
+            self.give(x);
             add_product(pool, *isa, Strided::new(&inner, rows, rank), Strided::new(&b, rank, n), y);
             self.workspace.give(inner);
         }
@@ -129,7 +147,30 @@ impl<'a> Products<'a> {
         }
         let a: Vec<f32> = adapters.adapters.iter().flat_map(|adapter| adapters.of(adapter).0).copied().collect();
         let left = Strided::new(&gradient.of_inner, gradient.of_inner.len() / rank, rank);
-        add_product(&self.compute.pool, self.compute.isa, left, Strided::new(&a, rank, k), out);
+        let Compute { pool, isa } = self.compute;
+        if linear.mask.is_none() {
+            return add_product(pool, *isa, left, Strided::new(&a, rank, k), out);
+        }
+        let mut product = self.workspace.zeros(out.len());
+        add_product(pool, *isa, left, Strided::new(&a, rank, k), &mut product);
+        let dropped = self.dropped(linear, &product);
+        rows::add(pool, &dropped, out);
+        self.give(dropped);
+        self.workspace.give(product);
+    }
+
+    /// What the adapters take of `x`, or its gradient of `x` as what they take.
+    fn dropped<'x>(&self, linear: &Linear<'_>, x: &'x [f32]) -> Cow<'x, [f32]> {
+        let Some(mask) = linear.mask else { return Cow::Borrowed(x) };
+        let mut out = self.workspace.take(x.len());
+        dropout(&self.compute.pool, mask.rate, &mask.keys(x.len() / linear.inputs()), x, &mut out);
+        Cow::Owned(out)
+    }
+
+    fn give(&self, values: Cow<'_, [f32]>) {
+        if let Cow::Owned(values) = values {
+            self.workspace.give(values);
+        }
     }
 
     /// Adds to `gradients` those of what is trained, from the input `[rows, k]` and the output's gradient `[rows, n]`.
@@ -147,18 +188,20 @@ impl<'a> Products<'a> {
         if rows == 0 || !linear.is_trained() {
             return;
         }
-        let (x, outputs) = (Strided::new(x, rows, k), Strided::new(gradient.values, rows, n));
+        let (values, outputs) = (Strided::new(x, rows, k), Strided::new(gradient.values, rows, n));
         for whole in &linear.trained.weights {
             let sums = gradients.of(whole.weight);
             for (row, output, len) in adapters.stretches(&whole.rows) {
                 let at = (row - whole.rows.start) * k;
                 let left = outputs.columns(output..output + len).transposed();
-                add_product(pool, *isa, left, x, &mut sums[at..at + len * k]);
+                add_product(pool, *isa, left, values, &mut sums[at..at + len * k]);
             }
         }
         if rank == 0 {
             return;
         }
+        let taken = self.dropped(linear, x);
+        let x = Strided::new(&taken, rows, k);
         let inner = self.inner_of(linear, x);
         let of_inner = Strided::new(&gradient.of_inner, rows, rank);
         let mut start = 0;
@@ -175,6 +218,7 @@ impl<'a> Products<'a> {
             }
         }
         self.workspace.give(inner);
+        self.give(taken);
     }
 
     fn adapters<'b>(&'b self, linear: &'b Linear<'_>) -> AdapterValues<'b> {

@@ -15,6 +15,7 @@
 pub mod affinity;
 mod attention;
 mod batch;
+mod dropout;
 mod experts;
 pub mod guard;
 mod head;
@@ -32,5 +33,6 @@ mod whole;
 mod workspace;
 
 pub use batch::{Batch, Target};
+pub use dropout::Dropout;
 pub use trainer::{RouterLossOptions, StepLosses, Trainer};
 pub use whole::{TrainableModule, trainable_modules};

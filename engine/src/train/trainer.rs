@@ -1,9 +1,12 @@
-use std::{cell::RefCell, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    sync::Arc,
+};
 
 use cadre_kernels::gradient::{self, RouterLosses};
 
 use super::{
-    Batch,
+    Batch, Dropout,
     layer::{LayerTape, Walk},
     linear::Products,
     parameters::{Gradients, Parameters},
@@ -53,6 +56,8 @@ pub struct Trainer {
     /// What is trained.
     pub parameters: Parameters,
     router_losses: RouterLossOptions,
+    /// What adapters don't take of their inputs in [`Trainer::gradients`].
+    pub dropout: Option<Dropout>,
     workspace: Workspace,
     /// The layers from this one on keep all that their backward pass needs; those before keep their input and routing,
     /// and are computed again.
@@ -104,7 +109,16 @@ impl Trainer {
                 "the load-balancing loss needs as many experts in each layer, found {counts:?}"
             )));
         }
-        Ok(Self { compute, decoder, trained, parameters, router_losses, workspace: Workspace::default(), keep_from: 0 })
+        Ok(Self {
+            compute,
+            decoder,
+            trained,
+            parameters,
+            router_losses,
+            dropout: None,
+            workspace: Workspace::default(),
+            keep_from: 0,
+        })
     }
 
     /// Layers before `layer` keep their input and routing only, and are computed again in the backward pass. Gradients
@@ -141,11 +155,13 @@ impl Trainer {
     pub fn gradients(&self, batches: &[Batch]) -> Result<(StepLosses, Gradients)> {
         let mut gradients = Gradients::zeros_like(&self.parameters);
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let walk = self.walk();
+        let walk = self.walk(self.dropout);
+        let firsts = first_tokens(batches);
         let mut forward = self.forward(&walk, batches, true, &mut sums)?;
         let weight = 1.0 / losses.targets as f32;
         let mut of_hidden = Vec::new();
-        for (batch, hidden) in batches.iter().zip(std::mem::take(&mut forward.hidden)) {
+        for ((batch, first), hidden) in batches.iter().zip(&firsts).zip(std::mem::take(&mut forward.hidden)) {
+            walk.products.first_token.set(*first);
             let (found, gradient) = walk.head(self.decoder.head(), batch, &hidden, weight, Some(&mut gradients))?;
             losses.cross_entropy += found.loss / losses.targets as f64;
             losses.correct += found.correct;
@@ -157,7 +173,9 @@ impl Trainer {
             let (routes, tapes) = (forward.routes.pop().unwrap_or_default(), forward.tapes.pop().unwrap_or_default());
             let z = if sums.rows == 0 { 0.0 } else { self.router_losses.z / sums.rows as f32 };
             let kept = inputs.into_iter().zip(routes).zip(tapes);
-            for (((input, routes), tape), (batch, gradient)) in kept.zip(batches.iter().zip(&mut of_hidden)) {
+            let walked = batches.iter().zip(&firsts).zip(&mut of_hidden);
+            for (((input, routes), tape), ((batch, first), gradient)) in kept.zip(walked) {
+                walk.products.first_token.set(*first);
                 let tape = match tape {
                     Some(tape) => tape,
                     None => {
@@ -193,7 +211,7 @@ impl Trainer {
     /// As for [`Trainer::gradients`].
     pub fn losses(&self, batches: &[Batch]) -> Result<StepLosses> {
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let walk = self.walk();
+        let walk = self.walk(None);
         let forward = self.forward(&walk, batches, false, &mut sums)?;
         for (batch, hidden) in batches.iter().zip(forward.hidden) {
             let (found, _) = walk.head(self.decoder.head(), batch, &hidden, 0.0, None)?;
@@ -212,17 +230,19 @@ impl Trainer {
     pub fn loads(&self, batch: &Batch) -> Result<Vec<Vec<u64>>> {
         let mut sums = RouterSums::default();
         self.counted(std::slice::from_ref(batch))?;
-        self.forward(&self.walk(), std::slice::from_ref(batch), false, &mut sums)?;
+        self.forward(&self.walk(None), std::slice::from_ref(batch), false, &mut sums)?;
         self.workspace.end_step();
         Ok(sums.loads)
     }
 
-    fn walk(&self) -> Walk<'_> {
+    fn walk(&self, dropout: Option<Dropout>) -> Walk<'_> {
         let products = Products {
             compute: &self.compute,
             parameters: &self.parameters,
             workspace: &self.workspace,
             room: RefCell::default(),
+            dropout,
+            first_token: Cell::new(0),
         };
         Walk::new(products, &self.decoder.parts, &self.trained)
     }
@@ -257,7 +277,8 @@ impl Trainer {
         for (layer, parts) in self.decoder.parts.layers.iter().enumerate() {
             let mut load = vec![0; experts(&parts.ffn).unwrap_or(0)];
             let (mut layer_routes, mut layer_tapes, mut outputs) = (Vec::new(), Vec::new(), Vec::new());
-            for (batch, input) in batches.iter().zip(&hidden) {
+            for ((batch, first), input) in batches.iter().zip(first_tokens(batches)).zip(&hidden) {
+                walk.products.first_token.set(first);
                 let (output, tape) = walk.layer(layer, batch, input, None)?;
                 outputs.push(output);
                 let chosen = tape.router().map_or(Vec::new(), |router| router.routes.experts.clone());
@@ -315,6 +336,16 @@ impl Trainer {
         }
         losses.loads = sums.loads;
     }
+}
+
+/// The number in the step of each batch's first token.
+fn first_tokens(batches: &[Batch]) -> Vec<usize> {
+    let mut next = 0;
+    let first = |batch: &Batch| {
+        next += batch.tokens();
+        next - batch.tokens()
+    };
+    batches.iter().map(first).collect()
 }
 
 /// How many experts a router chooses from.

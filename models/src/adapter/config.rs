@@ -87,7 +87,7 @@ impl AdapterConfig {
             r: options.rank,
             lora_alpha: options.alpha,
             use_rslora: options.rslora,
-            lora_dropout: 0.0,
+            lora_dropout: options.dropout,
             target_modules: Some(Targets::Names(shortest(&modules, places, entries))),
             target_parameters: (!parameters.is_empty()).then(|| parameters.into_iter().collect()),
             rank_pattern: BTreeMap::new(),

@@ -25,6 +25,8 @@ pub struct LoraOptions {
     pub alpha: f64,
     /// Rank-stabilised (Kalajdzievski, arXiv:2312.03732).
     pub rslora: bool,
+    /// The probability that a value of an adapter's input is dropped in training.
+    pub dropout: f64,
     /// Names of modules as on the hub, or of what holds them (`experts`, `self_attn`), or [`ALL_LINEAR`].
     pub targets: Vec<String>,
     /// How experts' adapters are laid out.
@@ -57,6 +59,10 @@ impl Lora {
             return Err(no_such_target(target, modules.map(|module| module.name.as_str())));
         }
         let config = AdapterConfig::describe(base_model, options, &places, &entries);
+        let parameters = config.target_parameters.iter().flatten().cloned().collect::<Vec<_>>();
+        if options.dropout > 0.0 && !parameters.is_empty() {
+            return Err(Error::DropoutOnParameters { parameters: parameters.join(", ") });
+        }
         Self::assemble(config, entries, |index, entry| {
             let a = initial_a(options.seed, index as u64, entry.rank, entry.inputs);
             Ok([a, vec![0.0; entry.rows.len() * entry.rank]])

@@ -29,7 +29,7 @@ fn decoder(architecture: &str) -> Decoder {
 
 fn options(targets: &[&str], layout: AdapterLayout) -> LoraOptions {
     let targets = targets.iter().map(|target| (*target).to_owned()).collect();
-    LoraOptions { rank: 3, alpha: 6.0, rslora: false, targets, layout, seed: 1 }
+    LoraOptions { rank: 3, alpha: 6.0, rslora: false, dropout: 0.0, targets, layout, seed: 1 }
 }
 
 /// The names of the adapters.

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{LineError, LossOn};
-use crate::json::excerpt;
+use crate::{chat_template::parse_arguments, json::excerpt};
 
 /// Who may speak.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -152,15 +152,6 @@ fn content(message: &Map<String, Value>, place: &str) -> Result<String, LineErro
     };
     let parts = parts.iter().enumerate().map(part).collect::<Result<Vec<_>, _>>()?;
     Ok(parts.join("\n"))
-}
-
-/// Templates want a call's arguments as an object; the wire has them as a string.
-fn parse_arguments(call: &mut Value) {
-    let Some(arguments) = call.pointer_mut("/function/arguments") else { return };
-    let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
-    if let Some(object @ Value::Object(_)) = parsed {
-        *arguments = object;
-    }
 }
 
 /// ShareGPT's `conversations`.

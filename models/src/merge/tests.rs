@@ -44,7 +44,7 @@ impl Rig {
     /// values.
     fn adapter(&self, targets: &[&str], layout: AdapterLayout, change: impl Fn(&str, &mut [f32])) -> Lora {
         let targets = targets.iter().map(|target| (*target).to_owned()).collect();
-        let options = LoraOptions { rank: 3, alpha: 6.0, rslora: false, targets, layout, seed: 1 };
+        let options = LoraOptions { rank: 3, alpha: 6.0, rslora: false, dropout: 0.0, targets, layout, seed: 1 };
         let mut lora = Lora::new(&self.decoder(), "base", &options).unwrap();
         for (index, parameter) in lora.parameters.iter_mut().enumerate() {
             let number = |place: usize| ((index * 7 + place * 13) % 101) as f32 / 1000.0 - 0.05;

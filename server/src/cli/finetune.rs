@@ -124,6 +124,10 @@ pub struct FinetuneArgs {
     #[arg(long, help_heading = "Method")]
     rslora: bool,
 
+    /// The probability that a value of an adapter's input is dropped in training [default: 0]
+    #[arg(long, value_name = "P", help_heading = "Method")]
+    dropout: Option<f64>,
+
     /// How experts' adapters are laid out [default: fused, as transformers 5 stacks them; per-expert for models that it
     /// doesn't know]
     #[arg(long, value_enum, value_name = "LAYOUT", help_heading = "Method")]
@@ -292,6 +296,7 @@ impl FinetuneArgs {
             rank: args.rank.unwrap_or(8),
             alpha: args.alpha.unwrap_or(2.0 * args.rank.unwrap_or(8) as f64),
             rslora: args.rslora,
+            dropout: args.dropout.unwrap_or(0.0),
             layout,
             aux_loss_coef: args.aux_loss_coef.unwrap_or(0.0),
             z_loss_coef: args.z_loss_coef.unwrap_or(0.0),
@@ -321,6 +326,7 @@ impl FinetuneArgs {
             ("--rank", self.rank.is_some(), &[Method::Lora]),
             ("--alpha", self.alpha.is_some(), &[Method::Lora]),
             ("--rslora", self.rslora, &[Method::Lora]),
+            ("--dropout", self.dropout.is_some(), &[Method::Lora]),
             ("--adapter-layout", self.adapter_layout.is_some(), &[Method::Lora]),
         ];
         let name = |method: &Method| method.to_possible_value().map_or(String::new(), |one| one.get_name().to_owned());

@@ -44,10 +44,11 @@ const MOST_STEPS_UNSAVED: u64 = 100;
 const STEPS_TOLD: u64 = 200;
 const MOST_STEPS_UNTOLD: u64 = 10;
 /// Settings that a job may give besides OpenAI's, by the names of `cadre finetune`'s flags with underscores.
-const SETTINGS: [&str; 18] = [
+const SETTINGS: [&str; 19] = [
     "rank",
     "alpha",
     "rslora",
+    "dropout",
     "targets",
     "adapter_layout",
     "learning_rate",
@@ -326,6 +327,7 @@ impl Jobs {
         let id = job.id.clone();
         let jobs = self.clone();
         let spawned = thread::Builder::new().name("validate".into()).spawn(move || {
+            give_way();
             if let Err(error) = jobs.validated(&job) {
                 tracing::error!(job = job.id, %error, "a fine-tuning job could not be validated");
             }
@@ -473,7 +475,7 @@ impl Jobs {
                 Line::Evaluation(EvaluationLine { step, loss, accuracy }) => {
                     writeln!(text, "{step},,,{loss},{accuracy}")?
                 }
-                Line::Guard(_) => {}
+                Line::Guard(_) | Line::Routing(_) => {}
             }
         }
         let upload = self.storage.new_upload();

@@ -339,6 +339,7 @@ fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> 
         rank: settings.rank,
         alpha: settings.alpha,
         rslora: settings.rslora,
+        dropout: settings.dropout,
         targets: settings.targets.clone(),
         layout: settings.layout.unwrap_or(own),
         seed: settings.seed,

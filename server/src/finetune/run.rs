@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
     experts::ExpertStore,
     train::{
-        RouterLossOptions, StepLosses, Trainer,
+        Dropout, RouterLossOptions, Trainer,
         guard::{Event, Guard, GuardOptions, Observed, Verdict},
         optimizer::{AdamW, AdamWOptions},
         parameters::Parameters,
@@ -36,7 +36,7 @@ use super::{
     prepare::{Prepared, Trainee, Weights, load},
     report::{ExpertLoad, Price, Report},
     settings::{ReportTo, Settings},
-    step_log::{EvaluationLine, GuardLine, Line, StepLine, StepLog},
+    step_log::{EvaluationLine, GuardLine, Line, RoutingLine, StepLine, StepLog},
     tensorboard::EventFile,
 };
 use crate::{host, progress};
@@ -221,7 +221,7 @@ impl<'a> Run<'a> {
 
     /// Whether all steps were made.
     fn steps(&mut self, stop: &AtomicBool) -> Result<bool> {
-        self.load_before = self.expert_load()?;
+        self.load_before = self.load_before()?;
         while self.position.step < self.steps {
             if stop.load(Ordering::Relaxed) {
                 return Ok(false);
@@ -248,6 +248,8 @@ impl<'a> Run<'a> {
         let is_new = retried.is_none();
         let examples = retried.unwrap_or_else(|| self.data.draw(self.position.drawn));
         let batches = batches(self.data.examples(), &examples, self.settings.grad_accum)?;
+        let (rate, seed) = (self.settings.dropout as f32, self.settings.seed);
+        self.trainer.dropout = (rate > 0.0).then_some(Dropout { rate, seed, step });
         let (losses, mut gradients) = self.trainer.gradients(&batches)?;
         let gradient_norm = gradients.clip(self.settings.clip);
         let total = losses.cross_entropy
@@ -288,8 +290,10 @@ impl<'a> Run<'a> {
             peak_memory_bytes: host::peak_rss_bytes().unwrap_or(0),
             expert_hits: reads.as_ref().map_or(0, |reads| reads.hits()),
             expert_misses: reads.as_ref().map_or(0, |reads| reads.misses()),
+            expert_entropy: entropies(&losses.loads),
+            idle_experts: idle(&losses.loads),
         };
-        self.report_step(line, &losses)?;
+        self.report_step(line)?;
         if judgement.verdict == Verdict::Stop {
             self.save()?;
             bail!(
@@ -299,7 +303,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn report_step(&mut self, line: StepLine, losses: &StepLosses) -> Result<()> {
+    fn report_step(&mut self, line: StepLine) -> Result<()> {
         self.watcher.step(&line);
         if !line.step.is_multiple_of(self.settings.log_every) {
             return Ok(());
@@ -313,8 +317,8 @@ impl<'a> Run<'a> {
                 ("train/tokens_per_second", line.tokens_per_second),
                 ("train/aux_loss", line.aux_loss),
                 ("train/z_loss", line.z_loss),
-                ("train/expert_entropy", entropy(&losses.loads)),
-                ("train/idle_experts", idle(&losses.loads)),
+                ("train/expert_entropy", mean(&line.expert_entropy)),
+                ("train/idle_experts", line.idle_experts.iter().sum::<u64>() as f64),
             ];
             events.write(line.step, SystemTime::now(), &scalars)?;
         }
@@ -362,6 +366,17 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// How often each expert was chosen in the first examples before the run's first step.
+    fn load_before(&mut self) -> Result<Vec<Vec<u64>>> {
+        let lines = StepLog::read(&self.settings.output.join(LOG_FILE))?;
+        if let Some(Line::Routing(first)) = lines.into_iter().find(|line| matches!(line, Line::Routing(_))) {
+            return Ok(first.loads);
+        }
+        let loads = self.expert_load()?;
+        self.log.append(&Line::Routing(RoutingLine { step: self.position.step, loads: loads.clone() }))?;
+        Ok(loads)
+    }
+
     /// How often each expert is chosen in the first examples.
     fn expert_load(&self) -> Result<Vec<Vec<u64>>> {
         let data = self.eval.as_ref().unwrap_or(&self.data);
@@ -384,6 +399,7 @@ impl<'a> Run<'a> {
             None => write_model(&self.checkpoint, parameters, &output.join(MODEL_DIRECTORY), stop)?,
         };
         let after = self.expert_load()?;
+        self.log.append(&Line::Routing(RoutingLine { step: self.position.step, loads: after.clone() }))?;
         self.write_report(after)?;
         let peak = host::peak_rss_bytes().unwrap_or(0);
         Ok(format!(
@@ -456,18 +472,22 @@ fn shown(files: &[std::path::PathBuf]) -> String {
     files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// The mean over layers of the entropy of the experts' load, as a part of the greatest possible.
-fn entropy(loads: &[Vec<u64>]) -> f64 {
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+/// The entropy of the experts' load as a part of the greatest possible, for each layer with a router.
+fn entropies(loads: &[Vec<u64>]) -> Vec<f64> {
     let of_layer = |load: &Vec<u64>| {
         let total = load.iter().sum::<u64>() as f64;
         let shares = load.iter().filter(|count| **count > 0).map(|count| *count as f64 / total);
         -shares.map(|share| share * share.ln()).sum::<f64>() / (load.len() as f64).ln()
     };
-    let routed: Vec<f64> = loads.iter().filter(|load| load.len() > 1).map(of_layer).collect();
-    routed.iter().sum::<f64>() / routed.len().max(1) as f64
+    loads.iter().filter(|load| load.len() > 1).map(of_layer).collect()
 }
 
-/// Experts without a token, in all layers together.
-fn idle(loads: &[Vec<u64>]) -> f64 {
-    loads.iter().flatten().filter(|count| **count == 0).count() as f64
+/// Experts without a token, for each layer with a router.
+fn idle(loads: &[Vec<u64>]) -> Vec<u64> {
+    let of_layer = |load: &Vec<u64>| load.iter().filter(|count| **count == 0).count() as u64;
+    loads.iter().filter(|load| load.len() > 1).map(of_layer).collect()
 }

@@ -131,6 +131,7 @@ pub struct Settings {
     pub rank: usize,
     pub alpha: f64,
     pub rslora: bool,
+    pub dropout: f64,
     pub layout: Option<AdapterLayout>,
     pub aux_loss_coef: f32,
     pub z_loss_coef: f32,
@@ -181,6 +182,7 @@ impl Settings {
             "--warmup-ratio must be from 0 to 1, found {}",
             self.warmup_ratio
         );
+        ensure!((0.0..1.0).contains(&self.dropout), "--dropout must be at least 0 and below 1, found {}", self.dropout);
         ensure!(
             self.expert_share > 0.0 && self.expert_share <= 1.0,
             "--expert-share must be above 0 and at most 1, found {}",
@@ -196,7 +198,7 @@ impl Settings {
         json!({
             "data": self.data, "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
             "max_length": self.max_length, "packing": self.packing, "targets": self.targets, "rank": self.rank,
-            "alpha": self.alpha, "rslora": self.rslora, "adapter_layout": self.layout.map(|layout| format!("{layout:?}")),
+            "alpha": self.alpha, "rslora": self.rslora, "dropout": self.dropout, "adapter_layout": self.layout.map(|layout| format!("{layout:?}")),
             "expert_share": self.expert_share, "aux_loss_coef": self.aux_loss_coef, "z_loss_coef": self.z_loss_coef, "method": self.method,
             "dtype": self.format.map(|format| format.to_string()), "learning_rate": self.learning_rate,
             "scheduler": self.scheduler, "warmup_ratio": self.warmup_ratio, "epochs": self.epochs,

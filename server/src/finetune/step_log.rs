@@ -17,6 +17,8 @@ pub enum Line {
     Step(StepLine),
     /// The loss on held-out examples.
     Evaluation(EvaluationLine),
+    /// How often each expert was chosen.
+    Routing(RoutingLine),
     /// What the spike guard decided.
     Guard(GuardLine),
 }
@@ -60,6 +62,10 @@ pub struct StepLine {
     pub expert_hits: u64,
     /// Experts that had to be read.
     pub expert_misses: u64,
+    /// The entropy of the experts' load as a part of the greatest possible, for each layer with a router.
+    pub expert_entropy: Vec<f64>,
+    /// Experts without a token, for each layer with a router.
+    pub idle_experts: Vec<u64>,
 }
 
 /// The loss on held-out examples.
@@ -72,6 +78,15 @@ pub struct EvaluationLine {
     pub loss: f64,
     /// The part of the tokens that got the highest logit.
     pub accuracy: f64,
+}
+
+/// How often each expert was chosen for some of the held-out examples, or of the training data if there are none.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoutingLine {
+    /// The steps made before it.
+    pub step: u64,
+    /// For each layer and expert; empty for layers without a router.
+    pub loads: Vec<Vec<u64>>,
 }
 
 /// What the spike guard decided.
@@ -95,6 +110,7 @@ impl Line {
         match self {
             Self::Step(StepLine { step, .. })
             | Self::Evaluation(EvaluationLine { step, .. })
+            | Self::Routing(RoutingLine { step, .. })
             | Self::Guard(GuardLine { step, .. }) => *step,
         }
     }
@@ -109,7 +125,7 @@ pub struct StepLog {
 
 impl StepLog {
     /// The log at `path`, as it was before `first_step`: what a run did after the checkpoint that it is resumed from is
-    /// cut off, and so is a last line that was torn. An evaluation after `first_step` steps stays. Without a file there, or
+    /// cut off, and so is a last line that was torn. What was measured after `first_step` steps stays. Without a file there, or
     /// with the first step 0, an empty one.
     ///
     /// # Errors
@@ -154,8 +170,8 @@ fn kept_bytes(text: &str, first_step: u64) -> Result<usize> {
     let mut kept = 0;
     for line in whole_lines(text) {
         let (line, bytes) = line?;
-        let is_evaluation = matches!(line, Line::Evaluation(_));
-        if line.step() >= first_step && !(is_evaluation && line.step() == first_step) {
+        let is_measured_between = matches!(line, Line::Evaluation(_) | Line::Routing(_));
+        if line.step() >= first_step && !(is_measured_between && line.step() == first_step) {
             break;
         }
         kept += bytes;

@@ -1,5 +1,6 @@
 //! A conversation as the chat template takes it.
 
+use cadre_models::chat_template::parse_arguments;
 use serde_json::{Map, Value};
 
 use super::{
@@ -79,17 +80,11 @@ fn part<'a>(part: &'a Value, path: &str) -> Result<&'a str, ApiError> {
         .ok_or_else(|| wrong(&format!("{path}.text"), "a string", part.get("text").unwrap_or(&Value::Null)))
 }
 
-/// An assistant's earlier tool calls. Templates want the arguments as an object; the wire has them as a string.
+/// An assistant's earlier tool calls, as templates want them.
 fn tool_calls(fields: Fields<'_>) -> Result<Option<Value>, ApiError> {
     let Some(calls) = fields.array("tool_calls")? else { return Ok(None) };
     let mut calls = calls.clone();
-    for call in &mut calls {
-        let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
-        if let Some(object @ Value::Object(_)) = parsed {
-            *arguments = object;
-        }
-    }
+    calls.iter_mut().for_each(parse_arguments);
     Ok(Some(calls.into()))
 }
 

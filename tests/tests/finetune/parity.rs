@@ -12,7 +12,7 @@ use cadre_engine::{
     compute::Compute,
     nn::{Decoder, Format},
     train::{
-        Batch, RouterLossOptions, StepLosses, Trainer,
+        Batch, Dropout, RouterLossOptions, StepLosses, Trainer,
         optimizer::{AdamW, AdamWOptions},
         parameters::{Gradients, Parameters},
         trained::Trained,
@@ -20,7 +20,7 @@ use cadre_engine::{
 };
 use cadre_models::{
     FormatOptions, Placement,
-    adapter::{AdapterFiles, Lora},
+    adapter::{AdapterFiles, AdapterLayout, Lora, LoraOptions},
     load, open,
 };
 use candle_core::{DType, Device, Tensor};
@@ -233,6 +233,93 @@ fn accumulated(trainer: &Trainer, batches: &[Batch], losses: &StepLosses, gradie
         let difference = one.iter().zip(other).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs()));
         ensure!(difference <= 1e-5 * largest, "accumulated gradients are off by {difference} of {largest}");
     }
+    Ok(())
+}
+
+/// The loss at the parameters moved by `by` along their gradients.
+fn moved(trainer: &mut Trainer, batches: &[Batch], gradients: &Gradients, by: f64) -> Result<f64> {
+    let before = trainer.parameters.clone();
+    for (parameter, gradient) in trainer.parameters.iter_mut().zip(gradients.iter()) {
+        parameter.values.iter_mut().zip(gradient).for_each(|(value, slope)| *value += by as f32 * slope);
+    }
+    let (losses, _) = trainer.gradients(batches)?;
+    trainer.parameters = before;
+    Ok(losses.cross_entropy)
+}
+
+/// Dropout drops the same values however a step is computed, and its gradients are those of the loss with these dropped.
+#[test]
+fn dropout_follows_the_token() -> Result<()> {
+    for name in ["bailing_moe_v2-experts", "qwen3_moe-attention"] {
+        let case = Case::read(name)?;
+        let decoder = case.decoder(&Compute::new(2))?;
+        let Trainee { trained, parameters, .. } = Trainee::new(&case, &decoder)?;
+        let mut trainer = Trainer::new(Compute::new(2), decoder, trained, parameters, RouterLossOptions::default())?;
+        let steps = case.steps()?;
+        let sequences = &steps[0];
+        let together = batches(sequences, false)?;
+        let (whole, _) = trainer.gradients(&together)?;
+        let dropout = Dropout { rate: 0.3, seed: 1, step: 7 };
+        trainer.dropout = Some(dropout);
+        let (losses, gradients) = trainer.gradients(&together)?;
+        ensure!(
+            losses != whole && trainer.losses(&together)? == whole,
+            "{name}: dropped where nothing should be, or not"
+        );
+        for layer in [1, usize::MAX, 0] {
+            trainer.keep_from(layer);
+            ensure!(
+                trainer.gradients(&together)? == (losses.clone(), gradients.clone()),
+                "{name}: kept from {layer} on"
+            );
+        }
+        accumulated(&trainer, &batches(sequences, true)?, &losses, &gradients)?;
+        let norm = gradients.norm();
+        let by = 1e-3 / norm.powi(2);
+        let change = moved(&mut trainer, &together, &gradients, by)? - moved(&mut trainer, &together, &gradients, -by)?;
+        let slope = change / (2.0 * by) / norm.powi(2);
+        ensure!((slope - 1.0).abs() < 0.01, "{name}: the loss rises by {slope} of what its gradients say");
+        trainer.dropout = Some(Dropout { step: 8, ..dropout });
+        ensure!(trainer.gradients(&together)?.0 != losses, "{name}: another step drops the same");
+    }
+    Ok(())
+}
+
+/// New adapters add nothing yet: so the mean of their gradients over many masks is what they are without dropout.
+#[test]
+fn dropout_changes_no_expectation() -> Result<()> {
+    let case = Case::read("qwen3_moe-attention")?;
+    let decoder = case.decoder(&Compute::new(2))?;
+    let options = LoraOptions {
+        rank: 2,
+        alpha: 2.0,
+        rslora: false,
+        dropout: 0.5,
+        targets: vec!["self_attn".to_owned()],
+        layout: AdapterLayout::Fused,
+        seed: 1,
+    };
+    let Lora { trained, parameters, .. } = Lora::new(&decoder, "tiny", &options)?;
+    let mut trainer = Trainer::new(Compute::new(2), decoder, trained, parameters, RouterLossOptions::default())?;
+    let batch = batches(&case.steps()?[0], false)?;
+    let (_, expected) = trainer.gradients(&batch)?;
+    const MASKS: u64 = 400;
+    let mut mean: Vec<Vec<f32>> = expected.iter().map(|one| vec![0.0; one.len()]).collect();
+    let mut spread = 0.0;
+    for step in 0..MASKS {
+        trainer.dropout = Some(Dropout { rate: 0.5, seed: 1, step });
+        let (_, found) = trainer.gradients(&batch)?;
+        for ((sums, found), expected) in mean.iter_mut().zip(found.iter()).zip(expected.iter()) {
+            for ((sum, x), e) in sums.iter_mut().zip(found).zip(expected) {
+                *sum += x / MASKS as f32;
+                spread += f64::from(x - e).powi(2) / MASKS as f64;
+            }
+        }
+    }
+    let pairs = mean.iter().flatten().zip(expected.iter().flatten());
+    let off = pairs.map(|(mean, expected)| f64::from(mean - expected).powi(2)).sum::<f64>();
+    // The mean of so many has as many times less variance.
+    ensure!(spread > 0.0 && off < 2.0 * spread / MASKS as f64, "{off} is not {spread} / {MASKS}");
     Ok(())
 }
 

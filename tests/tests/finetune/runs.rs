@@ -56,7 +56,8 @@ fn result(output: &Path) -> Vec<Vec<u8>> {
 
 fn flags<'a>(data: &'a str, output: &'a str) -> Vec<&'a str> {
     let steps = ["--max-steps", "12", "--batch-size", "3", "--save-every", "2", "--rank", "4", "--grad-accum", "2"];
-    let losses = ["--aux-loss-coef", "0.01", "--z-loss-coef", "0.001", "--targets", "all-linear,gate"];
+    let losses =
+        ["--aux-loss-coef", "0.01", "--z-loss-coef", "0.001", "--targets", "all-linear,lm_head", "--dropout", "0.1"];
     [&["finetune", "--data", data, "--output", output][..], &steps, &losses].concat()
 }
 
@@ -88,6 +89,17 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
     assert!(result(&whole) == result(&broken));
     assert_eq!(found(&whole), found(&broken));
     assert_eq!(found(&whole).len(), 12);
+    // The load before the first step is that of the model before, also in a run that was gone on with.
+    let loads = log(&whole, "routing");
+    assert_eq!(loads, log(&broken, "routing"));
+    let of_layers: Vec<usize> =
+        loads[0]["loads"].as_array().unwrap().iter().map(|l| l.as_array().unwrap().len()).collect();
+    assert!(loads.len() == 2 && loads[0] != loads[1] && of_layers == [0, 16, 16, 16], "{loads:?}");
+    for line in log(&whole, "step") {
+        let entropy: Vec<f64> = serde_json::from_value(line["expert_entropy"].clone()).unwrap();
+        assert!(entropy.len() == 3 && entropy.iter().all(|share| (0.1..=1.0).contains(share)), "{line}");
+        assert_eq!(line["idle_experts"].as_array().unwrap().len(), 3);
+    }
     // What follows the end is nothing.
     output(&resumed);
     assert!(result(&whole) == result(&broken));

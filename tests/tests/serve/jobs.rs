@@ -3,6 +3,8 @@
 use std::{fs, path::Path, time::Duration};
 
 use cadre_tests::{
+    binary::{output, run},
+    checkpoint::Qwen3Moe,
     client::Client,
     server::{MODEL, Server},
     wait_for,
@@ -306,4 +308,53 @@ fn files_are_kept_found_and_removed() {
     assert_eq!(fs::read_dir(storage.path().join("files")).unwrap().count(), 1);
     // Without a place for them there are no such routes.
     assert_eq!(Server::start(&[]).client().get("/v1/files").status, 404);
+}
+
+#[test]
+fn a_job_keeps_within_the_memory_that_is_meant_for_it() {
+    let storage = tempfile::tempdir().unwrap();
+    let folder = storage.path().to_str().unwrap();
+    // A part of a budget has to be named.
+    let refused = run(&["serve", "--port", "0", "--storage", folder, "--memory", "1GiB"]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("--finetune-memory"), "{}", refused.stderr);
+    let server = Server::start(&["--storage", folder, "--memory", "1GiB", "--finetune-memory", "4MiB"]);
+    let client = server.client();
+    let file = upload(client, 8);
+    let id = create(client, &file, json!({"rank": 64}));
+    let error = wait_until(client, &id, "failed")["error"]["message"].as_str().unwrap().to_owned();
+    assert!(error.contains("--finetune-memory") && error.contains("needs at least"), "{error}");
+    drop(server);
+    let server = Server::start(&["--storage", folder, "--memory", "1GiB", "--finetune-memory", "256MiB"]);
+    let id = create(server.client(), &file, TEN_STEPS());
+    wait_until(server.client(), &id, "succeeded");
+}
+
+/// The job trains on the weights that are served, and reads the experts that don't fit through the same store.
+#[test]
+fn a_job_makes_the_adapter_that_the_command_makes() {
+    let directory = tempfile::tempdir().unwrap();
+    let [model, lines, made, storage] =
+        ["model", "train.jsonl", "made", "storage"].map(|name| directory.path().join(name));
+    fs::create_dir(&model).unwrap();
+    Qwen3Moe { layers: 4, hidden: 256, heads: 4, experts: 64, expert_width: 160, positions: 256 }.write(&model);
+    let texts = ["The river is wide.", "A stone lies in it.", "Nobody has moved it yet.", "It rains."];
+    let text: String = texts.iter().map(|text| json!({"text": text}).to_string() + "\n").collect();
+    fs::write(&lines, &text).unwrap();
+    let [model, lines, made_path, kept] = [&model, &lines, &made, &storage].map(|path| path.to_str().unwrap());
+    let command = ["finetune", "--model", model, "--data", lines, "--output", made_path, "--seed", "1"];
+    output(&[&command[..], &["--max-steps", "3", "--batch-size", "2", "--rank", "2"]].concat());
+    let adapter = |folder: &Path| fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    for memory in ["1GiB", "150MiB"] {
+        let budget = ["--memory", memory, "--finetune-memory", "64MiB", "--max-model-len", "128"];
+        let server = Server::start(&[&["--model", model, "--storage", kept][..], &budget].concat());
+        let client = server.client();
+        let alone = server.chat("Hello", json!({"max_tokens": 12, "temperature": 0})).ok();
+        let id = create(client, &upload_text(client, &text), json!({"max_steps": 3, "batch_size": 2, "rank": 2}));
+        let beside = server.chat("Hello", json!({"max_tokens": 12, "temperature": 0})).ok();
+        assert_eq!(alone["choices"], beside["choices"]);
+        wait_until(client, &id, "succeeded");
+        assert!(adapter(&made) == adapter(&storage.join("jobs").join(&id)), "within {memory}");
+        let missed = server.metrics().has("cadre_expert_misses_total");
+        assert_eq!(missed, memory != "1GiB", "experts are read only where they don't fit");
+    }
 }

@@ -4,6 +4,7 @@
 //! Sums have one fixed order, as everywhere: gradients don't depend on the number of threads.
 
 mod attention;
+mod dropout;
 mod loss;
 mod norm;
 mod product;
@@ -13,6 +14,7 @@ mod silu;
 mod transposed;
 
 pub use attention::{Heads, attention, attention_backward};
+pub use dropout::dropout;
 pub use loss::cross_entropy;
 pub use norm::rms_norm_backward;
 pub use product::{Strided, add_product};

@@ -33,6 +33,7 @@ fn options(layout: AdapterLayout, rslora: bool) -> LoraOptions {
         rank: 2,
         alpha: 3.0,
         rslora,
+        dropout: 0.0,
         targets: vec![ALL_LINEAR.to_owned(), "gate".to_owned()],
         layout,
         seed: 1,
