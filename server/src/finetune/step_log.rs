@@ -216,15 +216,18 @@ mod tests {
         let mut log = StepLog::open(&path, 0).unwrap();
         log.append(&step(0)).unwrap();
         let expected = concat!(
-            r#"{"type":"step","step":0,"epoch":0.25,"loss":2.5,"aux_loss":0.0,"z_loss":0.0,"grad_norm":0.0,"#,
-            r#""learning_rate":0.0001,"tokens":512,"seconds":0.0,"tokens_per_second":0.0,"compute_ms":0.0,"#,
-            r#""read_ms":0.0,"peak_memory_bytes":0,"expert_hits":0,"expert_misses":0}"#,
+            r#"{"type":"step","step":0,"epoch":0.25,"loss":2.5,"accuracy":0.0,"aux_loss":0.0,"z_loss":0.0,"#,
+            r#""grad_norm":0.0,"learning_rate":0.0001,"tokens":512,"seconds":0.0,"tokens_per_second":0.0,"#,
+            r#""compute_ms":0.0,"read_ms":0.0,"peak_memory_bytes":0,"expert_hits":0,"expert_misses":0,"#,
+            r#""expert_entropy":[],"idle_experts":[]}"#,
             "\n"
         );
         assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
         log.append(&evaluation(1)).unwrap();
         log.append(&guard(1)).unwrap();
-        assert_eq!(StepLog::read(&path).unwrap(), [step(0), evaluation(1), guard(1)]);
+        let routing = Line::Routing(RoutingLine { step: 1, loads: vec![vec![], vec![3, 0]] });
+        log.append(&routing).unwrap();
+        assert_eq!(StepLog::read(&path).unwrap(), [step(0), evaluation(1), guard(1), routing]);
     }
 
     #[test]
