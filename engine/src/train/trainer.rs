@@ -134,6 +134,12 @@ impl Trainer {
         self.keep_from = layer;
     }
 
+    /// Keeps the buffers of a step within so many bytes, as far as a step allows: layers' inputs, what is kept for the backward
+    /// pass, and the work of a layer or the head.
+    pub fn limit_memory(&self, bytes: u64) {
+        self.workspace.limit(bytes);
+    }
+
     /// Writes the parameters that are weights themselves back into the decoder: to be called after each update.
     ///
     /// # Errors

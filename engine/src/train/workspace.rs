@@ -1,12 +1,30 @@
-//! Buffers that are used again: fresh memory costs page faults and zeroing, a tenth of a step's time.
+//! Buffers that are used again: fresh memory costs page faults and zeroing, a tenth of a step's time. They stay within a
+//! limit: where memory is short, those that have been spare for longest make room for new ones.
 
 use std::cell::{Cell, RefCell};
 
 /// Buffers that nobody uses now.
-#[derive(Default)]
 pub(super) struct Workspace {
+    /// The longest spare first.
     spare: RefCell<Vec<Spare>>,
     step: Cell<u64>,
+    /// Values that are out, and that are spare.
+    out: Cell<usize>,
+    kept: Cell<usize>,
+    /// The most of both together, as far as that depends on what is spare.
+    limit: Cell<usize>,
+}
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Self {
+            spare: RefCell::default(),
+            step: Cell::new(0),
+            out: Cell::new(0),
+            kept: Cell::new(0),
+            limit: Cell::new(usize::MAX),
+        }
+    }
 }
 
 struct Spare {
@@ -22,10 +40,30 @@ impl Workspace {
         // One that is much larger would lie half empty as long as it is kept.
         let fits = |spare: &Spare| (len..=len + len / 4).contains(&spare.buffer.capacity());
         let fitting = (0..spare.len()).filter(|&index| fits(&spare[index]));
-        let Some(best) = fitting.min_by_key(|&index| spare[index].buffer.capacity()) else { return vec![0.0; len] };
-        let mut buffer = spare.swap_remove(best).buffer;
+        let Some(best) = fitting.min_by_key(|&index| spare[index].buffer.capacity()) else {
+            self.out.set(self.out.get() + len);
+            let beyond = |kept: usize| self.out.get().saturating_add(kept) > self.limit.get();
+            let count = spare.iter().take_while(|spare| {
+                let is_beyond = beyond(self.kept.get());
+                if is_beyond {
+                    self.kept.set(self.kept.get() - spare.buffer.capacity());
+                }
+                is_beyond
+            });
+            let count = count.count();
+            drop(spare.drain(..count));
+            return vec![0.0; len];
+        };
+        let mut buffer = spare.remove(best).buffer;
+        self.kept.set(self.kept.get() - buffer.capacity());
+        self.out.set(self.out.get() + buffer.capacity());
         buffer.resize(len, 0.0);
         buffer
+    }
+
+    /// Keeps what is out and spare together within so many bytes, if what is out allows that.
+    pub fn limit(&self, bytes: u64) {
+        self.limit.set(usize::try_from(bytes / 4).unwrap_or(usize::MAX));
     }
 
     /// `len` zeros.
@@ -38,6 +76,9 @@ impl Workspace {
     /// A buffer that nobody uses any more.
     pub fn give(&self, buffer: Vec<f32>) {
         if buffer.capacity() > 0 {
+            // Some were made elsewhere.
+            self.out.set(self.out.get().saturating_sub(buffer.capacity()));
+            self.kept.set(self.kept.get() + buffer.capacity());
             self.spare.borrow_mut().push(Spare { buffer, used: self.step.get() });
         }
     }
@@ -45,7 +86,11 @@ impl Workspace {
     /// A step has ended: what it didn't use goes.
     pub fn end_step(&self) {
         let step = self.step.get();
-        self.spare.borrow_mut().retain(|spare| spare.used == step);
+        let mut spare = self.spare.borrow_mut();
+        spare.retain(|spare| spare.used == step);
+        self.kept.set(spare.iter().map(|spare| spare.buffer.capacity()).sum());
+        // What is out now has left for good.
+        self.out.set(0);
         self.step.set(step + 1);
     }
 }
@@ -53,6 +98,24 @@ impl Workspace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_longest_spare_make_room_within_a_limit() {
+        let workspace = Workspace::default();
+        workspace.limit(4 * 1000);
+        let buffers = [100, 200, 300].map(|len| workspace.take(len));
+        buffers.into_iter().for_each(|buffer| workspace.give(buffer));
+        let sizes = || workspace.spare.borrow().iter().map(|spare| spare.buffer.capacity()).collect::<Vec<_>>();
+        let first = workspace.take(400);
+        assert_eq!(sizes(), [100, 200, 300], "1000 in all");
+        let second = workspace.take(250);
+        assert_eq!((second.capacity(), sizes()), (300, vec![100, 200]), "one was there");
+        let third = workspace.take(500);
+        assert_eq!(sizes(), [0; 0], "1200 are out");
+        [third, first].into_iter().for_each(|buffer| workspace.give(buffer));
+        assert_eq!(sizes(), [500, 400]);
+        assert_eq!((workspace.take(10).capacity(), sizes()), (10, vec![400]));
+    }
 
     #[test]
     fn the_smallest_that_fits_is_used_again_and_what_a_step_leaves_goes() {

@@ -153,6 +153,11 @@ impl MemoryPlan {
         self.base + self.weights + self.experts + self.step.least() + kept
     }
 
+    /// What a step may hold beside what is trained.
+    pub fn room(&self) -> u64 {
+        self.budget - (self.base + self.weights + self.experts + self.step.parameters)
+    }
+
     fn table(&self) -> String {
         let layers = self.step.kept.len();
         let kept: u64 = self.step.kept[self.keep_from..].iter().sum();

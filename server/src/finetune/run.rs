@@ -182,6 +182,7 @@ impl<'a> Run<'a> {
             trainer.write_back()?;
         }
         trainer.keep_from(memory.keep_from);
+        trainer.limit_memory(memory.room());
         let schedule = Schedule {
             shape: settings.scheduler.into(),
             peak: settings.learning_rate,

@@ -145,9 +145,11 @@ fn budgets_change_no_bit() {
         let folder = directory.path().join(name);
         let fixed =
             ["--max-steps", "2", "--batch-size", "2", "--rank", "2", "--save-every", "0", "--report-to", "none"];
+        let targets = ["--targets", "all-linear,lm_head"];
         let arguments = [
             &["finetune", "--model", path(&model), "--data", path(&lines), "--output", path(&folder)][..],
             &fixed,
+            &targets,
             more,
         ];
         let peak = peak_of(&arguments.concat());
@@ -156,12 +158,12 @@ fn budgets_change_no_bit() {
     let (whole, peak) = train("whole", &[]);
     assert!(peak > bytes);
     // The model takes 95 MB; experts are read, and layers are computed again.
-    let (small, small_peak) = train("small", &["--memory", "100MiB"]);
+    let (small, small_peak) = train("small", &["--memory", "105MiB"]);
     assert_eq!(found(&whole), found(&small));
     let adapter = |folder: &Path| fs::read(folder.join("adapter_model.safetensors")).unwrap();
     assert!(adapter(&whole) == adapter(&small));
     assert!(log(&small, "step")[1]["expert_misses"].as_u64().unwrap() > 0);
-    assert!(small_peak <= (100 << 20) * 105 / 100, "{small_peak}");
+    assert!(small_peak <= (105 << 20) * 105 / 100, "{small_peak}");
     let refused = refused(&[
         "finetune",
         "--model",
