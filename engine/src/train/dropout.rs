@@ -7,7 +7,10 @@
 
 use cadre_kernels::ffn::WeightedRow;
 
-use super::places::Place;
+use super::{
+    places::Place,
+    random::{key, mix},
+};
 
 /// How much is dropped, and the beginning of its randomness.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,8 +37,7 @@ pub(super) struct Mask<'a> {
 impl Dropout {
     /// That of the matrix at `place`, for a batch whose first token has this number in the step.
     pub(super) fn mask<'a>(&self, place: Place, first_token: usize) -> Mask<'a> {
-        let key = [self.step, number(place)].into_iter().fold(self.seed, |key, part| mix(key ^ mix(part)));
-        Mask { rate: self.rate, key, first_token, rows: None }
+        Mask { rate: self.rate, key: key(self.seed, self.step, place), first_token, rows: None }
     }
 }
 
@@ -50,29 +52,6 @@ impl<'a> Mask<'a> {
         let token = |index: usize| self.first_token + self.rows.map_or(index, |rows| rows[index].row as usize);
         (0..count).map(|index| (mix(self.key ^ token(index) as u64) >> 32) as u32).collect()
     }
-}
-
-/// A number that no other place has.
-fn number(place: Place) -> u64 {
-    let [kind, layer, expert] = match place {
-        Place::Qkv { layer } => [0, layer, 0],
-        Place::AttentionOutput { layer } => [1, layer, 0],
-        Place::Router { layer } => [2, layer, 0],
-        Place::GateUp { layer, expert } => [3, layer, expert],
-        Place::Down { layer, expert } => [4, layer, expert],
-        Place::SharedGateUp { layer } => [5, layer, 0],
-        Place::SharedDown { layer } => [6, layer, 0],
-        Place::Head => [7, 0, 0],
-    };
-    ((kind as u64) << 48) | ((layer as u64) << 24) | expert as u64
-}
-
-/// SplitMix64's output function (Steele et al., OOPSLA 2014).
-fn mix(mut x: u64) -> u64 {
-    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ x >> 31
 }
 
 #[cfg(test)]

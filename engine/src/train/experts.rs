@@ -6,7 +6,7 @@ use cadre_kernels::{
     router, rows,
 };
 
-use super::{layer::Walk, linear::Linear, parameters::Gradients, places::Place, workspace::Workspace};
+use super::{LogitMoments, layer::Walk, linear::Linear, parameters::Gradients, places::Place, workspace::Workspace};
 use crate::{
     Error, Result,
     compute::Compute,
@@ -26,10 +26,12 @@ pub(super) struct FfnTape {
 }
 
 pub(super) struct RouterTape {
-    /// `[tokens, experts]`
+    /// `[tokens, experts]`, with the noise that took part in the choice.
     pub logits: Vec<f32>,
     /// The choice.
     pub routes: Routes,
+    /// Of the logits without the noise; nothing if there is none.
+    pub moments: LogitMoments,
 }
 
 impl FfnTape {
@@ -151,9 +153,14 @@ impl Walk<'_> {
 
     fn route(&self, layer: usize, ffn: &MoeFfn, x: &[f32], replay: Option<&[u32]>) -> RouterTape {
         let linear = self.linear(Place::Router { layer }, ffn.router.packed());
-        let logits = self.products.forward(&linear, x);
-        let top_k = ffn.options.top_k;
-        let tokens = logits.len() / ffn.experts.count();
+        let mut logits = self.products.forward(&linear, x);
+        let (top_k, experts) = (ffn.options.top_k, ffn.experts.count());
+        let moments = self.noise.map_or(LogitMoments::default(), |noise| {
+            let moments = LogitMoments::of(&logits);
+            noise.mix(layer, self.products.first_token.get(), experts, &mut logits);
+            moments
+        });
+        let tokens = logits.len() / experts;
         let mut routes = Routes { top_k, experts: vec![0; tokens * top_k], weights: vec![0.0; tokens * top_k] };
         match replay {
             Some(experts) => {
@@ -162,7 +169,7 @@ impl Walk<'_> {
             }
             None => router::route(&ffn.options, &logits, &mut routes.experts, &mut routes.weights),
         }
-        RouterTape { logits, routes }
+        RouterTape { logits, routes, moments }
     }
 
     /// A gated feed-forward: gate and up, and the output.
@@ -261,7 +268,7 @@ impl Walk<'_> {
     ) -> Result<()> {
         let Compute { pool, isa } = self.products.compute;
         let layout = ffn.experts.layout();
-        let RouterTape { logits, routes } = router;
+        let RouterTape { logits, routes, .. } = router;
         let converted = Inputs::new(pool, *isa, Transposed::format(layout.format), of_output, layout.hidden);
         let workspace = self.products.workspace;
         let groups = routes.by_expert(ffn.experts.count());
@@ -288,6 +295,10 @@ impl Walk<'_> {
         })?;
         let mut of_logits = vec![0.0; logits.len()];
         route_backward(&ffn.options, &logits, &routes.experts, &of_weights, losses, &mut of_logits);
+        if let Some(noise) = self.noise {
+            let factor = noise.gradient_factor(layer);
+            of_logits.iter_mut().for_each(|value| *value *= factor);
+        }
         let linear = self.linear(Place::Router { layer }, ffn.router.packed());
         let gradient = self.products.gradient(&linear, &of_logits);
         self.products.parameter_gradients(&linear, x, &gradient, gradients);

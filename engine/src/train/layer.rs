@@ -8,7 +8,7 @@ use cadre_kernels::{
 };
 
 use super::{
-    Batch,
+    Batch, RoutingNoise,
     attention::AttentionTape,
     experts::{FfnTape, RouterTape},
     linear::{Linear, Products},
@@ -27,6 +27,8 @@ pub(super) struct Walk<'a> {
     pub products: Products<'a>,
     pub parts: &'a DecoderParts,
     pub trained: &'a Trained,
+    /// What takes part in the choice of experts.
+    pub noise: Option<&'a RoutingNoise>,
 }
 
 /// What a layer's backward pass needs of its forward pass beside the input.
@@ -51,11 +53,7 @@ impl LayerTape {
     }
 }
 
-impl<'a> Walk<'a> {
-    pub fn new(products: Products<'a>, parts: &'a DecoderParts, trained: &'a Trained) -> Self {
-        Self { products, parts, trained }
-    }
-
+impl Walk<'_> {
     pub fn linear<'b>(&'b self, place: Place, weight: Packed<'b>) -> Linear<'b> {
         let trained = self.trained.of(place);
         let dropout = self.products.dropout.filter(|_| !trained.adapters.is_empty());

@@ -26,6 +26,8 @@ pub mod optimizer;
 pub mod order;
 pub mod parameters;
 pub mod places;
+mod random;
+mod routing_noise;
 pub mod schedule;
 pub mod trained;
 mod trainer;
@@ -34,5 +36,6 @@ mod workspace;
 
 pub use batch::{Batch, Target};
 pub use dropout::Dropout;
+pub use routing_noise::{LogitMoments, RoutingNoise};
 pub use trainer::{RouterLossOptions, StepLosses, Trainer};
 pub use whole::{TrainableModule, trainable_modules};

@@ -6,7 +6,7 @@ use std::{
 use cadre_kernels::gradient::{self, RouterLosses};
 
 use super::{
-    Batch, Dropout,
+    Batch, Dropout, LogitMoments, RoutingNoise,
     layer::{LayerTape, Walk},
     linear::Products,
     parameters::{Gradients, Parameters},
@@ -46,6 +46,8 @@ pub struct StepLosses {
     pub tokens: usize,
     /// How often each expert of each layer was chosen; empty for layers without a router.
     pub loads: Vec<Vec<u64>>,
+    /// Of each layer's router, without the noise; empty if there was none.
+    pub logits: Vec<LogitMoments>,
 }
 
 /// A decoder that is trained, or some parts of it.
@@ -58,6 +60,8 @@ pub struct Trainer {
     router_losses: RouterLossOptions,
     /// What adapters don't take of their inputs in [`Trainer::gradients`].
     pub dropout: Option<Dropout>,
+    /// What takes part in the choice of experts in [`Trainer::gradients`].
+    pub routing_noise: Option<RoutingNoise>,
     workspace: Workspace,
     /// The layers from this one on keep all that their backward pass needs; those before keep their input and routing,
     /// and are computed again.
@@ -86,6 +90,8 @@ struct RouterSums {
     squares: f64,
     /// Layers times tokens.
     rows: usize,
+    /// For each layer, if there is noise.
+    logits: Vec<LogitMoments>,
 }
 
 impl Trainer {
@@ -116,6 +122,7 @@ impl Trainer {
             parameters,
             router_losses,
             dropout: None,
+            routing_noise: None,
             workspace: Workspace::default(),
             keep_from: 0,
         })
@@ -161,7 +168,7 @@ impl Trainer {
     pub fn gradients(&self, batches: &[Batch]) -> Result<(StepLosses, Gradients)> {
         let mut gradients = Gradients::zeros_like(&self.parameters);
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let walk = self.walk(self.dropout);
+        let walk = self.walk(self.dropout, self.routing_noise.as_ref());
         let firsts = first_tokens(batches);
         let mut forward = self.forward(&walk, batches, true, &mut sums)?;
         let weight = 1.0 / losses.targets as f32;
@@ -217,7 +224,7 @@ impl Trainer {
     /// As for [`Trainer::gradients`].
     pub fn losses(&self, batches: &[Batch]) -> Result<StepLosses> {
         let (mut losses, mut sums) = (self.counted(batches)?, RouterSums::default());
-        let walk = self.walk(None);
+        let walk = self.walk(None, None);
         let forward = self.forward(&walk, batches, false, &mut sums)?;
         for (batch, hidden) in batches.iter().zip(forward.hidden) {
             let (found, _) = walk.head(self.decoder.head(), batch, &hidden, 0.0, None)?;
@@ -236,12 +243,12 @@ impl Trainer {
     pub fn loads(&self, batch: &Batch) -> Result<Vec<Vec<u64>>> {
         let mut sums = RouterSums::default();
         self.counted(std::slice::from_ref(batch))?;
-        self.forward(&self.walk(None), std::slice::from_ref(batch), false, &mut sums)?;
+        self.forward(&self.walk(None, None), std::slice::from_ref(batch), false, &mut sums)?;
         self.workspace.end_step();
         Ok(sums.loads)
     }
 
-    fn walk(&self, dropout: Option<Dropout>) -> Walk<'_> {
+    fn walk<'a>(&'a self, dropout: Option<Dropout>, noise: Option<&'a RoutingNoise>) -> Walk<'a> {
         let products = Products {
             compute: &self.compute,
             parameters: &self.parameters,
@@ -250,7 +257,7 @@ impl Trainer {
             dropout,
             first_token: Cell::new(0),
         };
-        Walk::new(products, &self.decoder.parts, &self.trained)
+        Walk { products, parts: &self.decoder.parts, trained: &self.trained, noise }
     }
 
     fn counted(&self, batches: &[Batch]) -> Result<StepLosses> {
@@ -282,6 +289,7 @@ impl Trainer {
         let (mut inputs, mut routes, mut tapes) = (Vec::new(), Vec::new(), Vec::new());
         for (layer, parts) in self.decoder.parts.layers.iter().enumerate() {
             let mut load = vec![0; experts(&parts.ffn).unwrap_or(0)];
+            let mut moments = LogitMoments::default();
             let (mut layer_routes, mut layer_tapes, mut outputs) = (Vec::new(), Vec::new(), Vec::new());
             for ((batch, first), input) in batches.iter().zip(first_tokens(batches)).zip(&hidden) {
                 walk.products.first_token.set(first);
@@ -293,6 +301,7 @@ impl Trainer {
                     sums.probabilities.resize(load.len(), 0.0);
                     sums.squares += gradient::scores(ffn.options.scores, &router.logits, &mut sums.probabilities);
                     sums.rows += batch.tokens();
+                    moments.add(router.moments);
                 }
                 if keeps {
                     layer_routes.push(chosen);
@@ -305,6 +314,7 @@ impl Trainer {
                 }
             }
             sums.loads.push(load);
+            sums.logits.extend(walk.noise.map(|_| moments));
             let layer_inputs = std::mem::replace(&mut hidden, outputs);
             if keeps {
                 inputs.push(layer_inputs);
@@ -341,6 +351,7 @@ impl Trainer {
             losses.z = sums.squares / rows;
         }
         losses.loads = sums.loads;
+        losses.logits = sums.logits;
     }
 }
 

@@ -141,6 +141,11 @@ pub struct FinetuneArgs {
     #[arg(long, value_name = "X", help_heading = "Method")]
     z_loss_coef: Option<f32>,
 
+    /// Steps in which noise takes part in the choice of experts, less and less, so that each of them gets tokens: for routers
+    /// that are trained [default: 0]
+    #[arg(long, value_name = "STEPS", help_heading = "Method")]
+    routing_warmup_steps: Option<u64>,
+
     /// The highest learning rate [default: 2e-4 for lora, 2e-5 for weights themselves]
     #[arg(long, value_name = "X", help_heading = "Steps")]
     learning_rate: Option<f64>,
@@ -300,6 +305,7 @@ impl FinetuneArgs {
             layout,
             aux_loss_coef: args.aux_loss_coef.unwrap_or(0.0),
             z_loss_coef: args.z_loss_coef.unwrap_or(0.0),
+            routing_warmup_steps: args.routing_warmup_steps.unwrap_or(0),
             learning_rate: args.learning_rate.unwrap_or(if method == Method::Lora { 2e-4 } else { 2e-5 }),
             scheduler: args.scheduler.unwrap_or_default(),
             warmup_ratio: args.warmup_ratio.unwrap_or(0.03),

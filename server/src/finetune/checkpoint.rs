@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::train::{
+    LogitMoments,
     guard::{GuardState, KeptBatch, Running},
     optimizer::AdamWState,
     parameters::Parameters,
@@ -30,6 +31,8 @@ pub struct Position {
     pub drawn: u64,
     /// What the guard remembers.
     pub guard: GuardState,
+    /// Of each layer's router, what its logits were in the applied steps of a routing warm-up; empty after it.
+    pub logits: Vec<LogitMoments>,
 }
 
 /// A number by its bits: text would round it.
@@ -67,6 +70,25 @@ impl From<RunningFile> for Running {
     }
 }
 
+#[derive(Debug, Serialize, Deserialize)]
+struct LogitsFile {
+    count: u64,
+    sum: Bits,
+    squares: Bits,
+}
+
+impl From<LogitMoments> for LogitsFile {
+    fn from(moments: LogitMoments) -> Self {
+        Self { count: moments.count, sum: moments.sum.into(), squares: moments.squares.into() }
+    }
+}
+
+impl From<LogitsFile> for LogitMoments {
+    fn from(file: LogitsFile) -> Self {
+        Self { count: file.count, sum: file.sum.into(), squares: file.squares.into() }
+    }
+}
+
 /// trainer_state.json. Numbers that aren't whole are given by their bits.
 #[derive(Debug, Serialize, Deserialize)]
 struct StateFile {
@@ -83,6 +105,7 @@ struct StateFile {
     guard_skipped_in_a_row: u64,
     guard_learning_rate_factor: Bits,
     guard_lowered_until: u64,
+    router_logits: Vec<LogitsFile>,
 }
 
 impl StateFile {
@@ -102,6 +125,7 @@ impl StateFile {
             guard_skipped_in_a_row: guard.skipped_in_a_row,
             guard_learning_rate_factor: guard.learning_rate_factor.into(),
             guard_lowered_until: guard.lowered_until,
+            router_logits: position.logits.iter().copied().map(Into::into).collect(),
         }
     }
 
@@ -118,7 +142,8 @@ impl StateFile {
             learning_rate_factor: self.guard_learning_rate_factor.into(),
             lowered_until: self.guard_lowered_until,
         };
-        Position { step: self.global_step, drawn: self.batches_drawn, guard }
+        let logits = self.router_logits.into_iter().map(Into::into).collect();
+        Position { step: self.global_step, drawn: self.batches_drawn, guard, logits }
     }
 }
 

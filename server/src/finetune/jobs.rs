@@ -44,7 +44,7 @@ const MOST_STEPS_UNSAVED: u64 = 100;
 const STEPS_TOLD: u64 = 200;
 const MOST_STEPS_UNTOLD: u64 = 10;
 /// Settings that a job may give besides OpenAI's, by the names of `cadre finetune`'s flags with underscores.
-const SETTINGS: [&str; 19] = [
+const SETTINGS: [&str; 20] = [
     "rank",
     "alpha",
     "rslora",
@@ -64,6 +64,7 @@ const SETTINGS: [&str; 19] = [
     "loss_on",
     "aux_loss_coef",
     "z_loss_coef",
+    "routing_warmup_steps",
 ];
 
 /// What jobs train on top of.

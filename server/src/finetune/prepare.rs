@@ -74,6 +74,15 @@ impl Trainee {
         }
     }
 
+    /// Whether routers change.
+    fn changes_routers(&self) -> bool {
+        let is_router = |place: Option<Place>| matches!(place, Some(Place::Router { .. }));
+        match self {
+            Self::Adapters(lora) => lora.trained.matrices().any(|(place, _)| is_router(Some(place))),
+            Self::Weights { modules, .. } => modules.iter().any(|module| is_router(module.place)),
+        }
+    }
+
     /// Whether the weights of routed experts change.
     fn changes_experts(&self) -> bool {
         let is_expert =
@@ -223,6 +232,10 @@ impl Prepared {
                 weights(&checkpoint, modules_that(&decoder, |place| chosen.has(place)), Some(chosen))?
             }
         };
+        ensure!(
+            settings.routing_warmup_steps == 0 || trainee.changes_routers(),
+            "--routing-warmup-steps is for routers that are trained: name them in --targets, or use --method router"
+        );
         let step = step(trainee.numbers());
         let memory = match MemoryPlan::new(budget, info, None, step.clone()) {
             _ if served.is_some() => MemoryPlan::beside(budget, step)?,

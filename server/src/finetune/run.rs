@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
     experts::ExpertStore,
     train::{
-        Dropout, RouterLossOptions, Trainer,
+        Dropout, LogitMoments, RouterLossOptions, RoutingNoise, Trainer,
         guard::{Event, Guard, GuardOptions, Observed, Verdict},
         optimizer::{AdamW, AdamWOptions},
         parameters::Parameters,
@@ -173,7 +173,7 @@ impl<'a> Run<'a> {
             (position, AdamW::from_state(options, &parameters, state)?, guard)
         } else {
             let guard = Guard::new(guard_options);
-            let position = Position { step: 0, drawn: 0, guard: guard.state().clone() };
+            let position = Position { step: 0, drawn: 0, guard: guard.state().clone(), logits: Vec::new() };
             (position, AdamW::new(options, &parameters), guard)
         };
         let router = RouterLossOptions { balance: settings.aux_loss_coef, z: settings.z_loss_coef };
@@ -251,6 +251,8 @@ impl<'a> Run<'a> {
         let batches = batches(self.data.examples(), &examples, self.settings.grad_accum)?;
         let (rate, seed) = (self.settings.dropout as f32, self.settings.seed);
         self.trainer.dropout = (rate > 0.0).then_some(Dropout { rate, seed, step });
+        let warmup = self.settings.routing_warmup_steps;
+        self.trainer.routing_noise = RoutingNoise::of_step(step, warmup, seed, &self.position.logits);
         let (losses, mut gradients) = self.trainer.gradients(&batches)?;
         let gradient_norm = gradients.clip(self.settings.clip);
         let total = losses.cross_entropy
@@ -264,6 +266,8 @@ impl<'a> Run<'a> {
         if let Verdict::Apply { .. } = judgement.verdict {
             self.optimizer.update(&self.compute.pool, &mut self.trainer.parameters, &gradients, learning_rate)?;
             self.trainer.write_back()?;
+            self.position.logits.resize(losses.logits.len(), LogitMoments::default());
+            self.position.logits.iter_mut().zip(&losses.logits).for_each(|(sums, logits)| sums.add(*logits));
         }
         self.position.step += 1;
         self.position.drawn += u64::from(is_new);

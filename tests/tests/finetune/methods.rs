@@ -94,19 +94,37 @@ fn the_model_that_is_written_is_the_one_that_was_trained() {
 
 #[test]
 fn a_killed_run_ends_with_the_same_model() {
-    let directory = tempfile::tempdir().unwrap();
-    let [lines, whole, broken] = ["train.jsonl", "whole", "broken"].map(|name| directory.path().join(name));
-    data(&lines, 20);
-    let method = ["--method", "experts", "--expert-share", "0.5", "--save-every", "3"];
-    output(&flags(path(&lines), path(&whole), &method));
-    let arguments = flags(path(&lines), path(&broken), &method);
-    killed_when(&arguments, || broken.join("checkpoint-3").exists());
-    output(&[&arguments[..], &["--resume"]].concat());
-    let result = |folder: &Path| {
-        ["expert_cfg.json", "model/model.safetensors", "checkpoint-12/optimizer.safetensors"]
-            .map(|file| fs::read(folder.join(file)).unwrap())
+    for (method, file) in [
+        (&["--method", "experts", "--expert-share", "0.5"][..], "expert_cfg.json"),
+        (&["--method", "router", "--routing-warmup-steps", "9"], "checkpoint-12/trainer_state.json"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let [lines, whole, broken] = ["train.jsonl", "whole", "broken"].map(|name| directory.path().join(name));
+        data(&lines, 20);
+        let method = [method, &["--save-every", "3"]].concat();
+        output(&flags(path(&lines), path(&whole), &method));
+        let arguments = flags(path(&lines), path(&broken), &method);
+        killed_when(&arguments, || broken.join("checkpoint-3").exists());
+        output(&[&arguments[..], &["--resume"]].concat());
+        let result = |folder: &Path| {
+            [file, "model/model.safetensors", "checkpoint-12/optimizer.safetensors"]
+                .map(|file| fs::read(folder.join(file)).unwrap())
+        };
+        assert!(result(&whole) == result(&broken), "{method:?}");
+    }
+}
+
+#[test]
+fn noise_in_the_choice_gives_all_experts_tokens() {
+    let entropy = |flags: &[&str]| {
+        let (_directory, folder) = train(&[&["--method", "router"][..], flags].concat());
+        let steps = log(&folder, "step");
+        [0, 1, 11].map(|step| serde_json::from_value::<Vec<f64>>(steps[step]["expert_entropy"].clone()).unwrap())
     };
-    assert!(result(&whole) == result(&broken));
+    let ([first, second, _], warm) = (entropy(&[]), entropy(&["--routing-warmup-steps", "10"]));
+    assert_eq!(warm[0], first, "the first step measures");
+    assert!(warm[1].iter().zip(&second).all(|(warm, cold)| *warm > 0.97 && warm > cold), "{warm:?}, {second:?}");
+    assert!(warm[2].iter().zip(&warm[1]).all(|(after, before)| after < before), "{warm:?}");
 }
 
 #[test]
@@ -122,6 +140,7 @@ fn what_a_method_cannot_do_is_told() {
         (&["--method", "full", "--dropout", "0.1"], "--dropout is for --method lora"),
         (&["--dropout", "1"], "--dropout must be at least 0 and below 1"),
         (&["--dropout", "0.1", "--adapter-layout", "fused"], "PEFT has no dropout"),
+        (&["--routing-warmup-steps", "5"], "for routers that are trained"),
         (&["--method", "experts", "--expert-share", "0"], "--expert-share must be above 0"),
         (&["--method", "full", "--targets", "q_proj"], "query_key_value"),
         (&["--method", "full", "--dtype", "q4_k"], "give another --dtype"),

@@ -12,7 +12,7 @@ use cadre_engine::{
     compute::Compute,
     nn::{Decoder, Format},
     train::{
-        Batch, Dropout, RouterLossOptions, StepLosses, Trainer,
+        Batch, Dropout, RouterLossOptions, RoutingNoise, StepLosses, Trainer,
         optimizer::{AdamW, AdamWOptions},
         parameters::{Gradients, Parameters},
         trained::Trained,
@@ -210,15 +210,20 @@ fn check(name: &str) -> Result<()> {
     compare(&case, "final.", &named(files.as_ref(), &trainer.parameters)?, 5e-5)
 }
 
-/// Keeping more, and other numbers of threads, change no bit.
+/// Keeping more changes no bit, nor do losses need gradients.
 fn same_however(trainer: &mut Trainer, batches: &[Batch], losses: &StepLosses, gradients: &Gradients) -> Result<()> {
-    for layer in [1, usize::MAX] {
+    kept_otherwise(trainer, batches, losses, gradients)?;
+    ensure!(trainer.losses(batches)? == *losses, "other losses without gradients");
+    Ok(())
+}
+
+/// Keeping more changes no bit.
+fn kept_otherwise(trainer: &mut Trainer, batches: &[Batch], losses: &StepLosses, gradients: &Gradients) -> Result<()> {
+    for layer in [1, usize::MAX, 0] {
         trainer.keep_from(layer);
         let (again, others) = trainer.gradients(batches)?;
         ensure!((&again, &others) == (losses, gradients), "other gradients with layers kept from {layer} on");
     }
-    ensure!(trainer.losses(batches)? == *losses, "other losses without gradients");
-    trainer.keep_from(0);
     Ok(())
 }
 
@@ -236,15 +241,22 @@ fn accumulated(trainer: &Trainer, batches: &[Batch], losses: &StepLosses, gradie
     Ok(())
 }
 
-/// The loss at the parameters moved by `by` along their gradients.
-fn moved(trainer: &mut Trainer, batches: &[Batch], gradients: &Gradients, by: f64) -> Result<f64> {
+/// The loss rises along the gradients as they say.
+fn slope_is_right(trainer: &mut Trainer, batches: &[Batch], gradients: &Gradients) -> Result<()> {
     let before = trainer.parameters.clone();
-    for (parameter, gradient) in trainer.parameters.iter_mut().zip(gradients.iter()) {
-        parameter.values.iter_mut().zip(gradient).for_each(|(value, slope)| *value += by as f32 * slope);
-    }
-    let (losses, _) = trainer.gradients(batches)?;
+    let square = gradients.norm().powi(2);
+    let by = 1e-3 / square;
+    let mut moved = |by: f64| -> Result<f64> {
+        trainer.parameters.clone_from(&before);
+        for (parameter, gradient) in trainer.parameters.iter_mut().zip(gradients.iter()) {
+            parameter.values.iter_mut().zip(gradient).for_each(|(value, slope)| *value += by as f32 * slope);
+        }
+        Ok(trainer.gradients(batches)?.0.cross_entropy)
+    };
+    let slope = (moved(by)? - moved(-by)?) / (2.0 * by) / square;
     trainer.parameters = before;
-    Ok(losses.cross_entropy)
+    ensure!((slope - 1.0).abs() < 0.01, "the loss rises by {slope} of what its gradients say");
+    Ok(())
 }
 
 /// Dropout drops the same values however a step is computed, and its gradients are those of the loss with these dropped.
@@ -266,19 +278,9 @@ fn dropout_follows_the_token() -> Result<()> {
             losses != whole && trainer.losses(&together)? == whole,
             "{name}: dropped where nothing should be, or not"
         );
-        for layer in [1, usize::MAX, 0] {
-            trainer.keep_from(layer);
-            ensure!(
-                trainer.gradients(&together)? == (losses.clone(), gradients.clone()),
-                "{name}: kept from {layer} on"
-            );
-        }
+        kept_otherwise(&mut trainer, &together, &losses, &gradients)?;
         accumulated(&trainer, &batches(sequences, true)?, &losses, &gradients)?;
-        let norm = gradients.norm();
-        let by = 1e-3 / norm.powi(2);
-        let change = moved(&mut trainer, &together, &gradients, by)? - moved(&mut trainer, &together, &gradients, -by)?;
-        let slope = change / (2.0 * by) / norm.powi(2);
-        ensure!((slope - 1.0).abs() < 0.01, "{name}: the loss rises by {slope} of what its gradients say");
+        slope_is_right(&mut trainer, &together, &gradients)?;
         trainer.dropout = Some(Dropout { step: 8, ..dropout });
         ensure!(trainer.gradients(&together)?.0 != losses, "{name}: another step drops the same");
     }
@@ -320,6 +322,53 @@ fn dropout_changes_no_expectation() -> Result<()> {
     let off = pairs.map(|(mean, expected)| f64::from(mean - expected).powi(2)).sum::<f64>();
     // The mean of so many has as many times less variance.
     ensure!(spread > 0.0 && off < 2.0 * spread / MASKS as f64, "{off} is not {spread} / {MASKS}");
+    Ok(())
+}
+
+/// Noise in the choice of experts is the same however a step is computed, and gradients are those of the loss with it.
+#[test]
+fn routing_noise_follows_the_token() -> Result<()> {
+    for name in ["bailing_moe_v2-router-aux", "qwen3_moe-router-aux"] {
+        let case = Case::read(name)?;
+        let trainer = |threads: usize| -> Result<Trainer> {
+            let compute = Compute::new(threads);
+            let decoder = case.decoder(&compute)?;
+            let Trainee { trained, parameters, .. } = Trainee::new(&case, &decoder)?;
+            Ok(Trainer::new(compute, decoder, trained, parameters, RouterLossOptions::default())?)
+        };
+        let mut one = trainer(2)?;
+        let steps = case.steps()?;
+        let sequences = &steps[0];
+        let together = batches(sequences, false)?;
+        let without = one.gradients(&together)?;
+        let mut noise = RoutingNoise { share: 0.5, seed: 1, step: 7, before: Vec::new() };
+        one.routing_noise = Some(noise.clone());
+        let (StepLosses { logits, .. }, _) = one.gradients(&together)?;
+        let (mut first, gradients) = one.gradients(&together)?;
+        first.logits.clear();
+        ensure!((first, gradients) == without, "{name}: noise before the logits are known");
+        noise.before = logits;
+        one.routing_noise = Some(noise.clone());
+        let (losses, gradients) = one.gradients(&together)?;
+        ensure!(losses.loads != without.0.loads && one.losses(&together)? == without.0, "{name}: noise where none is");
+        kept_otherwise(&mut one, &together, &losses, &gradients)?;
+        accumulated(&one, &batches(sequences, true)?, &losses, &gradients)?;
+        slope_is_right(&mut one, &together, &gradients)?;
+        let mut other = trainer(1)?;
+        other.routing_noise = Some(noise.clone());
+        ensure!(other.gradients(&together)? == (losses, gradients), "{name}: another number of threads");
+        // What is only noise says nothing of the routers.
+        one.routing_noise = Some(RoutingNoise { share: 0.0, ..noise });
+        let (_, gradients) = one.gradients(&together)?;
+        for (parameter, gradient) in one.parameters.iter().zip(gradients.iter()) {
+            let is_router = parameter.name.contains("mlp.gate.");
+            ensure!(
+                is_router == gradient.iter().all(|x| *x == 0.0) || parameter.name.contains("lora_A"),
+                "{name}: {} of a router's noise",
+                parameter.name
+            );
+        }
+    }
     Ok(())
 }
 
