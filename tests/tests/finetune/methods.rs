@@ -123,7 +123,8 @@ fn noise_in_the_choice_gives_all_experts_tokens() {
     };
     let ([first, second, _], warm) = (entropy(&[]), entropy(&["--routing-warmup-steps", "10"]));
     assert_eq!(warm[0], first, "the first step measures");
-    assert!(warm[1].iter().zip(&second).all(|(warm, cold)| *warm > 0.97 && warm > cold), "{warm:?}, {second:?}");
+    // Not all are alike: the model's own biases of experts, and its groups, have a say in the choice.
+    assert!(warm[1].iter().zip(&second).all(|(warm, cold)| *warm > cold + 0.05), "{warm:?}, {second:?}");
     assert!(warm[2].iter().zip(&warm[1]).all(|(after, before)| after < before), "{warm:?}");
 }
 
