@@ -41,7 +41,7 @@ fn an_adapter_that_was_trained_does_what_the_base_cannot() {
     };
     fs::write(&lines, learnt.iter().map(line).collect::<Vec<_>>().join("\n") + "\n").unwrap();
     let (lines, folder) = (lines.to_str().unwrap(), folder.to_str().unwrap());
-    let steps = ["--max-steps", "300", "--batch-size", "16", "--learning-rate", "2e-3", "--save-every", "0"];
+    let steps = ["--max-steps", "400", "--batch-size", "16", "--learning-rate", "2e-3", "--save-every", "0"];
     output(&[&["finetune", "--data", lines, "--output", folder][..], &steps].concat());
     let server = Server::start(&["--adapter", &format!("sorts={folder}")]);
     let right = |model: &str| {
