@@ -100,7 +100,7 @@ fn describe() {
 }
 
 /// How many fine-tuning jobs have a status.
-pub fn finetune_jobs(status: &'static str, count: usize) {
+pub fn finetune_jobs(status: &'static str, count: i64) {
     gauge!("cadre_finetune_jobs", "status" => status).set(count as f64);
 }
 

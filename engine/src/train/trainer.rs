@@ -287,12 +287,13 @@ impl Trainer {
         };
         let mut hidden: Vec<Vec<f32>> = batches.iter().map(embed).collect();
         let (mut inputs, mut routes, mut tapes) = (Vec::new(), Vec::new(), Vec::new());
+        let firsts = first_tokens(batches);
         for (layer, parts) in self.decoder.parts.layers.iter().enumerate() {
             let mut load = vec![0; experts(&parts.ffn).unwrap_or(0)];
             let mut moments = LogitMoments::default();
             let (mut layer_routes, mut layer_tapes, mut outputs) = (Vec::new(), Vec::new(), Vec::new());
-            for ((batch, first), input) in batches.iter().zip(first_tokens(batches)).zip(&hidden) {
-                walk.products.first_token.set(first);
+            for ((batch, first), input) in batches.iter().zip(&firsts).zip(&hidden) {
+                walk.products.first_token.set(*first);
                 let (output, tape) = walk.layer(layer, batch, input, None)?;
                 outputs.push(output);
                 let chosen = tape.router().map_or(Vec::new(), |router| router.routes.experts.clone());

@@ -207,8 +207,6 @@ fn load(
                     model: options.model.clone(),
                     names: served.names.clone(),
                     weights: Weights { decoder: engine.decoder, store: engine.store },
-                    tokenizer: served.tokenizer.clone(),
-                    template: served.template.clone(),
                     adapters: served.adapters.clone(),
                     threads: engine.threads,
                     memory,

@@ -32,8 +32,8 @@ impl ChosenExperts {
     /// # Errors
     /// When an expert can't be read.
     pub fn measure(compute: &Compute, decoder: Decoder, data: &Data, share: f64) -> Result<Self> {
-        let nothing = (Trained::default(), Parameters::default());
-        let trainer = Trainer::new(compute.clone(), decoder, nothing.0, nothing.1, RouterLossOptions::default())?;
+        let (nothing, none) = (Trained::default(), Parameters::default());
+        let trainer = Trainer::new(compute.clone(), decoder, nothing, none, RouterLossOptions::default())?;
         let (mut sums, mut tokens) = (Vec::<Vec<u64>>::new(), 0);
         for numbers in data.chunks(TOKENS_AT_ONCE) {
             for batch in batches(data.examples(), &numbers, 1)? {

@@ -15,14 +15,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use cadre_models::{
-    ChatTemplate, Tokenizer,
-    dataset::{self, DatasetOptions, LossOn},
-};
+use cadre_models::DatasetError;
 use serde_json::{Map, Value, json};
 
 use super::{
     Ended, Prepared, Watcher, Weights, checkpoint,
+    prepare::EVAL_FLAG,
     run::{self, LOG_FILE},
     settings::Settings,
     step_log::{EvaluationLine, Line, StepLine, StepLog},
@@ -76,10 +74,6 @@ pub struct Base {
     pub names: Vec<String>,
     /// Its weights.
     pub weights: Weights,
-    /// Text to tokens.
-    pub tokenizer: Tokenizer,
-    /// Messages to text.
-    pub template: Option<ChatTemplate>,
     /// Where adapters are served.
     pub adapters: Arc<Adapters>,
     /// Worker threads.
@@ -317,8 +311,8 @@ impl Jobs {
 
     fn show_counts(&self) {
         for status in JobStatus::ALL {
-            if let Ok(jobs) = self.storage.jobs_that_are(status) {
-                metrics::finetune_jobs(status.name(), jobs.len());
+            if let Ok(count) = self.storage.count_jobs(status) {
+                metrics::finetune_jobs(status.name(), count);
             }
         }
     }
@@ -349,18 +343,19 @@ impl Jobs {
         for (param, file) in files.into_iter().filter_map(|(param, file)| Some((param, file?))) {
             let what = param.replace('_', " ");
             self.storage.add_event(id, Level::Info, &format!("Validating {what}: {file}"), EventKind::Message)?;
-            let options = DatasetOptions { max_length: usize::MAX, loss_on: LossOn::AllAssistant, skip_bad: false };
-            let path = [self.storage.file_path(file, Purpose::FineTune)];
-            if let Err(error) = dataset::read(&path, &self.base.tokenizer, self.base.template.as_ref(), &options) {
-                // A client knows its file by its id.
-                let message = error.to_string().replace(&path[0].display().to_string(), file);
-                return self.fail(id, &format!("invalid_{param}"), &message, Some(param));
-            }
         }
         let prepared = self
             .settings(id, &job.asked)
             .and_then(|settings| Prepared::new(&settings, Some(self.base.weights.clone())));
         if let Err(error) = prepared {
+            if let (Some(found), Some(flag)) = (error.downcast_ref::<DatasetError>(), error.downcast_ref::<&str>()) {
+                let (param, file) = files[usize::from(*flag == EVAL_FLAG)];
+                let file = file.map_or("", String::as_str);
+                // A client knows its file by its id.
+                let path = self.storage.file_path(file, Purpose::FineTune);
+                let message = found.to_string().replace(&path.display().to_string(), file);
+                return self.fail(id, &format!("invalid_{param}"), &message, Some(param));
+            }
             return self.fail(id, "invalid_hyperparameters", &format!("{error:#}"), Some("hyperparameters"));
         }
         if self.storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued)? {

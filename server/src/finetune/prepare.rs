@@ -31,6 +31,9 @@ use crate::{
 /// Tokens that an example keeps when no flag says: more than most chats have.
 const MAX_LENGTH: usize = 2048;
 
+/// What names the held-out data, also in errors.
+pub const EVAL_FLAG: &str = "--eval";
+
 /// The model's weights, and what reads the experts that aren't in memory.
 #[derive(Clone)]
 pub struct Weights {
@@ -208,7 +211,7 @@ impl Prepared {
         let read =
             |files: &[std::path::PathBuf]| Data::read(files, settings, max_length, &tokenizer, template.as_ref());
         let data = read(&settings.data).context("--data")?;
-        let eval = if settings.eval.is_empty() { None } else { Some(read(&settings.eval).context("--eval")?) };
+        let eval = if settings.eval.is_empty() { None } else { Some(read(&settings.eval).context(EVAL_FLAG)?) };
         let steps = settings.max_steps.unwrap_or_else(|| data.steps(settings.epochs));
         let [step_tokens, batch_tokens, longest] = data.most_tokens(settings.grad_accum);
         let step = |numbers| StepMemory::new(&decoder, numbers, step_tokens, batch_tokens, longest);
@@ -237,10 +240,15 @@ impl Prepared {
             "--routing-warmup-steps is for routers that are trained: name them in --targets, or use --method router"
         );
         let step = step(trainee.numbers());
-        let memory = match MemoryPlan::new(budget, info, None, step.clone()) {
-            _ if served.is_some() => MemoryPlan::beside(budget, step)?,
+        let plan = match served {
+            Some(_) => MemoryPlan::beside(budget, step.clone()),
+            None => MemoryPlan::new(budget, info, None, step.clone()),
+        };
+        let memory = match plan {
             Ok(plan) => plan,
-            Err(error) if info.moe_layers.is_empty() || trainee.changes_experts() => return Err(error),
+            Err(error) if served.is_some() || info.moe_layers.is_empty() || trainee.changes_experts() => {
+                return Err(error);
+            }
             Err(_) => {
                 let stored = outline(&checkpoint, &formats, Placement::Stored, &compute)?;
                 let experts = stored.experts.as_ref().context("experts that can stay on disk")?;

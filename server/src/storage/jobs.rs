@@ -251,6 +251,15 @@ impl Storage {
         Ok(statement.query_map([status.name()], read)?.collect::<Result<_, _>>()?)
     }
 
+    /// How many jobs have a status.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn count_jobs(&self, status: JobStatus) -> Result<i64, StorageError> {
+        let query = "SELECT COUNT(*) FROM jobs WHERE status = ?";
+        Ok(self.database().query_row(query, [status.name()], |row| row.get(0))?)
+    }
+
     /// The job whose turn it is: one that was interrupted, or the first that waits.
     ///
     /// # Errors
