@@ -1,16 +1,17 @@
 //! Plain f32 products, nothing packed: for matrices that change at every step, of which many have few rows or columns.
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{
-    __m512, __mmask16, _mm512_fmadd_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-};
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use std::ops::Range;
 
 use crate::{isa::Isa, pool::Pool, shared::SharedSlice};
 
 /// Inputs that are worked off before the next block: their part of both sides stays in the caches.
 const INPUTS: usize = 256;
-/// Columns of a block: four vector registers.
+/// Columns of a block: four of the widest vector registers.
 const COLUMNS: usize = 64;
 /// Rows of a task.
 const TASK_ROWS: usize = 48;
@@ -127,106 +128,37 @@ unsafe fn add_block<'o>(isa: Isa, left: Strided<'_>, right: Strided<'_>, out: &(
     for start in (0..right.rows).step_by(INPUTS) {
         let inputs = start..right.rows.min(start + INPUTS);
         let (left, right) = (left.columns(inputs.clone()), right.rows(inputs));
-        #[cfg(target_arch = "x86_64")]
-        if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) {
-            left.check();
-            right.check();
+        left.check();
+        right.check();
+        match isa {
             // SAFETY: a tier other than portable exists only where `Isa::available` found it; the sizes were checked.
-            unsafe { in_registers(left, right, out) };
-            continue;
-        }
-        let _ = isa;
-        for row in 0..left.rows {
-            let out = out(row);
-            for input in 0..left.columns {
-                let factor = left.values[row * left.row + input * left.column];
-                let values = &right.values[input * right.row..][..right.columns];
-                out.iter_mut().zip(values).for_each(|(sum, value)| *sum += factor * value);
-            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::in_registers(left, right, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::in_registers(left, right, out) },
+            _ => plain(left, right, out),
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+fn plain<'o>(left: Strided<'_>, right: Strided<'_>, out: &(dyn Fn(usize) -> &'o mut [f32] + '_)) {
+    for row in 0..left.rows {
+        let out = out(row);
+        for input in 0..left.columns {
+            let factor = left.values[row * left.row + input * left.column];
+            let values = &right.values[input * right.row..][..right.columns];
+            out.iter_mut().zip(values).for_each(|(sum, value)| *sum += factor * value);
+        }
+    }
+}
+
 impl Strided<'_> {
     /// All elements lie in the slice.
     fn check(&self) {
         if self.rows > 0 && self.columns > 0 {
             let last = (self.rows - 1) * self.row + (self.columns - 1) * self.column;
             assert!(last < self.values.len(), "a matrix of {} by {}", self.rows, self.columns);
-        }
-    }
-}
-
-/// Blocks of few rows, whose sums stay in registers.
-///
-/// # Safety
-/// The machine has AVX-512; the matrices' elements lie in their slices; as many inputs on both sides, at most
-/// [`COLUMNS`] columns, of stride 1.
-#[cfg(target_arch = "x86_64")]
-unsafe fn in_registers<'o>(left: Strided<'_>, right: Strided<'_>, out: &(dyn Fn(usize) -> &'o mut [f32] + '_)) {
-    // As many sums as fit into the 32 registers beside a step's values.
-    macro_rules! shapes {
-        ($($vectors:literal: $($rows:literal)*,)*) => {
-            match right.columns.div_ceil(16) {
-                $($vectors => {
-                    const MOST: usize = [$($rows),*].len();
-                    for start in (0..left.rows).step_by(MOST) {
-                        let rows = start..left.rows.min(start + MOST);
-                        let out = |row| out(start + row);
-                        match rows.len() {
-                            // SAFETY: the caller's promises.
-                            $($rows => unsafe { block::<$rows, $vectors>(left.rows(rows), right, &out) },)*
-                            count => unreachable!("block of {count} rows"),
-                        }
-                    }
-                })*
-                _ => {}
-            }
-        };
-    }
-    shapes!(1: 1 2 3 4 5 6 7 8 9 10 11 12, 2: 1 2 3 4 5 6 7 8 9 10 11 12, 3: 1 2 3 4 5 6 7 8, 4: 1 2 3 4 5 6,);
-}
-
-/// One block, its sums in registers.
-///
-/// # Safety
-/// As for [`in_registers`]; `R` rows and `V` times 16 columns, the last 16 not all used.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn block<'o, const R: usize, const V: usize>(
-    left: Strided<'_>,
-    right: Strided<'_>,
-    out: &(dyn Fn(usize) -> &'o mut [f32] + '_),
-) {
-    let mut masks: [__mmask16; V] = [0xffff; V];
-    masks[V - 1] = (0xffff_u32 >> (V * 16 - right.columns)) as __mmask16;
-    let load = |start: *const f32| -> [__m512; V] {
-        // SAFETY: the masks leave out what lies behind the columns.
-        std::array::from_fn(|index| unsafe { _mm512_maskz_loadu_ps(masks[index], start.wrapping_add(index * 16)) })
-    };
-    let rows: [&mut [f32]; R] = std::array::from_fn(out);
-    let mut sums = [[_mm512_setzero_ps(); V]; R];
-    for (sums, row) in sums.iter_mut().zip(&rows) {
-        *sums = load(row.as_ptr());
-    }
-    let (mut factors, mut values) = (left.values.as_ptr(), right.values.as_ptr());
-    for _ in 0..left.columns {
-        let step = load(values);
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: an element of `left`.
-            let factor = _mm512_set1_ps(unsafe { *factors.add(row * left.row) });
-            for (sum, step) in sums.iter_mut().zip(step) {
-                *sum = _mm512_fmadd_ps(factor, step, *sum);
-            }
-        }
-        factors = factors.wrapping_add(left.column);
-        values = values.wrapping_add(right.row);
-    }
-    for (row, sums) in rows.into_iter().zip(sums) {
-        for (index, sum) in sums.into_iter().enumerate() {
-            // SAFETY: the masks leave out what lies behind the columns.
-            unsafe { _mm512_mask_storeu_ps(row.as_mut_ptr().wrapping_add(index * 16), masks[index], sum) };
         }
     }
 }
