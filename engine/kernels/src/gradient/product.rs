@@ -95,56 +95,75 @@ pub fn add_product(pool: &Pool, isa: Isa, left: Strided<'_>, right: Strided<'_>,
     pool.run(row_tasks * column_tasks, |task| {
         let rows = task % row_tasks * TASK_ROWS..left.rows.min((task % row_tasks + 1) * TASK_ROWS);
         let columns = task / row_tasks * COLUMNS..right.columns.min((task / row_tasks + 1) * COLUMNS);
-        // SAFETY: each task has its own rows and columns.
-        unsafe {
-            add_block(isa, left.rows(rows.clone()), right.columns(columns.clone()), &|row| {
-                target.part((rows.start + row) * right.columns + columns.start, columns.len())
-            })
-        };
+        let len = (rows.len() - 1) * right.columns + columns.len();
+        let start = target.pointer(rows.start * right.columns + columns.start, len);
+        // SAFETY: the rows and columns lie in `out`, and each task has its own.
+        unsafe { add_block(isa, left.rows(rows), right.columns(columns), Rows { start, stride: right.columns }) };
     });
 }
 
 /// [`add_product`] on the calling thread.
 pub(super) fn add_product_here(isa: Isa, left: Strided<'_>, right: Strided<'_>, out: &mut [f32]) {
     assert_eq!(out.len(), left.rows * right.columns, "product of {} by {}", left.rows, right.columns);
-    let target = SharedSlice::new(out);
-    for start in (0..right.columns).step_by(COLUMNS) {
-        let columns = start..right.columns.min(start + COLUMNS);
-        // SAFETY: nobody else has a part of it.
-        unsafe {
-            add_block(isa, left, right.columns(columns.clone()), &|row| {
-                target.part(row * right.columns + columns.start, columns.len())
-            })
-        };
+    let stride = right.columns;
+    for start in (0..stride).step_by(COLUMNS) {
+        let right = right.columns(start..stride.min(start + COLUMNS));
+        // SAFETY: the rows and columns lie in `out`, and nobody else has it.
+        unsafe { add_block(isa, left, right, Rows { start: out.as_mut_ptr().wrapping_add(start), stride }) };
+    }
+}
+
+/// The rows that a block adds to.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// The first element of the first.
+    start: *mut f32,
+    stride: usize,
+}
+
+impl Rows {
+    fn row(self, index: usize) -> *mut f32 {
+        self.start.wrapping_add(index * self.stride)
+    }
+
+    /// Without so many of the first.
+    #[cfg(target_arch = "x86_64")]
+    fn from(self, index: usize) -> Self {
+        Self { start: self.row(index), ..self }
     }
 }
 
 /// At most [`COLUMNS`] columns of a product.
 ///
 /// # Safety
-/// `out` gives each row of the result, and nobody else has a part of it.
-unsafe fn add_block<'o>(isa: Isa, left: Strided<'_>, right: Strided<'_>, out: &(dyn Fn(usize) -> &'o mut [f32] + '_)) {
+/// The rows of `out` that the product has are valid as far as its columns go, and nobody else uses these meanwhile.
+unsafe fn add_block(isa: Isa, left: Strided<'_>, right: Strided<'_>, out: Rows) {
     assert_eq!((left.columns, right.column), (right.rows, 1), "inputs of a product, and the columns' stride");
     for start in (0..right.rows).step_by(INPUTS) {
         let inputs = start..right.rows.min(start + INPUTS);
         let (left, right) = (left.columns(inputs.clone()), right.rows(inputs));
         left.check();
         right.check();
-        match isa {
-            // SAFETY: a tier other than portable exists only where `Isa::available` found it; the sizes were checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::in_registers(left, right, out) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::in_registers(left, right, out) },
-            _ => plain(left, right, out),
+        // SAFETY: a tier other than portable exists only where `Isa::available` found it; the sizes were checked, and the
+        // caller promises those of `out`.
+        unsafe {
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => avx512::in_registers(left, right, out),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => avx2::in_registers(left, right, out),
+                _ => plain(left, right, out),
+            }
         }
     }
 }
 
-fn plain<'o>(left: Strided<'_>, right: Strided<'_>, out: &(dyn Fn(usize) -> &'o mut [f32] + '_)) {
+/// # Safety
+/// As for [`add_block`].
+unsafe fn plain(left: Strided<'_>, right: Strided<'_>, out: Rows) {
     for row in 0..left.rows {
-        let out = out(row);
+        // SAFETY: the caller's promise.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.row(row), right.columns) };
         for input in 0..left.columns {
             let factor = left.values[row * left.row + input * left.column];
             let values = &right.values[input * right.row..][..right.columns];

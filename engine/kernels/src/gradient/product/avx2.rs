@@ -5,30 +5,26 @@ use std::arch::x86_64::{
     _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_storeu_ps,
 };
 
-use super::Strided;
+use super::{Rows, Strided};
 
 /// Blocks of few rows, whose sums stay in registers.
 ///
 /// # Safety
 /// The machine has AVX2 and FMA; the matrices' elements lie in their slices; as many inputs on both sides, the columns of
-/// stride 1.
-pub(super) unsafe fn in_registers<'o>(
-    left: Strided<'_>,
-    right: Strided<'_>,
-    out: &(dyn Fn(usize) -> &'o mut [f32] + '_),
-) {
+/// stride 1; `out` as [`super::add_block`] wants it.
+pub(super) unsafe fn in_registers(left: Strided<'_>, right: Strided<'_>, out: Rows) {
     // As many sums as fit into the 16 registers beside a step's values.
     macro_rules! shapes {
-        ($right:ident, $first:ident, $($vectors:literal: $($rows:literal)*,)*) => {
+        ($right:ident, $out:ident, $($vectors:literal: $($rows:literal)*,)*) => {
             match $right.columns.div_ceil(8) {
                 $($vectors => {
                     const MOST: usize = [$($rows),*].len();
                     for start in (0..left.rows).step_by(MOST) {
                         let rows = start..left.rows.min(start + MOST);
-                        let out = |row| &mut out(start + row)[$first..];
+                        let out = $out.from(start);
                         match rows.len() {
                             // SAFETY: the caller's promises.
-                            $($rows => unsafe { block::<$rows, $vectors>(left.rows(rows), $right, &out) },)*
+                            $($rows => unsafe { block::<$rows, $vectors>(left.rows(rows), $right, out) },)*
                             count => unreachable!("block of {count} rows"),
                         }
                     }
@@ -39,7 +35,8 @@ pub(super) unsafe fn in_registers<'o>(
     }
     for first in (0..right.columns).step_by(16) {
         let right = right.columns(first..right.columns.min(first + 16));
-        shapes!(right, first, 1: 1 2 3 4 5 6 7 8 9 10 11 12, 2: 1 2 3 4 5 6,);
+        let out = Rows { start: out.start.wrapping_add(first), ..out };
+        shapes!(right, out, 1: 1 2 3 4 5 6 7 8 9 10 11 12, 2: 1 2 3 4 5 6,);
     }
 }
 
@@ -48,11 +45,7 @@ pub(super) unsafe fn in_registers<'o>(
 /// # Safety
 /// As for [`in_registers`]; `R` rows and `V` times 8 columns, the last 8 not all used.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn block<'o, const R: usize, const V: usize>(
-    left: Strided<'_>,
-    right: Strided<'_>,
-    out: &(dyn Fn(usize) -> &'o mut [f32] + '_),
-) {
+unsafe fn block<const R: usize, const V: usize>(left: Strided<'_>, right: Strided<'_>, out: Rows) {
     let last = right.columns - (V - 1) * 8;
     let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(last as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     let load = |start: *const f32| -> [__m256; V] {
@@ -62,10 +55,9 @@ unsafe fn block<'o, const R: usize, const V: usize>(
             unsafe { if index + 1 == V { _mm256_maskload_ps(at, mask) } else { _mm256_loadu_ps(at) } }
         })
     };
-    let rows: [&mut [f32]; R] = std::array::from_fn(out);
     let mut sums = [[_mm256_setzero_ps(); V]; R];
-    for (sums, row) in sums.iter_mut().zip(&rows) {
-        *sums = load(row.as_ptr());
+    for (row, sums) in sums.iter_mut().enumerate() {
+        *sums = load(out.row(row));
     }
     let (mut factors, mut values) = (left.values.as_ptr(), right.values.as_ptr());
     for _ in 0..left.columns {
@@ -80,9 +72,9 @@ unsafe fn block<'o, const R: usize, const V: usize>(
         factors = factors.wrapping_add(left.column);
         values = values.wrapping_add(right.row);
     }
-    for (row, sums) in rows.into_iter().zip(sums) {
+    for (row, sums) in sums.into_iter().enumerate() {
         for (index, sum) in sums.into_iter().enumerate() {
-            let at = row.as_mut_ptr().wrapping_add(index * 8);
+            let at = out.row(row).wrapping_add(index * 8);
             // A masked store takes as long as ten plain ones.
             // SAFETY: the mask leaves out what lies behind the columns.
             unsafe {

@@ -4,18 +4,14 @@ use std::arch::x86_64::{
     __m512, __mmask16, _mm512_fmadd_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
 };
 
-use super::Strided;
+use super::{Rows, Strided};
 
 /// Blocks of few rows, whose sums stay in registers.
 ///
 /// # Safety
 /// The machine has AVX-512; the matrices' elements lie in their slices; as many inputs on both sides, at most
-/// [`COLUMNS`](super::COLUMNS) columns, of stride 1.
-pub(super) unsafe fn in_registers<'o>(
-    left: Strided<'_>,
-    right: Strided<'_>,
-    out: &(dyn Fn(usize) -> &'o mut [f32] + '_),
-) {
+/// [`COLUMNS`](super::COLUMNS) columns, of stride 1; `out` as [`super::add_block`] wants it.
+pub(super) unsafe fn in_registers(left: Strided<'_>, right: Strided<'_>, out: Rows) {
     // As many sums as fit into the 32 registers beside a step's values.
     macro_rules! shapes {
         ($($vectors:literal: $($rows:literal)*,)*) => {
@@ -24,10 +20,10 @@ pub(super) unsafe fn in_registers<'o>(
                     const MOST: usize = [$($rows),*].len();
                     for start in (0..left.rows).step_by(MOST) {
                         let rows = start..left.rows.min(start + MOST);
-                        let out = |row| out(start + row);
+                        let out = out.from(start);
                         match rows.len() {
                             // SAFETY: the caller's promises.
-                            $($rows => unsafe { block::<$rows, $vectors>(left.rows(rows), right, &out) },)*
+                            $($rows => unsafe { block::<$rows, $vectors>(left.rows(rows), right, out) },)*
                             count => unreachable!("block of {count} rows"),
                         }
                     }
@@ -44,21 +40,16 @@ pub(super) unsafe fn in_registers<'o>(
 /// # Safety
 /// As for [`in_registers`]; `R` rows and `V` times 16 columns, the last 16 not all used.
 #[target_feature(enable = "avx512f")]
-unsafe fn block<'o, const R: usize, const V: usize>(
-    left: Strided<'_>,
-    right: Strided<'_>,
-    out: &(dyn Fn(usize) -> &'o mut [f32] + '_),
-) {
+unsafe fn block<const R: usize, const V: usize>(left: Strided<'_>, right: Strided<'_>, out: Rows) {
     let mut masks: [__mmask16; V] = [0xffff; V];
     masks[V - 1] = (0xffff_u32 >> (V * 16 - right.columns)) as __mmask16;
     let load = |start: *const f32| -> [__m512; V] {
         // SAFETY: the masks leave out what lies behind the columns.
         std::array::from_fn(|index| unsafe { _mm512_maskz_loadu_ps(masks[index], start.wrapping_add(index * 16)) })
     };
-    let rows: [&mut [f32]; R] = std::array::from_fn(out);
     let mut sums = [[_mm512_setzero_ps(); V]; R];
-    for (sums, row) in sums.iter_mut().zip(&rows) {
-        *sums = load(row.as_ptr());
+    for (row, sums) in sums.iter_mut().enumerate() {
+        *sums = load(out.row(row));
     }
     let (mut factors, mut values) = (left.values.as_ptr(), right.values.as_ptr());
     for _ in 0..left.columns {
@@ -73,10 +64,10 @@ unsafe fn block<'o, const R: usize, const V: usize>(
         factors = factors.wrapping_add(left.column);
         values = values.wrapping_add(right.row);
     }
-    for (row, sums) in rows.into_iter().zip(sums) {
+    for (row, sums) in sums.into_iter().enumerate() {
         for (index, sum) in sums.into_iter().enumerate() {
-            // SAFETY: the masks leave out what lies behind the columns.
-            unsafe { _mm512_mask_storeu_ps(row.as_mut_ptr().wrapping_add(index * 16), masks[index], sum) };
+            // SAFETY: the row is the caller's, and the masks leave out what lies behind the columns.
+            unsafe { _mm512_mask_storeu_ps(out.row(row).wrapping_add(index * 16), masks[index], sum) };
         }
     }
 }
