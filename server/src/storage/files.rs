@@ -4,7 +4,7 @@ use std::{collections::HashSet, fs, path::PathBuf};
 
 use rusqlite::{OptionalExtension, Row, params, types::FromSqlError};
 
-use super::{Page, Storage, StorageError, new_id, now, page, unreadable};
+use super::{Page, Storage, StorageError, entries, is_id, new_id, now, page, swept_later, unreadable};
 
 /// What a file is for, in OpenAI's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +64,9 @@ pub struct FileQuery {
     pub ascending: bool,
 }
 
+/// What the name of a file that is being written ends in.
+const UPLOAD: &str = "upload";
+
 /// A file that is being written; nobody sees it before it is added.
 #[derive(Debug)]
 pub struct Upload {
@@ -83,7 +86,7 @@ impl Storage {
     /// A place for the bytes of a new file.
     pub fn new_upload(&self) -> Upload {
         let id = new_id("file-");
-        let path = self.folder.join("files").join(format!("{id}.upload"));
+        let path = self.folder.join("files").join(format!("{id}.{UPLOAD}"));
         Upload { id, path }
     }
 
@@ -93,7 +96,7 @@ impl Storage {
     /// When the system refuses.
     pub fn add_file(&self, upload: Upload, filename: &str, purpose: Purpose) -> Result<StoredFile, StorageError> {
         let path = self.file_path(&upload.id, purpose);
-        let failed = |source| StorageError::Io { path: path.display().to_string(), source };
+        let failed = |reason| StorageError::Io { path: path.display().to_string(), reason };
         let written = fs::File::open(&upload.path).map_err(failed)?;
         written.sync_all().map_err(failed)?;
         let bytes = written.metadata().map_err(failed)?.len();
@@ -153,22 +156,23 @@ impl Storage {
         drop(database);
         if is_there {
             let path = self.file_path(id, file.purpose);
-            fs::remove_file(&path).map_err(|source| StorageError::Io { path: path.display().to_string(), source })?;
+            fs::remove_file(&path).map_err(|reason| StorageError::Io { path: path.display().to_string(), reason })?;
         }
         Ok(is_there)
     }
 
-    /// Removes what no row names.
-    pub(super) fn sweep(&self) -> Result<(), StorageError> {
-        let folder = self.folder.join("files");
-        let failed = |source| StorageError::Io { path: folder.display().to_string(), source };
+    /// Removes files that no row names, and uploads that were cut off.
+    pub(super) fn sweep_files(&self) -> Result<(), StorageError> {
         let all = FileQuery { limit: u32::MAX as usize, ..FileQuery::default() };
         let known: HashSet<PathBuf> =
             self.files(&all)?.data.iter().map(|file| self.file_path(&file.id, file.purpose)).collect();
-        for entry in fs::read_dir(&folder).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            if !known.contains(&entry.path()) {
-                fs::remove_file(entry.path()).map_err(failed)?;
+        for (path, name, kind) in entries(&self.folder.join("files"))? {
+            let is_ours = name.split_once('.').is_some_and(|(id, ending)| {
+                let endings = Purpose::ALL.map(Purpose::ending);
+                is_id("file-", id) && (ending == UPLOAD || endings.contains(&ending))
+            });
+            if is_ours && kind.is_file() && !known.contains(&path) {
+                swept_later(&path, fs::remove_file(&path));
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::fs;
 use rusqlite::{OptionalExtension, Row, ToSql, params, types::FromSqlError};
 use serde_json::{Map, Value};
 
-use super::{Page, Storage, StorageError, new_id, now, page, unreadable};
+use super::{Page, Storage, StorageError, entries, is_id, new_id, now, page, swept_later, unreadable};
 
 /// How far a job is, in OpenAI's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,6 +166,8 @@ pub struct Checkpoint {
     pub metrics: Value,
 }
 
+/// What a job's id begins with.
+const JOB_PREFIX: &str = "ftjob-";
 const JOB: &str =
     "SELECT id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters, status,
                    paused, fine_tuned_model, result_file, trained_tokens, finished, estimated_finish, error FROM jobs";
@@ -177,7 +179,7 @@ impl Storage {
     /// When the database fails.
     pub fn add_job(&self, asked: NewJob) -> Result<Job, StorageError> {
         let job = Job {
-            id: new_id("ftjob-"),
+            id: new_id(JOB_PREFIX),
             created: now(),
             asked,
             status: JobStatus::ValidatingFiles,
@@ -350,8 +352,35 @@ impl Storage {
         drop(database);
         let folder = self.job_folder(&job);
         fs::remove_dir_all(&folder)
-            .map_err(|source| StorageError::Io { path: folder.display().to_string(), source })?;
+            .map_err(|reason| StorageError::Io { path: folder.display().to_string(), reason })?;
         Ok(Some(checkpoints))
+    }
+
+    /// Removes the run of a job that is done if none of its models is left.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn remove_run_of_no_model(&self, id: &str) -> Result<(), StorageError> {
+        // A job that is made meanwhile has another id.
+        let query = "SELECT COUNT(*) FROM jobs WHERE id = ? AND (status NOT IN ('succeeded', 'failed', 'cancelled')
+                     OR fine_tuned_model IS NOT NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE job = jobs.id))";
+        let needed: i64 = self.database().query_row(query, [id], |row| row.get(0))?;
+        if needed == 0 {
+            let folder = self.job_folder(id);
+            swept_later(&folder, fs::remove_dir_all(&folder));
+        }
+        Ok(())
+    }
+
+    /// Removes runs that nothing needs, and ends the turn of a job that was about to pause when the process died.
+    pub(super) fn sweep_jobs(&self) -> Result<(), StorageError> {
+        self.database().execute("UPDATE jobs SET status = 'queued' WHERE status = 'running' AND paused = 1", [])?;
+        for (_, name, kind) in entries(&self.folder.join("jobs"))? {
+            if is_id(JOB_PREFIX, &name) && kind.is_dir() {
+                self.remove_run_of_no_model(&name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Something has happened to a job.

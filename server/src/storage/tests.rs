@@ -62,6 +62,55 @@ fn what_was_kept_is_there_at_the_next_start_and_nothing_else() {
 }
 
 #[test]
+fn what_has_a_name_of_its_own_is_not_swept_away() {
+    let (folder, storage) = opened();
+    let path = folder.path().join("storage");
+    let needed = job(&storage, "a").id;
+    let done = job(&storage, "b").id;
+    storage.fail_job(&done, &JobError { code: "c".into(), message: "m".into(), param: None }).unwrap();
+    drop(storage);
+    let digits = "0123456789abcdef01234567";
+    let run = |name: &str| path.join("jobs").join(name);
+    let file = |name: &str| path.join("files").join(name);
+    let stay = [
+        file("notes.txt"),
+        file("file-1.jsonl"),
+        file(&format!("file-{digits}.md")),
+        file(&format!("file-{digits}")),
+        run("a.txt"),
+    ];
+    let go = ["upload", "jsonl", "csv"].map(|ending| file(&format!("file-{digits}.{ending}")));
+    stay.iter().chain(&go).for_each(|path| fs::write(path, "mine").unwrap());
+    // A folder is never one of ours, whatever its name.
+    let folders =
+        [file("more"), file(&format!("file-{}.csv", "0".repeat(24))), run("backup"), run("ftjob-1"), run(&needed)];
+    let gone = [run(&format!("ftjob-{digits}")), run(&done)];
+    for path in folders.iter().chain(&gone) {
+        fs::create_dir(path).unwrap();
+        fs::write(path.join("kept.txt"), "mine").unwrap();
+    }
+    drop(Storage::open(&path).unwrap());
+    for path in stay.iter().chain(&folders) {
+        assert!(path.exists(), "{}", path.display());
+    }
+    for path in go.iter().chain(&gone) {
+        assert!(!path.exists(), "{}", path.display());
+    }
+}
+
+#[test]
+fn a_job_that_was_about_to_pause_waits_at_the_next_start() {
+    let (folder, storage) = opened();
+    let id = job(&storage, "a").id;
+    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
+    storage.set_paused(&id, true).unwrap();
+    drop(storage);
+    let storage = Storage::open(&folder.path().join("storage")).unwrap();
+    let found = storage.job(&id).unwrap().unwrap();
+    assert_eq!((found.status, found.is_paused), (JobStatus::Queued, true));
+}
+
+#[test]
 fn a_folder_is_opened_by_one_process_of_the_same_layout() {
     let (folder, storage) = opened();
     let path = folder.path().join("storage");
@@ -71,6 +120,20 @@ fn a_folder_is_opened_by_one_process_of_the_same_layout() {
     drop(storage);
     let error = Storage::open(&path).unwrap_err().to_string();
     assert!(error.contains("layout 1") && error.contains("layout 2"), "{error}");
+}
+
+#[test]
+fn an_error_says_why_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let of_system = Storage::open(&file).unwrap_err();
+    fs::write(folder.path().join("cadre.db"), "x".repeat(4096)).unwrap();
+    let of_database = Storage::open(folder.path()).unwrap_err();
+    for (error, word) in [(of_system, "os error"), (of_database, "not a database")] {
+        let text = format!("{:#}", anyhow::Error::from(error));
+        assert_eq!(text.matches(word).count(), 1, "{text}");
+    }
 }
 
 #[test]
