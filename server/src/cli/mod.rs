@@ -151,6 +151,7 @@ impl EngineArgs {
             adapters: Vec::new(),
             adapter_folder: None,
             finetunes: false,
+            adapter_memory: None,
         }
     }
 }

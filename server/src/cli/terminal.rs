@@ -119,7 +119,7 @@ impl Terminal {
         let source = |directory: &PathBuf| AdapterSource { name: NAME.to_owned(), directory: directory.clone() };
         options.adapters = adapter.adapter.iter().map(source).collect();
         let Engine { runtime, served, store, profile, .. } = engine::start(&options)?;
-        let served = served.adapted(NAME).map_or(served, Arc::new);
+        let served = served.adapted(NAME)?.map_or(served, Arc::new);
         Ok(Self { runtime, served, store, profile, sampling: sampling.body() })
     }
 

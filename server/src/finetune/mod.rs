@@ -8,12 +8,13 @@
 //! | [`prepare`] | opens the model, finds what is trained, divides the memory; what `--dry-run` shows |
 //! | [`run`](mod@run) | the steps |
 //! | [`checkpoint`] | what a run needs to go on bit for bit |
-//! | [`jobs`] | a server's runs, one at a time |
+//! | [`jobs`], [`hyperparameters`] | a server's runs, one at a time, and what they are asked for |
 //! | [`step_log`], [`tensorboard`], [`report`] | what a run leaves behind for those who watch it and look back at it |
 
 mod affinity;
 pub mod checkpoint;
 mod data;
+pub mod hyperparameters;
 pub mod jobs;
 mod prepare;
 pub mod report;

@@ -23,7 +23,7 @@ use std::{
 };
 
 use rusqlite::{
-    Connection,
+    Connection, OptionalExtension, ToSql,
     types::{FromSqlError, Type},
 };
 
@@ -85,6 +85,17 @@ pub enum StorageError {
     /// The database.
     #[error("the database of --storage: {0}")]
     Database(rusqlite::Error),
+    /// There is no such file, or it is for something else.
+    #[error("there is no file `{file}` of the purpose fine-tune")]
+    NoFile {
+        /// What the job needs it for.
+        role: &'static str,
+        /// The file.
+        file: String,
+    },
+    /// A page is to come after what isn't in the list.
+    #[error("after: nothing in this list has the id `{0}`")]
+    NothingToComeAfter(String),
     /// A file is needed by a job that isn't done.
     #[error("file `{file}` is used by the fine-tuning job `{job}`, which is not done")]
     FileInUse {
@@ -204,6 +215,19 @@ fn swept_later(path: &Path, removed: io::Result<()>) {
 /// Seconds since 1970.
 fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().cast_signed())
+}
+
+/// The value by which a list is in order, of the row that a page is to come after: what `query` finds.
+fn place_of(
+    database: &Connection,
+    query: &str,
+    after: Option<&str>,
+    more: &[&dyn ToSql],
+) -> Result<Option<i64>, StorageError> {
+    let Some(after) = after else { return Ok(None) };
+    let parameters: Vec<&dyn ToSql> = [&after as &dyn ToSql].iter().chain(more).copied().collect();
+    let found = database.query_row(query, &parameters[..], |row| row.get(0)).optional()?;
+    found.map(Some).ok_or_else(|| StorageError::NothingToComeAfter(after.to_owned()))
 }
 
 /// The rows of a query that asked for one more than `limit`.
