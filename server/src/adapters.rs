@@ -211,11 +211,6 @@ impl Adapters {
         self.show_bytes();
     }
 
-    /// Bytes for the adapters that don't stay in memory.
-    pub fn room(&self) -> u64 {
-        self.room
-    }
-
     /// The folder `path` without links, if it and the adapter's files lie below the one for adapters.
     fn below(&self, path: &str) -> Result<PathBuf, AdapterError> {
         let outside = || AdapterError::Outside(path.to_owned());

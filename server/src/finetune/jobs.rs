@@ -303,8 +303,7 @@ impl Jobs {
             pause = match next.and_then(|job| self.guarded(&job, part)) {
                 Ok(()) => Duration::ZERO,
                 Err(error) => {
-                    let [shortest, longest] = PAUSES;
-                    let pause = (2 * pause).clamp(shortest, longest);
+                    let pause = longer(pause);
                     tracing::error!(%error, seconds = pause.as_secs(), "fine-tuning jobs wait for the storage");
                     pause
                 }
@@ -534,6 +533,12 @@ fn steps_between_checkpoints(epoch: u64, steps: u64) -> u64 {
     epoch * (apart / epoch).max(1)
 }
 
+/// How long jobs wait after a failure of the storage that follows a pause of this length.
+fn longer(pause: Duration) -> Duration {
+    let [shortest, longest] = PAUSES;
+    (2 * pause).clamp(shortest, longest)
+}
+
 /// Whether something could not be written for lack of space.
 fn lacks_space(error: &anyhow::Error) -> bool {
     let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
@@ -662,3 +667,6 @@ fn give_way() {
         tracing::warn!(%error, "fine-tuning jobs share the processor with serving as equals");
     }
 }
+
+#[cfg(test)]
+mod tests;

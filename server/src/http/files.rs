@@ -51,9 +51,11 @@ pub async fn upload(
                 file = Some((name, upload));
             }
             Some("purpose") => purpose = Some(text(field).await?),
-            other => others.push(other.unwrap_or_default().to_owned()),
+            // `expires_after[anchor]` is a part of `expires_after`.
+            other => others.push(other.and_then(|name| name.split('[').next()).unwrap_or_default().to_owned()),
         }
     }
+    others.dedup();
     params::check_unknown(&others, app.options.strict_params)?;
     let (name, upload) = file.ok_or_else(|| required("file"))?;
     let purpose = purpose.ok_or_else(|| required("purpose"))?;
