@@ -193,11 +193,11 @@ impl Settings {
         Ok(())
     }
 
-    /// Those that decide what is computed: a run can't go on with others.
+    /// Those that decide what is computed, with the fingerprints of the model and of the data: a run can't go on with others.
     #[must_use]
-    pub fn deciding(&self) -> Value {
+    pub fn deciding(&self, model: &str, data: &str) -> Value {
         json!({
-            "data": self.data, "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
+            "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
             "max_length": self.max_length, "packing": self.packing, "targets": self.targets, "rank": self.rank,
             "alpha": self.alpha, "rslora": self.rslora, "dropout": self.dropout, "adapter_layout": self.layout.map(|layout| format!("{layout:?}")),
             "expert_share": self.expert_share, "aux_loss_coef": self.aux_loss_coef, "z_loss_coef": self.z_loss_coef,
@@ -206,7 +206,7 @@ impl Settings {
             "scheduler": self.scheduler, "warmup_ratio": self.warmup_ratio, "epochs": self.epochs,
             "max_steps": self.max_steps, "batch_size": self.batch_size, "grad_accum": self.grad_accum,
             "weight_decay": self.weight_decay, "clip": self.clip, "spike_threshold": self.spike_threshold,
-            "seed": self.seed,
+            "seed": self.seed, "model": format!("of fingerprint {model}"), "data": format!("of fingerprint {data}"),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use cadre_tests::{
     binary::{self, Run, output, run},
-    checkpoint::Qwen3Moe,
+    checkpoint::{Qwen3Moe, copy_embedded},
     peak::peak_of,
     wait_for,
 };
@@ -104,6 +104,27 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
     output(&resumed);
     assert!(result(&whole) == result(&broken));
     assert!(whole.join("report.html").exists() && !whole.join("checkpoint-2").exists(), "the latest three are kept");
+}
+
+#[test]
+fn another_model_of_the_same_shape_is_not_gone_on_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let [model, lines, folder] = ["model", "train.jsonl", "run"].map(|name| directory.path().join(name));
+    fs::create_dir(&model).unwrap();
+    copy_embedded(&model, &[]);
+    data(&lines, 4);
+    let fixed = ["finetune", "--model", path(&model), "--data", path(&lines), "--output", path(&folder)];
+    let arguments = [&fixed[..], &["--max-steps", "2", "--rank", "2"]].concat();
+    output(&arguments);
+    let resumed = [&arguments[..], &["--resume"]].concat();
+    output(&resumed);
+    let weights = model.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let error = refused(&resumed);
+    assert!(error.contains("had model") && error.contains("fingerprint"), "{error}");
 }
 
 #[test]
@@ -247,7 +268,11 @@ fn a_config_file_has_the_flags_names_and_flags_win() {
     assert!(!folder.exists());
     output(&["finetune", "--config", path(&config)]);
     assert_eq!(found(&folder).len(), 3);
-    // Another rank is another run.
+    // Another rank is another run, and so are other lines in the same file.
+    data(&lines, 5);
+    let error = refused(&["finetune", "--config", path(&config), "--resume"]);
+    assert!(error.contains("data") && error.contains("fingerprint"), "{error}");
+    data(&lines, 4);
     let error = refused(&["finetune", "--config", path(&config), "--resume", "--rank", "4"]);
     assert!(error.contains("rank") && error.contains("--output"), "{error}");
     let error = refused(&["finetune", "--config", path(&config)]);
