@@ -149,8 +149,8 @@ impl<'a> Run<'a> {
             }
         };
         let (trained, mut parameters, files) = match trainee {
-            Trainee::Adapters(lora) => {
-                let Lora { trained, parameters, files } = *lora;
+            Trainee::Adapters(plan) => {
+                let Lora { trained, parameters, files } = plan.build()?;
                 (trained, parameters, Some(files))
             }
             Trainee::Weights { modules, chosen } => {

@@ -231,8 +231,21 @@ fn what_is_wrong_is_told_before_anything_is_written() {
     let error = told(&["--targets", "q_proj"]);
     assert!(error.contains("q_proj") && error.contains("query_key_value"), "{error}");
     for (flags, word) in [
-        (&["--rank", "0"][..], "--rank"),
-        (&["--learning-rate", "0"], "--learning-rate"),
+        (&["--rank", "0"][..], "--rank must be at least 1"),
+        (&["--rank", "100000000000"], "--rank must be at most 65536, found 100000000000"),
+        (&["--rank", "65536", "--memory", "1GiB"], "needs at least"),
+        (&["--batch-size", "4294967296", "--grad-accum", "4294967296"], "--batch-size must be at most"),
+        (&["--batch-size", "65536", "--grad-accum", "65536", "--memory", "1MiB"], "needs at least"),
+        (&["--max-steps", "0"], "--max-steps must be at least 1"),
+        (&["--learning-rate", "0"], "--learning-rate must be above 0"),
+        (&["--learning-rate", "1e300"], "--learning-rate must be above 0 and at most 1"),
+        (&["--alpha", "1e300"], "--alpha must be above 0 and at most"),
+        (&["--clip", "inf"], "--clip must be above 0 and at most"),
+        (&["--weight-decay", "2"], "--weight-decay must be from 0 to 1"),
+        (&["--price-per-hour=-3"], "--price-per-hour must be from 0"),
+        (&["--price-per-hour", "nan"], "--price-per-hour must be from 0"),
+        (&["--keep", "0"], "--keep must be at least 1"),
+        (&["--log-every", "0"], "--log-every must be at least 1"),
         (&["--dtype", "int3"], "int3"),
         (&["--max-length", "1"], "max"),
         (&["--resume"], "no checkpoint"),
