@@ -25,7 +25,7 @@ use std::{ops::Range, path::Path, sync::Arc};
 pub use error::{BadLine, BadLines, DatasetError, LineError, TurnError};
 pub use packing::pack;
 
-use crate::{ChatTemplate, Result, Tokenizer};
+use crate::{ChatTemplate, Result, Tokenizer, fnv::Fnv};
 use row::{Chat, Row};
 use turns::Rendered;
 
@@ -120,6 +120,20 @@ impl Dataset {
     #[must_use]
     pub fn truncated_examples(&self) -> usize {
         self.examples.iter().filter(|example| example.truncated()).count()
+    }
+
+    /// A number that tells it from others: of all tokens, and which of them the loss asks for.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Fnv::default();
+        for Example { tokens, targets, .. } in &self.examples {
+            hash.add(&(tokens.len() as u64).to_le_bytes());
+            for (token, target) in tokens.iter().zip(targets) {
+                hash.add(&token.to_le_bytes());
+                hash.add(&[u8::from(*target)]);
+            }
+        }
+        hash.to_string()
     }
 
     /// How many tokens were cut off.

@@ -12,7 +12,7 @@ use cadre_engine::{
 };
 use cadre_models::{
     Checkpoint, FormatOptions, LoadedModel, Outline, Placement, Tokenizer,
-    adapter::{AdapterLayout, Lora, LoraOptions},
+    adapter::{AdapterLayout, LoraOptions, LoraPlan},
     rewrite, targets,
 };
 
@@ -59,7 +59,7 @@ pub struct Prepared {
 /// What is trained.
 pub enum Trainee {
     /// Adapters of frozen weights.
-    Adapters(Box<Lora>),
+    Adapters(LoraPlan),
     /// The weights of these modules.
     Weights {
         modules: Vec<TrainableModule>,
@@ -70,20 +70,24 @@ pub enum Trainee {
 
 impl Trainee {
     /// How many numbers.
-    fn numbers(&self) -> usize {
+    fn numbers(&self) -> u64 {
         match self {
-            Self::Adapters(lora) => lora.parameters.count(),
-            Self::Weights { modules, .. } => modules.iter().map(|module| module.numbers).sum(),
+            Self::Adapters(plan) => plan.numbers(),
+            Self::Weights { modules, .. } => modules.iter().map(|module| module.numbers as u64).sum(),
+        }
+    }
+
+    /// The matrices of which something is trained; `None` for what is no matrix.
+    fn places(&self) -> Vec<Option<Place>> {
+        match self {
+            Self::Adapters(plan) => plan.places().into_iter().map(Some).collect(),
+            Self::Weights { modules, .. } => modules.iter().map(|module| module.place).collect(),
         }
     }
 
     /// Whether routers change.
     fn changes_routers(&self) -> bool {
-        let is_router = |place: Option<Place>| matches!(place, Some(Place::Router { .. }));
-        match self {
-            Self::Adapters(lora) => lora.trained.matrices().any(|(place, _)| is_router(Some(place))),
-            Self::Weights { modules, .. } => modules.iter().any(|module| is_router(module.place)),
-        }
+        self.places().iter().any(|place| matches!(place, Some(Place::Router { .. })))
     }
 
     /// Whether the weights of routed experts change.
@@ -119,8 +123,8 @@ impl MemoryPlan {
         let base = host::rss_bytes().unwrap_or(0) + BASE_BYTES;
         let routed = info.routed_bytes();
         let weights = info.weight_bytes - routed;
-        let taken = base + weights + step.least();
-        let least = taken + experts.map_or(routed, ExpertMemory::least_bytes);
+        let taken = (base + weights).saturating_add(step.least());
+        let least = taken.saturating_add(experts.map_or(routed, ExpertMemory::least_bytes));
         ensure!(
             least <= budget,
             "the memory that may be used (--memory) is {}, but this run needs at least {}: allow more, or use a smaller \
@@ -196,7 +200,7 @@ impl Prepared {
     /// # Errors
     /// When something is missing or broken, a target matches nothing, or the memory is too small.
     pub fn new(settings: &Settings, served: Option<Weights>) -> Result<Self> {
-        let compute = Compute::new(settings.threads.unwrap_or_else(host::physical_cores).max(1));
+        let compute = Compute::new(settings.threads.unwrap_or_else(host::physical_cores));
         let checkpoint = engine::open(settings.model.as_deref())?;
         let (tokenizer, template) = (checkpoint.tokenizer()?, checkpoint.chat_template()?);
         let formats = FormatOptions { format: settings.format, experts: None, dense: None };
@@ -218,7 +222,7 @@ impl Prepared {
         let free = || host::free_memory_bytes().map_or(u64::MAX / 2, |free| (free as f64 * SHARE_OF_FREE) as u64);
         let budget = settings.memory.unwrap_or_else(free);
         let trainee = match settings.method {
-            Method::Lora => Trainee::Adapters(Box::new(adapters(settings, &checkpoint, &decoder)?)),
+            Method::Lora => Trainee::Adapters(adapters(settings, &checkpoint, &decoder)?),
             Method::Full => weights(&checkpoint, targets::modules_of(&decoder, &settings.targets)?, None)?,
             Method::Router => {
                 weights(&checkpoint, modules_that(&decoder, |place| matches!(place, Place::Router { .. })), None)?
@@ -304,13 +308,10 @@ impl Prepared {
 
     /// `experts: 64 x 16 adapted, …`
     fn trained(&self) -> String {
-        let (places, verb): (Vec<Option<Place>>, _) = match &self.trainee {
-            Trainee::Adapters(lora) => (lora.trained.matrices().map(|(place, _)| Some(place)).collect(), "adapted"),
-            Trainee::Weights { modules, .. } => (modules.iter().map(|module| module.place).collect(), "trained"),
-        };
+        let verb = if matches!(self.trainee, Trainee::Adapters(_)) { "adapted" } else { "trained" };
         let (mut attention, mut shared, mut head, mut routers, mut others) = (0, 0, 0, 0, 0);
         let mut experts = BTreeSet::new();
-        for place in places {
+        for place in self.trainee.places() {
             match place {
                 Some(Place::Qkv { .. } | Place::AttentionOutput { .. }) => attention += 1,
                 Some(Place::Router { .. }) => routers += 1,
@@ -359,7 +360,7 @@ impl Prepared {
 }
 
 /// New adapters.
-fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Lora> {
+fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<LoraPlan> {
     let own = if checkpoint.stacks_experts() { AdapterLayout::Fused } else { AdapterLayout::PerExpert };
     let options = LoraOptions {
         rank: settings.rank,
@@ -370,7 +371,7 @@ fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> 
         layout: settings.layout.unwrap_or(own),
         seed: settings.seed,
     };
-    Ok(Lora::new(decoder, checkpoint.name(), &options)?)
+    Ok(LoraPlan::new(decoder, checkpoint.name(), &options)?)
 }
 
 fn modules_that(decoder: &Decoder, is_meant: impl Fn(Place) -> bool) -> Vec<TrainableModule> {

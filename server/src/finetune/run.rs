@@ -149,8 +149,8 @@ impl<'a> Run<'a> {
             }
         };
         let (trained, mut parameters, files) = match trainee {
-            Trainee::Adapters(lora) => {
-                let Lora { trained, parameters, files } = *lora;
+            Trainee::Adapters(plan) => {
+                let Lora { trained, parameters, files } = plan.build()?;
                 (trained, parameters, Some(files))
             }
             Trainee::Weights { modules, chosen } => {
@@ -163,7 +163,7 @@ impl<'a> Run<'a> {
                 (trained, parameters, None)
             }
         };
-        let deciding = settings.deciding();
+        let deciding = settings.deciding(&checkpoint.fingerprint()?, &data.dataset.fingerprint());
         let options = AdamWOptions { weight_decay: settings.weight_decay, ..AdamWOptions::default() };
         let guard_options =
             GuardOptions { threshold: settings.spike_threshold, seed: settings.seed, ..GuardOptions::default() };

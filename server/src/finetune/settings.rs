@@ -9,6 +9,12 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+/// The most of a rank, of examples in a batch, of batches in a step, and of threads: beyond what anybody trains with, and
+/// products of them don't overflow.
+const MOST_COUNTED: u64 = 65_536;
+/// The most steps that can be asked for.
+const MOST_STEPS: u64 = 1_000_000_000;
+
 /// What is trained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -159,24 +165,38 @@ impl Settings {
     /// When a setting lies outside of its bounds.
     pub fn check(&self) -> Result<()> {
         ensure!(!self.data.is_empty(), "--data is missing: name at least one file of JSON lines");
-        for (name, value) in
-            [("--rank", self.rank), ("--batch-size", self.batch_size), ("--grad-accum", self.grad_accum)]
-        {
-            ensure!(value > 0, "{name} must be at least 1");
-        }
-        let positive = [
-            ("--learning-rate", self.learning_rate),
-            ("--epochs", self.epochs),
-            ("--alpha", self.alpha),
-            ("--clip", self.clip),
-            ("--spike-threshold", self.spike_threshold),
+        let counts = [
+            ("--rank", self.rank as u64, MOST_COUNTED),
+            ("--batch-size", self.batch_size as u64, MOST_COUNTED),
+            ("--grad-accum", self.grad_accum as u64, MOST_COUNTED),
+            ("--max-steps", self.max_steps.unwrap_or(1), MOST_STEPS),
+            ("--threads", self.threads.unwrap_or(1) as u64, MOST_COUNTED),
+            ("--log-every", self.log_every, u64::MAX),
+            ("--keep", self.keep as u64, u64::MAX),
         ];
-        for (name, value) in positive {
-            ensure!(value > 0.0 && value.is_finite(), "{name} must be above 0, found {value}");
+        for (name, value, most) in counts {
+            ensure!(value > 0, "{name} must be at least 1");
+            ensure!(value <= most, "{name} must be at most {most}, found {value}");
         }
-        let others = [("--weight-decay", self.weight_decay), ("--aux-loss-coef", self.aux_loss_coef.into())];
-        for (name, value) in others.into_iter().chain([("--z-loss-coef", self.z_loss_coef.into())]) {
-            ensure!(value >= 0.0 && value.is_finite(), "{name} must not be below 0, found {value}");
+        // With these no update can make a number that isn't finite: see [`AdamW`](cadre_engine::train::optimizer::AdamW).
+        let positive = [
+            ("--learning-rate", self.learning_rate, 1.0),
+            ("--epochs", self.epochs, 1e6),
+            ("--alpha", self.alpha, 1e6),
+            ("--clip", self.clip, 1e9),
+            ("--spike-threshold", self.spike_threshold, 1e9),
+        ];
+        for (name, value, most) in positive {
+            ensure!(value > 0.0 && value <= most, "{name} must be above 0 and at most {most}, found {value}");
+        }
+        let others = [
+            ("--weight-decay", self.weight_decay, 1.0),
+            ("--aux-loss-coef", self.aux_loss_coef.into(), 1e6),
+            ("--z-loss-coef", self.z_loss_coef.into(), 1e6),
+            ("--price-per-hour", self.price_per_hour.unwrap_or(0.0), 1e9),
+        ];
+        for (name, value, most) in others {
+            ensure!((0.0..=most).contains(&value), "{name} must be from 0 to {most}, found {value}");
         }
         ensure!(
             (0.0..=1.0).contains(&self.warmup_ratio),
@@ -189,15 +209,14 @@ impl Settings {
             "--expert-share must be above 0 and at most 1, found {}",
             self.expert_share
         );
-        ensure!(self.max_steps != Some(0), "--max-steps must be at least 1");
         Ok(())
     }
 
-    /// Those that decide what is computed: a run can't go on with others.
+    /// Those that decide what is computed, with the fingerprints of the model and of the data: a run can't go on with others.
     #[must_use]
-    pub fn deciding(&self) -> Value {
+    pub fn deciding(&self, model: &str, data: &str) -> Value {
         json!({
-            "data": self.data, "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
+            "loss_on": format!("{:?}", self.loss_on), "skip_bad": self.skip_bad,
             "max_length": self.max_length, "packing": self.packing, "targets": self.targets, "rank": self.rank,
             "alpha": self.alpha, "rslora": self.rslora, "dropout": self.dropout, "adapter_layout": self.layout.map(|layout| format!("{layout:?}")),
             "expert_share": self.expert_share, "aux_loss_coef": self.aux_loss_coef, "z_loss_coef": self.z_loss_coef,
@@ -206,7 +225,7 @@ impl Settings {
             "scheduler": self.scheduler, "warmup_ratio": self.warmup_ratio, "epochs": self.epochs,
             "max_steps": self.max_steps, "batch_size": self.batch_size, "grad_accum": self.grad_accum,
             "weight_decay": self.weight_decay, "clip": self.clip, "spike_threshold": self.spike_threshold,
-            "seed": self.seed,
+            "seed": self.seed, "model": format!("of fingerprint {model}"), "data": format!("of fingerprint {data}"),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use cadre_tests::{
     binary::{self, Run, output, run},
-    checkpoint::Qwen3Moe,
+    checkpoint::{Qwen3Moe, copy_embedded},
     peak::peak_of,
     wait_for,
 };
@@ -104,6 +104,27 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
     output(&resumed);
     assert!(result(&whole) == result(&broken));
     assert!(whole.join("report.html").exists() && !whole.join("checkpoint-2").exists(), "the latest three are kept");
+}
+
+#[test]
+fn another_model_of_the_same_shape_is_not_gone_on_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let [model, lines, folder] = ["model", "train.jsonl", "run"].map(|name| directory.path().join(name));
+    fs::create_dir(&model).unwrap();
+    copy_embedded(&model, &[]);
+    data(&lines, 4);
+    let fixed = ["finetune", "--model", path(&model), "--data", path(&lines), "--output", path(&folder)];
+    let arguments = [&fixed[..], &["--max-steps", "2", "--rank", "2"]].concat();
+    output(&arguments);
+    let resumed = [&arguments[..], &["--resume"]].concat();
+    output(&resumed);
+    let weights = model.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let error = refused(&resumed);
+    assert!(error.contains("had model") && error.contains("fingerprint"), "{error}");
 }
 
 #[test]
@@ -210,8 +231,21 @@ fn what_is_wrong_is_told_before_anything_is_written() {
     let error = told(&["--targets", "q_proj"]);
     assert!(error.contains("q_proj") && error.contains("query_key_value"), "{error}");
     for (flags, word) in [
-        (&["--rank", "0"][..], "--rank"),
-        (&["--learning-rate", "0"], "--learning-rate"),
+        (&["--rank", "0"][..], "--rank must be at least 1"),
+        (&["--rank", "100000000000"], "--rank must be at most 65536, found 100000000000"),
+        (&["--rank", "65536", "--memory", "1GiB"], "needs at least"),
+        (&["--batch-size", "4294967296", "--grad-accum", "4294967296"], "--batch-size must be at most"),
+        (&["--batch-size", "65536", "--grad-accum", "65536", "--memory", "1MiB"], "needs at least"),
+        (&["--max-steps", "0"], "--max-steps must be at least 1"),
+        (&["--learning-rate", "0"], "--learning-rate must be above 0"),
+        (&["--learning-rate", "1e300"], "--learning-rate must be above 0 and at most 1"),
+        (&["--alpha", "1e300"], "--alpha must be above 0 and at most"),
+        (&["--clip", "inf"], "--clip must be above 0 and at most"),
+        (&["--weight-decay", "2"], "--weight-decay must be from 0 to 1"),
+        (&["--price-per-hour=-3"], "--price-per-hour must be from 0"),
+        (&["--price-per-hour", "nan"], "--price-per-hour must be from 0"),
+        (&["--keep", "0"], "--keep must be at least 1"),
+        (&["--log-every", "0"], "--log-every must be at least 1"),
         (&["--dtype", "int3"], "int3"),
         (&["--max-length", "1"], "max"),
         (&["--resume"], "no checkpoint"),
@@ -247,7 +281,11 @@ fn a_config_file_has_the_flags_names_and_flags_win() {
     assert!(!folder.exists());
     output(&["finetune", "--config", path(&config)]);
     assert_eq!(found(&folder).len(), 3);
-    // Another rank is another run.
+    // Another rank is another run, and so are other lines in the same file.
+    data(&lines, 5);
+    let error = refused(&["finetune", "--config", path(&config), "--resume"]);
+    assert!(error.contains("data") && error.contains("fingerprint"), "{error}");
+    data(&lines, 4);
     let error = refused(&["finetune", "--config", path(&config), "--resume", "--rank", "4"]);
     assert!(error.contains("rank") && error.contains("--output"), "{error}");
     let error = refused(&["finetune", "--config", path(&config)]);
