@@ -53,7 +53,7 @@ pub enum AdapterError {
     /// It could never be in memory.
     #[error(
         "the adapter `{name}` takes {}, but those that aren't named by --adapter may take {} together (--adapter-memory): \
-         allow more", mebibytes(*bytes), mebibytes(*room)
+         allow more, or train one of a smaller rank", mebibytes(*bytes), mebibytes(*room)
     )]
     TooLarge {
         /// The adapter.
@@ -231,6 +231,17 @@ impl Adapters {
         Ok(directory)
     }
 
+    /// Whether an adapter of so many bytes can be in memory without staying there.
+    ///
+    /// # Errors
+    /// When it can't.
+    pub fn check_size(&self, name: &str, bytes: u64) -> Result<(), AdapterError> {
+        if bytes > self.room {
+            return Err(AdapterError::TooLarge { name: name.to_owned(), bytes, room: self.room });
+        }
+        Ok(())
+    }
+
     /// Forgets an adapter, and says whether there was one. Requests under way keep it to their end.
     pub fn unload(&self, name: &str) -> bool {
         let found = {
@@ -301,9 +312,7 @@ impl Adapters {
         self.write().make_room(expected, self.room).then_some(()).ok_or_else(no_room)?;
         let adapter = self.read(source)?;
         let bytes = adapter.bytes();
-        if bytes > self.room {
-            return Err(AdapterError::TooLarge { name: source.name.clone(), bytes, room: self.room });
-        }
+        self.check_size(&source.name, bytes)?;
         self.write().make_room(bytes, self.room).then_some(()).ok_or_else(no_room)?;
         self.hold(&adapter, false);
         Ok(adapter)

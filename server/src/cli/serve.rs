@@ -211,6 +211,7 @@ fn load(
             let jobs = storage.map(|(storage, memory)| {
                 let base = Base {
                     model: options.model.clone(),
+                    fingerprint: engine.checkpoint.fingerprint()?,
                     names: served.names.clone(),
                     weights: Weights { decoder: engine.decoder, store: engine.store },
                     adapters: served.adapters.clone(),

@@ -57,6 +57,8 @@ const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 pub struct Base {
     /// As it was opened for serving.
     pub model: Option<String>,
+    /// What tells its weights from others.
+    pub fingerprint: String,
     /// The names that it is served under.
     pub names: Vec<String>,
     /// Its weights.
@@ -164,8 +166,21 @@ impl Jobs {
     /// When the storage can't be read.
     pub fn start(storage: Arc<Storage>, base: Base) -> Result<(Arc<Self>, Runner)> {
         let jobs = Arc::new(Self { storage, base, state: Mutex::default(), changed: Condvar::new() });
-        for job in jobs.storage.jobs_with_models()? {
+        for job in jobs.storage.jobs_with_models(&jobs.base.fingerprint)? {
             jobs.serve_again(&job)?;
+        }
+        for job in jobs.storage.jobs_of_others(&jobs.base.fingerprint)? {
+            const OTHER: &str =
+                "The job belongs to another model than this server's: it waits for a server with that one";
+            tracing::warn!(
+                job = job.id,
+                model = job.asked.model,
+                "a fine-tuning job of another model: nothing of it is served"
+            );
+            if !job.status.is_final() {
+                jobs.storage.set_status(&job.id, &[JobStatus::Running], JobStatus::Queued)?;
+                jobs.storage.add_event(&job.id, Level::Warn, OTHER, EventKind::Message)?;
+            }
         }
         jobs.show_counts();
         let [looker, trainer] = [(); 2].map(|()| jobs.clone());
@@ -186,7 +201,7 @@ impl Jobs {
     /// # Errors
     /// When a file isn't there, or the storage fails.
     pub fn create(&self, asked: NewJob) -> Result<Job, StorageError> {
-        let job = self.storage.add_job(asked)?;
+        let job = self.storage.add_job(asked, &self.base.fingerprint)?;
         self.wake();
         self.show_counts();
         Ok(job)
@@ -294,7 +309,7 @@ impl Jobs {
     /// Does a `part` of one job after the other until the server ends; `next` says which one's.
     fn work(
         &self,
-        next: fn(&Storage) -> Result<Option<Job>, StorageError>,
+        next: fn(&Storage, &str) -> Result<Option<Job>, StorageError>,
         part: fn(&Self, &Job) -> Result<(), StorageError>,
     ) {
         give_way();
@@ -316,7 +331,7 @@ impl Jobs {
     fn wait(
         &self,
         pause: Duration,
-        next: fn(&Storage) -> Result<Option<Job>, StorageError>,
+        next: fn(&Storage, &str) -> Result<Option<Job>, StorageError>,
     ) -> Option<Result<Job, StorageError>> {
         let paused = self.changed.wait_timeout_while(self.state(), pause, |state| !state.is_ending);
         let (mut state, _) = paused.unwrap_or_else(PoisonError::into_inner);
@@ -324,7 +339,7 @@ impl Jobs {
             if state.is_ending {
                 return None;
             }
-            if let Some(found) = next(&self.storage).transpose() {
+            if let Some(found) = next(&self.storage, &self.base.fingerprint).transpose() {
                 return Some(found);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -346,10 +361,12 @@ impl Jobs {
             let message = format!("Validating {}: {file}", param.replace('_', " "));
             self.storage.add_event(id, Level::Info, &message, EventKind::Message)?;
         }
-        let prepared = self
-            .settings(id, &job.asked)
-            .and_then(|settings| Prepared::new(&settings, Some(self.base.weights.clone())));
-        if let Err(error) = prepared {
+        let fits = self.settings(id, &job.asked).and_then(|settings| {
+            let prepared = Prepared::new(&settings, Some(self.base.weights.clone()))?;
+            let bytes = prepared.trainee.numbers().saturating_mul(size_of::<f32>() as u64);
+            Ok(self.base.adapters.check_size(&self.model_name(job), bytes)?)
+        });
+        if let Err(error) = fits {
             if let (Some(found), Some(flag)) = (error.downcast_ref::<DatasetError>(), error.downcast_ref::<&str>()) {
                 let mut files = job.asked.files();
                 let (param, file) = if *flag == EVAL_FLAG { files.last() } else { files.next() }.unwrap_or_default();

@@ -70,7 +70,7 @@ pub enum Trainee {
 
 impl Trainee {
     /// How many numbers.
-    fn numbers(&self) -> u64 {
+    pub fn numbers(&self) -> u64 {
         match self {
             Self::Adapters(plan) => plan.numbers(),
             Self::Weights { modules, .. } => modules.iter().map(|module| module.numbers as u64).sum(),

@@ -177,6 +177,10 @@ pub struct Checkpoint {
     pub metrics: Value,
 }
 
+/// Of a job's row: it isn't done.
+const IS_OPEN: &str = "status IN ('validating_files', 'queued', 'running')";
+/// Of a job's row: it has made models that are served.
+const HAS_MODELS: &str = "(fine_tuned_model IS NOT NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE job = jobs.id))";
 /// What a job's id begins with.
 pub(super) const JOB_PREFIX: &str = "ftjob-";
 const JOB: &str =
@@ -184,11 +188,11 @@ const JOB: &str =
                    paused, fine_tuned_model, result_file, trained_tokens, finished, estimated_finish, error FROM jobs";
 
 impl Storage {
-    /// Adds a job, whose files are to be looked at.
+    /// Adds a job, whose files are to be looked at; `base` is the fingerprint of the weights that it begins from.
     ///
     /// # Errors
     /// When a file isn't there, or the database fails.
-    pub fn add_job(&self, asked: NewJob) -> Result<Job, StorageError> {
+    pub fn add_job(&self, asked: NewJob, base: &str) -> Result<Job, StorageError> {
         let job = Job {
             id: new_id(JOB_PREFIX),
             created: now(),
@@ -215,7 +219,7 @@ impl Storage {
         }
         transaction.execute(
             "INSERT INTO jobs (id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters,
-             status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+             status, base) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             params![
                 job.id,
                 job.created,
@@ -226,7 +230,8 @@ impl Storage {
                 seed.cast_signed(),
                 metadata,
                 hyperparameters,
-                job.status.name()
+                job.status.name(),
+                base
             ],
         )?;
         let message = format!("Created fine-tuning job: {}", job.id);
@@ -265,17 +270,26 @@ impl Storage {
         Ok(page(rows.collect::<Result<_, _>>()?, limit))
     }
 
-    /// The jobs whose models are served, the first one first.
+    /// The jobs on the weights `base` whose models are served, the first one first.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn jobs_with_models(&self) -> Result<Vec<Job>, StorageError> {
+    pub fn jobs_with_models(&self, base: &str) -> Result<Vec<Job>, StorageError> {
+        self.jobs_where(&format!("base = ? AND {HAS_MODELS}"), base)
+    }
+
+    /// The jobs on other weights than `base` that aren't done, or whose models are served with those, the first one first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn jobs_of_others(&self, base: &str) -> Result<Vec<Job>, StorageError> {
+        self.jobs_where(&format!("base != ? AND ({IS_OPEN} OR {HAS_MODELS})"), base)
+    }
+
+    fn jobs_where(&self, condition: &str, base: &str) -> Result<Vec<Job>, StorageError> {
         let database = self.database();
-        let query = format!(
-            "{JOB} WHERE fine_tuned_model IS NOT NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE job = jobs.id) ORDER BY number"
-        );
-        let mut statement = database.prepare(&query)?;
-        Ok(statement.query_map([], read)?.collect::<Result<_, _>>()?)
+        let mut statement = database.prepare(&format!("{JOB} WHERE {condition} ORDER BY number"))?;
+        Ok(statement.query_map([base], read)?.collect::<Result<_, _>>()?)
     }
 
     /// How many jobs have a status.
@@ -287,24 +301,25 @@ impl Storage {
         Ok(self.database().query_row(query, [status.name()], |row| row.get(0))?)
     }
 
-    /// The job whose files are looked at next.
+    /// The job on the weights `base` whose files are looked at next.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn next_to_validate(&self) -> Result<Option<Job>, StorageError> {
-        let query = format!("{JOB} WHERE status = 'validating_files' ORDER BY number LIMIT 1");
-        Ok(self.database().query_row(&query, [], read).optional()?)
+    pub fn next_to_validate(&self, base: &str) -> Result<Option<Job>, StorageError> {
+        let query = format!("{JOB} WHERE base = ? AND status = 'validating_files' ORDER BY number LIMIT 1");
+        Ok(self.database().query_row(&query, [base], read).optional()?)
     }
 
-    /// The job whose turn to train it is: one that was interrupted, or the first that waits.
+    /// The job on the weights `base` whose turn to train it is: one that was interrupted, or the first that waits.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn next_to_train(&self) -> Result<Option<Job>, StorageError> {
+    pub fn next_to_train(&self, base: &str) -> Result<Option<Job>, StorageError> {
         let query = format!(
-            "{JOB} WHERE status IN ('running', 'queued') AND paused = 0 ORDER BY status = 'running' DESC, number LIMIT 1"
+            "{JOB} WHERE base = ? AND status IN ('running', 'queued') AND paused = 0
+             ORDER BY status = 'running' DESC, number LIMIT 1"
         );
-        Ok(self.database().query_row(&query, [], read).optional()?)
+        Ok(self.database().query_row(&query, [base], read).optional()?)
     }
 
     /// A job's status becomes `to` if it is one of `from`; whether it was.
@@ -348,7 +363,7 @@ impl Storage {
         let transaction = database.transaction()?;
         let changed = transaction.execute(
             "UPDATE jobs SET status = 'failed', finished = ?, estimated_finish = NULL, error = ?
-             WHERE id = ? AND status NOT IN ('succeeded', 'failed', 'cancelled')",
+             WHERE id = ? AND status IN ('validating_files', 'queued', 'running')",
             params![now(), text, id],
         )?;
         if changed == 0 {
@@ -435,9 +450,8 @@ impl Storage {
     /// When the database fails.
     pub fn remove_run_of_no_model(&self, id: &str) -> Result<(), StorageError> {
         // A job that is made meanwhile has another id.
-        let query = "SELECT COUNT(*) FROM jobs WHERE id = ? AND (status NOT IN ('succeeded', 'failed', 'cancelled')
-                     OR fine_tuned_model IS NOT NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE job = jobs.id))";
-        let needed: i64 = self.database().query_row(query, [id], |row| row.get(0))?;
+        let query = format!("SELECT COUNT(*) FROM jobs WHERE id = ? AND ({IS_OPEN} OR {HAS_MODELS})");
+        let needed: i64 = self.database().query_row(&query, [id], |row| row.get(0))?;
         if needed == 0 {
             let folder = self.job_folder(id);
             swept_later(&folder, fs::remove_dir_all(&folder));

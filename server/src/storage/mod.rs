@@ -33,7 +33,7 @@ pub use jobs::{Checkpoint, Event, EventKind, Job, JobError, JobStatus, Level, Ne
 use crate::random::random_seed;
 
 /// The layout of the tables below.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 const SCHEMA: &str = "
     CREATE TABLE files (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, bytes INTEGER NOT NULL, created INTEGER NOT NULL,
@@ -41,7 +41,7 @@ const SCHEMA: &str = "
     );
     CREATE TABLE jobs (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created INTEGER NOT NULL, model TEXT NOT NULL,
-        training_file TEXT NOT NULL, validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, metadata TEXT NOT NULL,
+        base TEXT NOT NULL, training_file TEXT NOT NULL, validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, metadata TEXT NOT NULL,
         hyperparameters TEXT NOT NULL, status TEXT NOT NULL, paused INTEGER NOT NULL DEFAULT 0, fine_tuned_model TEXT,
         result_file TEXT, trained_tokens INTEGER, finished INTEGER, estimated_finish INTEGER, error TEXT
     );

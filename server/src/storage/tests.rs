@@ -18,13 +18,16 @@ fn add(storage: &Storage, text: &str, purpose: Purpose) -> StoredFile {
     storage.add_file(upload, "a.jsonl", purpose).unwrap()
 }
 
+/// The weights that jobs begin from.
+const BASE: &str = "weights";
+
 /// A job of a file of its own.
 fn job(storage: &Storage, team: &str) -> Job {
     job_of(storage, &add(storage, "line\n", Purpose::FineTune).id, team).unwrap()
 }
 
 fn job_of(storage: &Storage, file: &str, team: &str) -> Result<Job, StorageError> {
-    storage.add_job(NewJob {
+    let asked = NewJob {
         model: "base".to_owned(),
         training_file: file.to_owned(),
         validation_file: None,
@@ -32,7 +35,8 @@ fn job_of(storage: &Storage, file: &str, team: &str) -> Result<Job, StorageError
         seed: 7,
         metadata: Map::from_iter([("team".to_owned(), json!(team))]),
         hyperparameters: Map::from_iter([("n_epochs".to_owned(), json!(3))]),
-    })
+    };
+    storage.add_job(asked, BASE)
 }
 
 /// The results of a job, written.
@@ -132,10 +136,10 @@ fn a_folder_is_opened_by_one_process_of_the_same_layout() {
     let path = folder.path().join("storage");
     let error = Storage::open(&path).unwrap_err().to_string();
     assert!(error.contains("in use by another process"), "{error}");
-    storage.database().execute_batch("PRAGMA user_version = 2").unwrap();
+    storage.database().execute_batch("PRAGMA user_version = 3").unwrap();
     drop(storage);
     let error = Storage::open(&path).unwrap_err().to_string();
-    assert!(error.contains("layout 1") && error.contains("layout 2"), "{error}");
+    assert!(error.contains("layout 2") && error.contains("layout 3"), "{error}");
 }
 
 #[test]
@@ -173,15 +177,17 @@ fn a_file_that_a_job_needs_stays() {
 fn one_job_after_the_other_and_an_interrupted_one_first() {
     let (_folder, storage) = opened();
     let [first, second, third] = ["a", "b", "c"].map(|file| job(&storage, file).id);
-    assert_eq!(storage.next_to_train().unwrap(), None, "they aren't validated");
+    assert_eq!(storage.next_to_train(BASE).unwrap(), None, "they aren't validated");
     for id in [&first, &second, &third] {
-        assert_eq!(storage.next_to_validate().unwrap().map(|job| job.id).as_ref(), Some(id));
+        assert_eq!(storage.next_to_validate(BASE).unwrap().map(|job| job.id).as_ref(), Some(id));
         assert!(storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued).unwrap());
     }
-    let next = || storage.next_to_train().unwrap().map(|job| job.id);
+    let next = || storage.next_to_train(BASE).unwrap().map(|job| job.id);
     assert_eq!(next().as_ref(), Some(&first));
     storage.set_paused(&first, true).unwrap();
     assert_eq!(next().as_ref(), Some(&second));
+    assert_eq!(storage.next_to_train("others").unwrap(), None, "they are of other weights");
+    assert_eq!((storage.jobs_of_others("others").unwrap().len(), storage.jobs_of_others(BASE).unwrap().len()), (3, 0));
     assert!(!storage.begin_job(&first).unwrap(), "it is paused");
     assert!(storage.begin_job(&third).unwrap());
     assert_eq!(next().as_ref(), Some(&third));
@@ -218,10 +224,14 @@ fn a_run_stays_as_long_as_one_of_its_models() {
     assert_eq!(made_by("ft:a:5"), None);
     storage.remove_run_of_no_model(&id).unwrap();
     assert!(folder.exists(), "it has models");
-    assert_eq!(storage.jobs_with_models().unwrap().len(), 1);
+    assert_eq!(storage.jobs_with_models(BASE).unwrap().len(), 1);
+    assert_eq!(
+        (storage.jobs_with_models("others").unwrap().len(), storage.jobs_of_others("others").unwrap().len()),
+        (0, 1)
+    );
     assert_eq!(storage.forget_models(&id).unwrap(), ["ft:a:6"]);
     assert_eq!(made_by("ft:a"), None);
-    assert_eq!(storage.jobs_with_models().unwrap(), []);
+    assert_eq!(storage.jobs_with_models(BASE).unwrap(), []);
     storage.remove_run_of_no_model(&id).unwrap();
     assert!(!folder.exists());
 }

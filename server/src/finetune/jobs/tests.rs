@@ -3,14 +3,18 @@
 use tempfile::TempDir;
 
 use super::*;
-use crate::{engine, testing::engine_options};
+use crate::{
+    engine::{self, EngineOptions},
+    testing::engine_options,
+};
 
 fn jobs() -> (TempDir, Jobs) {
     let folder = tempfile::tempdir().unwrap();
     let storage = Arc::new(Storage::open(folder.path()).unwrap());
-    let engine = engine::start(&engine_options()).unwrap();
+    let engine = engine::start(&EngineOptions { finetunes: true, ..engine_options() }).unwrap();
     let base = Base {
         model: None,
+        fingerprint: "weights".to_owned(),
         names: engine.served.names.clone(),
         weights: Weights { decoder: engine.decoder, store: engine.store },
         adapters: engine.served.adapters.clone(),
@@ -62,7 +66,7 @@ fn a_job_that_panics_fails_and_leaves_its_turn_and_nothing_else() {
     assert!(jobs.base.adapters.list().is_empty() && !jobs.storage.job_folder(&job.id).exists());
     // The next one has its turn.
     jobs.validate(&next).unwrap();
-    assert_eq!(jobs.storage.next_to_train().unwrap().unwrap().id, next.id);
+    assert_eq!(jobs.storage.next_to_train("weights").unwrap().unwrap().id, next.id);
     assert!(jobs.begin(&next.id).unwrap().is_some() && jobs.state().current.is_none());
 }
 
@@ -84,6 +88,39 @@ fn a_job_is_stopped_in_its_turn_and_has_none_while_it_is_paused() {
     // What comes too late changes nothing.
     jobs.fail(&job.id, "late", "too late", None).unwrap();
     assert_eq!((found(&jobs, &job).status, found(&jobs, &job).error), (JobStatus::Cancelled, None));
+}
+
+#[test]
+fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
+    let (folder, jobs) = jobs();
+    let [waiting, done] = [(); 2].map(|()| job(&jobs));
+    jobs.validate(&waiting).unwrap();
+    // As a kill leaves it.
+    assert!(jobs.storage.begin_job(&waiting.id).unwrap());
+    jobs.storage.set_status(&done.id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
+    let results = jobs.storage.new_results(&done.id);
+    fs::write(&results.path, "").unwrap();
+    jobs.storage.finish_job(&done.id, "ft:done", results).unwrap();
+    let made = jobs.storage.job_folder(&done.id);
+    fs::create_dir(&made).unwrap();
+    ["adapter_config.json", "adapter_model.safetensors"].map(|file| fs::write(made.join(file), "").unwrap());
+    let base = jobs.base.clone();
+    drop(jobs);
+    for (fingerprint, served) in [("others", 0), ("weights", 1)] {
+        let storage = Arc::new(Storage::open(folder.path()).unwrap());
+        let base = Base { fingerprint: fingerprint.to_owned(), ..base.clone() };
+        let (jobs, runner) = Jobs::start(storage, base).unwrap();
+        assert_eq!(jobs.base.adapters.list().len(), served, "{fingerprint}");
+        // On its own weights it goes on.
+        assert_eq!(found(&jobs, &waiting).status == JobStatus::Queued, fingerprint == "others");
+        let told = jobs.storage.events(&waiting.id, None, 99).unwrap().data;
+        assert_eq!(told.iter().filter(|event| event.message.contains("another model")).count(), 1, "{fingerprint}");
+        runner.end();
+        // The thread that looks at data has the storage a moment longer.
+        while Arc::strong_count(&jobs) > 1 {
+            thread::yield_now();
+        }
+    }
 }
 
 #[test]
