@@ -155,12 +155,6 @@ impl Trainer {
         Ok(())
     }
 
-    /// The decoder.
-    #[must_use]
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
     /// The losses of the batches together, and their gradients.
     ///
     /// # Errors
