@@ -19,7 +19,7 @@ use cadre_models::DatasetError;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Ended, Prepared, Watcher, Weights, checkpoint,
+    Ended, FinetuneArgs, Prepared, Watcher, Weights, checkpoint,
     prepare::EVAL_FLAG,
     run::{self, LOG_FILE},
     settings::Settings,
@@ -27,7 +27,6 @@ use super::{
 };
 use crate::{
     adapters::{AdapterSource, Adapters},
-    cli::finetune::FinetuneArgs,
     metrics,
     storage::{EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError},
 };
@@ -346,7 +345,7 @@ impl Jobs {
         }
         let prepared = self
             .settings(id, &job.asked)
-            .and_then(|settings| Prepared::new(&settings, Some(self.base.weights.clone())));
+            .and_then(|settings| Prepared::new(&settings, Some(self.base.weights.clone()), &mut |_| {}));
         if let Err(error) = prepared {
             if let (Some(found), Some(flag)) = (error.downcast_ref::<DatasetError>(), error.downcast_ref::<&str>()) {
                 let (param, file) = files[usize::from(*flag == EVAL_FLAG)];
@@ -430,11 +429,11 @@ impl Jobs {
     /// Whether the job made all its steps.
     fn train(&self, job: &Job, stop: &AtomicBool) -> Result<bool> {
         let mut settings = self.settings(&job.id, &job.asked)?;
-        let prepared = Prepared::new(&settings, Some(self.base.weights.clone()))?;
+        let prepared = Prepared::new(&settings, Some(self.base.weights.clone()), &mut |_| {})?;
         // As the same job would be whenever it is gone on with.
         let epoch = prepared.data.steps(1.0).clamp(1, MOST_STEPS_UNSAVED);
         (settings.save_every, settings.eval_every) = (epoch, epoch);
-        let resume = checkpoint::is_there(&settings.output)?;
+        let resume = run::has_begun(&settings.output)?;
         let mut watcher =
             JobWatcher { jobs: self, job, steps: 0, tokens: 0, first: None, trained: None, held_out: None };
         let ended = run::run(&settings, prepared, resume, stop, &mut watcher)?;
