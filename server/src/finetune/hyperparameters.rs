@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::cli::finetune::FinetuneArgs;
+use super::FinetuneArgs;
 
 /// The learning rate that a multiplier of 1 stands for.
 const LEARNING_RATE: f64 = 2e-4;

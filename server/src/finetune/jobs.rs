@@ -27,7 +27,7 @@ use cadre_models::DatasetError;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Ended, Prepared, Watcher, Weights, checkpoint, hyperparameters,
+    Ended, FinetuneArgs, Prepared, Watcher, Weights, checkpoint, hyperparameters,
     prepare::EVAL_FLAG,
     run::{self, LOG_FILE},
     settings::Settings,
@@ -35,7 +35,6 @@ use super::{
 };
 use crate::{
     adapters::{self, AdapterSource, Adapters},
-    cli::finetune::FinetuneArgs,
     metrics,
     storage::{EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError, Upload},
 };
@@ -362,7 +361,7 @@ impl Jobs {
             self.storage.add_event(id, Level::Info, &message, EventKind::Message)?;
         }
         let fits = self.settings(id, &job.asked).and_then(|settings| {
-            let prepared = Prepared::new(&settings, Some(self.base.weights.clone()))?;
+            let prepared = Prepared::new(&settings, Some(self.base.weights.clone()), &mut |_| {})?;
             let bytes = prepared.trainee.numbers().saturating_mul(size_of::<f32>() as u64);
             Ok(self.base.adapters.check_size(&self.model_name(job), bytes)?)
         });
@@ -442,11 +441,11 @@ impl Jobs {
     /// Makes the steps that a job has not yet made; if those are all, it has succeeded.
     fn make_steps(&self, job: &Job, stop: &AtomicBool) -> Result<Ended> {
         let mut settings = self.settings(&job.id, &job.asked)?;
-        let prepared = Prepared::new(&settings, Some(self.base.weights.clone()))?;
+        let prepared = Prepared::new(&settings, Some(self.base.weights.clone()), &mut |_| {})?;
         // As the same job would be whenever it is gone on with.
         let each = steps_between_checkpoints(prepared.data.steps(1.0), prepared.steps);
         (settings.save_every, settings.eval_every) = (each, each);
-        let resume = checkpoint::is_there(&settings.output)?;
+        let resume = run::has_begun(&settings.output)?;
         let mut watcher =
             JobWatcher { jobs: self, job, steps: 0, tokens: 0, first: None, trained: None, held_out: None };
         let ended = run::run(&settings, prepared, resume, stop, &mut watcher)?;

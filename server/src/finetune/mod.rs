@@ -2,6 +2,7 @@
 //!
 //! | part | does |
 //! |---|---|
+//! | [`args`] | flags, a config file, a job's hyperparameters: to settings |
 //! | [`settings`] | what was asked for |
 //! | [`affinity`] | the experts that the data use most, if those are trained |
 //! | [`data`] | the examples, and which of them make which step |
@@ -12,6 +13,7 @@
 //! | [`step_log`], [`tensorboard`], [`report`] | what a run leaves behind for those who watch it and look back at it |
 
 mod affinity;
+mod args;
 pub mod checkpoint;
 mod data;
 pub mod hyperparameters;
@@ -23,5 +25,6 @@ pub mod settings;
 pub mod step_log;
 pub mod tensorboard;
 
-pub use prepare::{Prepared, Weights, dry_run};
+pub use args::FinetuneArgs;
+pub use prepare::{Prepared, Weights};
 pub use run::{Ended, Watcher, check_output, run};

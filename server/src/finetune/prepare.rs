@@ -1,6 +1,6 @@
 //! What is there before the first step: the model's sizes, the data, what is trained, and how the memory is divided.
 
-use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
+use std::{collections::BTreeSet, fmt::Write as _, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
@@ -8,18 +8,22 @@ use cadre_engine::{
     experts::ExpertStore,
     model::{Model, ModelInfo},
     nn::{Decoder, Format},
-    train::{TrainableModule, memory::StepMemory, places::Place, trainable_modules},
+    train::{
+        RouterLossOptions, TrainableModule, Trainer, memory::StepMemory, parameters::Parameters, places::Place,
+        trainable_modules, trained::Trained,
+    },
 };
 use cadre_models::{
     Checkpoint, FormatOptions, LoadedModel, Outline, Placement, Tokenizer,
     adapter::{AdapterLayout, LoraOptions, LoraPlan},
+    dataset::BadLine,
     rewrite, targets,
 };
 
 use super::{
     affinity::ChosenExperts,
     checkpoint::is_there,
-    data::Data,
+    data::{Data, StepSize},
     settings::{Method, Settings},
 };
 use crate::{
@@ -49,6 +53,7 @@ pub struct Prepared {
     pub data: Data,
     pub eval: Option<Data>,
     pub steps: u64,
+    pub size: StepSize,
     pub trainee: Trainee,
     pub memory: MemoryPlan,
     pub formats: FormatOptions,
@@ -195,11 +200,11 @@ impl MemoryPlan {
 
 impl Prepared {
     /// Opens what the settings name. Beside weights that are `served`, which have to be those of the model that they name,
-    /// the memory of the settings is the run's own.
+    /// the memory of the settings is the run's own. `on_bad` is told of each broken line of the data.
     ///
     /// # Errors
     /// When something is missing or broken, a target matches nothing, or the memory is too small.
-    pub fn new(settings: &Settings, served: Option<Weights>) -> Result<Self> {
+    pub fn new(settings: &Settings, served: Option<Weights>, on_bad: &mut dyn FnMut(&BadLine)) -> Result<Self> {
         let compute = Compute::new(settings.threads.unwrap_or_else(host::physical_cores));
         let checkpoint = engine::open(settings.model.as_deref())?;
         let (tokenizer, template) = (checkpoint.tokenizer()?, checkpoint.chat_template()?);
@@ -212,13 +217,15 @@ impl Prepared {
         let longest = info.max_position_embeddings;
         let max_length = settings.max_length.unwrap_or(MAX_LENGTH.min(longest));
         ensure!(max_length <= longest, "--max-length is {max_length}, but the model was made for {longest} tokens");
-        let read =
-            |files: &[std::path::PathBuf]| Data::read(files, settings, max_length, &tokenizer, template.as_ref());
-        let data = read(&settings.data).context("--data")?;
-        let eval = if settings.eval.is_empty() { None } else { Some(read(&settings.eval).context(EVAL_FLAG)?) };
+        let mut read =
+            |files: &[PathBuf]| Data::read(files, settings, max_length, &tokenizer, template.as_ref(), on_bad);
+        // All broken lines are told, whichever file they are in.
+        let data = read(&settings.data).context("--data");
+        let eval = if settings.eval.is_empty() { Ok(None) } else { read(&settings.eval).context(EVAL_FLAG).map(Some) };
+        let (data, eval) = (data?, eval?);
         let steps = settings.max_steps.unwrap_or_else(|| data.steps(settings.epochs));
-        let [step_tokens, batch_tokens, longest] = data.most_tokens(settings.grad_accum);
-        let step = |numbers| StepMemory::new(&decoder, numbers, step_tokens, batch_tokens, longest);
+        let size = data.step_size(settings.grad_accum, eval.as_ref());
+        let step = |numbers| StepMemory::new(&decoder, numbers, size.tokens, size.batch_tokens, size.longest);
         let free = || host::free_memory_bytes().map_or(u64::MAX / 2, |free| (free as f64 * SHARE_OF_FREE) as u64);
         let budget = settings.memory.unwrap_or_else(free);
         let trainee = match settings.method {
@@ -232,9 +239,12 @@ impl Prepared {
                     ChosenExperts::read(&settings.output)?
                 } else {
                     // Trained experts have to be in memory.
-                    MemoryPlan::new(budget, info, None, step(0))?;
+                    let plan = MemoryPlan::new(budget, info, None, step(0))?;
                     let loaded = load(&checkpoint, &formats, Placement::Resident, &compute)?.decoder;
-                    ChosenExperts::measure(&compute, loaded, &data, settings.expert_share)?
+                    let (nothing, none) = (Trained::default(), Parameters::default());
+                    let trainer = Trainer::new(compute.clone(), loaded, nothing, none, RouterLossOptions::default())?;
+                    trainer.limit_memory(plan.room());
+                    ChosenExperts::measure(&trainer, &data, size, settings.expert_share)?
                 };
                 weights(&checkpoint, modules_that(&decoder, |place| chosen.has(place)), Some(chosen))?
             }
@@ -265,7 +275,12 @@ impl Prepared {
                 MemoryPlan::new(budget, info, Some(memory), step)?
             }
         };
-        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, trainee, memory, formats, served })
+        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, size, trainee, memory, formats, served })
+    }
+
+    /// What a run would do, and its first example.
+    pub fn dry_run(&self, settings: &Settings) -> Result<String> {
+        Ok(self.describe(settings)? + &self.first_example()?)
     }
 
     /// What will be done.
@@ -281,8 +296,8 @@ impl Prepared {
             let (count, cut) = (self.data.dataset.truncated_examples(), self.data.dataset.cut_tokens());
             writeln!(text, "         {count} examples are too long: {cut} tokens are cut off")?;
         }
-        if !self.data.dataset.skipped.0.is_empty() {
-            writeln!(text, "         {} broken lines are left out", self.data.dataset.skipped.0.len())?;
+        if self.data.dataset.skipped.count() > 0 {
+            writeln!(text, "         {} broken lines are left out", self.data.dataset.skipped.count())?;
         }
         if self.data.dataset.rewritten_answers > 0 {
             let count = self.data.dataset.rewritten_answers;
@@ -413,14 +428,4 @@ pub fn load(
     Ok(progress::weights("loading weights", |report| {
         cadre_models::load(checkpoint, formats, placement, compute, report)
     })?)
-}
-
-/// Shows what a run would do.
-///
-/// # Errors
-/// As the run itself would, before its first step.
-pub fn dry_run(settings: &Settings) -> Result<()> {
-    let prepared = Prepared::new(settings, None)?;
-    print!("{}{}", prepared.describe(settings)?, prepared.first_example()?);
-    Ok(())
 }

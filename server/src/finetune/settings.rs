@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 /// The most of a rank, of examples in a batch, of batches in a step, and of threads: beyond what anybody trains with, and
 /// products of them don't overflow.
 const MOST_COUNTED: u64 = 65_536;
+/// What part of all steps the learning rate rises in if no flag says.
+pub const WARMUP_RATIO: f64 = 0.03;
 /// The most steps that can be asked for.
 const MOST_STEPS: u64 = 1_000_000_000;
 
@@ -109,6 +111,11 @@ pub enum ReportTo {
     None,
 }
 
+/// What a flag calls a value.
+pub fn name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+}
+
 /// The settings of a run. What each means is told by the flag of its name.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs, reason = "the flags of the same names say what they are")]
@@ -144,7 +151,8 @@ pub struct Settings {
     pub routing_warmup_steps: u64,
     pub learning_rate: f64,
     pub scheduler: SchedulerName,
-    pub warmup_ratio: f64,
+    /// `None`: [`WARMUP_RATIO`], or no warm-up where that is less than a step.
+    pub warmup_ratio: Option<f64>,
     pub epochs: f64,
     pub max_steps: Option<u64>,
     pub batch_size: usize,
@@ -198,11 +206,8 @@ impl Settings {
         for (name, value, most) in others {
             ensure!((0.0..=most).contains(&value), "{name} must be from 0 to {most}, found {value}");
         }
-        ensure!(
-            (0.0..=1.0).contains(&self.warmup_ratio),
-            "--warmup-ratio must be from 0 to 1, found {}",
-            self.warmup_ratio
-        );
+        let ratio = self.warmup_ratio.unwrap_or(WARMUP_RATIO);
+        ensure!((0.0..=1.0).contains(&ratio), "--warmup-ratio must be from 0 to 1, found {ratio}");
         ensure!((0.0..1.0).contains(&self.dropout), "--dropout must be at least 0 and below 1, found {}", self.dropout);
         ensure!(
             self.expert_share > 0.0 && self.expert_share <= 1.0,
@@ -210,6 +215,65 @@ impl Settings {
             self.expert_share
         );
         Ok(())
+    }
+
+    /// What part of so many steps the learning rate rises in. As the schedules round a warm-up up to whole steps, and its first
+    /// step has the rate 0, a short run has one only if it is asked for.
+    #[must_use]
+    pub fn warmup_ratio(&self, steps: u64) -> f64 {
+        let is_a_step = steps as f64 * WARMUP_RATIO >= 1.0;
+        self.warmup_ratio.unwrap_or(if is_a_step { WARMUP_RATIO } else { 0.0 })
+    }
+
+    /// Those that a run on `model` has a use for, by their flags' names.
+    #[must_use]
+    pub fn table(&self, model: &str) -> Vec<(&'static str, String)> {
+        let files =
+            |files: &[PathBuf]| files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
+        let [is_lora, is_experts] = [Method::Lora, Method::Experts].map(|method| method == self.method);
+        let layout = self.layout.map(|layout| match layout {
+            AdapterLayout::Fused => LayoutName::Fused,
+            AdapterLayout::PerExpert => LayoutName::PerExpert,
+        });
+        let loss_on = match self.loss_on {
+            LossOn::AllAssistant => LossOnName::All,
+            LossOn::LastAssistant => LossOnName::Last,
+        };
+        let rows = [
+            ("model", Some(model.to_owned())),
+            ("dtype", Some(self.format.map_or("auto".to_owned(), |format| format.to_string()))),
+            ("data", Some(files(&self.data))),
+            ("eval", (!self.eval.is_empty()).then(|| files(&self.eval))),
+            ("loss-on", Some(name(&loss_on))),
+            ("skip-bad", Some(self.skip_bad.to_string())),
+            ("max-length", self.max_length.map(|length| length.to_string())),
+            ("packing", Some(self.packing.to_string())),
+            ("method", Some(name(&self.method))),
+            ("targets", (!self.targets.is_empty()).then(|| self.targets.join(","))),
+            ("expert-share", is_experts.then(|| self.expert_share.to_string())),
+            ("rank", is_lora.then(|| self.rank.to_string())),
+            ("alpha", is_lora.then(|| self.alpha.to_string())),
+            ("rslora", is_lora.then(|| self.rslora.to_string())),
+            ("dropout", is_lora.then(|| self.dropout.to_string())),
+            ("adapter-layout", layout.filter(|_| is_lora).map(|layout| name(&layout))),
+            ("aux-loss-coef", Some(self.aux_loss_coef.to_string())),
+            ("z-loss-coef", Some(self.z_loss_coef.to_string())),
+            ("routing-warmup-steps", Some(self.routing_warmup_steps.to_string())),
+            ("learning-rate", Some(self.learning_rate.to_string())),
+            ("scheduler", Some(name(&self.scheduler))),
+            ("warmup-ratio", self.warmup_ratio.map(|ratio| ratio.to_string())),
+            ("epochs", self.max_steps.is_none().then(|| self.epochs.to_string())),
+            ("max-steps", self.max_steps.map(|steps| steps.to_string())),
+            ("batch-size", Some(self.batch_size.to_string())),
+            ("grad-accum", Some(self.grad_accum.to_string())),
+            ("weight-decay", Some(self.weight_decay.to_string())),
+            ("clip", Some(self.clip.to_string())),
+            ("spike-threshold", Some(self.spike_threshold.to_string())),
+            ("seed", Some(self.seed.to_string())),
+            ("memory", self.memory.map(|bytes| format!("{bytes} bytes"))),
+            ("threads", self.threads.map(|threads| threads.to_string())),
+        ];
+        rows.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 
     /// Those that decide what is computed, with the fingerprints of the model and of the data: a run can't go on with others.
@@ -225,7 +289,7 @@ impl Settings {
             "scheduler": self.scheduler, "warmup_ratio": self.warmup_ratio, "epochs": self.epochs,
             "max_steps": self.max_steps, "batch_size": self.batch_size, "grad_accum": self.grad_accum,
             "weight_decay": self.weight_decay, "clip": self.clip, "spike_threshold": self.spike_threshold,
-            "seed": self.seed, "model": format!("of fingerprint {model}"), "data": format!("of fingerprint {data}"),
+            "seed": self.seed, "model_fingerprint": model, "data_fingerprint": data,
         })
     }
 }

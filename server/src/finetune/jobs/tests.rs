@@ -103,7 +103,9 @@ fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
     jobs.storage.finish_job(&done.id, "ft:done", results).unwrap();
     let made = jobs.storage.job_folder(&done.id);
     fs::create_dir(&made).unwrap();
-    ["adapter_config.json", "adapter_model.safetensors"].map(|file| fs::write(made.join(file), "").unwrap());
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::write(made.join(file), "").unwrap();
+    }
     let base = jobs.base.clone();
     drop(jobs);
     for (fingerprint, served) in [("others", 0), ("weights", 1)] {
