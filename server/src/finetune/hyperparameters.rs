@@ -60,7 +60,7 @@ pub fn complete(hyperparameters: &mut Map<String, Value>) -> Result<(), Hyperpar
         let is_asked = hyperparameters.get(name).is_some_and(|value| value != "auto");
         match instead.filter(|other| hyperparameters.contains_key(*other)) {
             Some(other) if is_asked => {
-                let message = format!("{name} and {other} can't both be given: leave one of them out");
+                let message = format!("`{name}` and `{other}` can't both be given: leave one of them out");
                 return Err(HyperparameterError::of(name, message));
             }
             Some(_) => _ = hyperparameters.remove(name),
@@ -71,7 +71,7 @@ pub fn complete(hyperparameters: &mut Map<String, Value>) -> Result<(), Hyperpar
     // Each alone, so that an error is that one's; then all together.
     for (name, value) in &*hyperparameters {
         settings(fields(&Map::from_iter([(name.clone(), value.clone())]))?).map_err(|text| {
-            let message = if text.contains(name) { text } else { format!("{name}: {text}") };
+            let message = if text.contains(name) { text } else { format!("`{name}`: {text}") };
             HyperparameterError::of(name, message)
         })?;
     }
@@ -99,10 +99,9 @@ pub fn fields(hyperparameters: &Map<String, Value>) -> Result<Map<String, Value>
         if name != MULTIPLIER {
             return Ok((flag, value.clone()));
         }
-        let factor = value
-            .as_f64()
-            .filter(|factor| *factor > 0.0)
-            .ok_or_else(|| HyperparameterError::of(name, format!("{name} must be a number above 0, found {value}")))?;
+        let factor = value.as_f64().filter(|factor| *factor > 0.0).ok_or_else(|| {
+            HyperparameterError::of(name, format!("`{name}` must be a number above 0, found {value}"))
+        })?;
         Ok((flag, json!(LEARNING_RATE * factor)))
     };
     hyperparameters.iter().map(field).collect()
@@ -122,7 +121,7 @@ fn flag(name: &str) -> Option<String> {
 pub fn by_names(message: &str) -> String {
     let names = OURS.into_iter().chain(["n_epochs", "batch_size"]);
     names.fold(message.to_owned(), |text, name| match flag(name) {
-        Some(flag) => text.replace(&format!("--{flag}"), name),
+        Some(flag) => text.replace(&format!("--{flag}"), &format!("`{name}`")),
         None => text,
     })
 }

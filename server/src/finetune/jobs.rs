@@ -9,7 +9,6 @@
 
 use std::{
     any::Any,
-    collections::BTreeMap,
     fmt::Write as _,
     fs, io,
     panic::{self, AssertUnwindSafe},
@@ -48,6 +47,9 @@ const CHECKPOINTS: u64 = 20;
 /// Steps that are told of in the course of a job, if that leaves out no more than so many in a row.
 const STEPS_TOLD: u64 = 200;
 const MOST_STEPS_UNTOLD: u64 = 10;
+/// What events and checkpoints call the losses of the training and of the validation data.
+const TRAIN_LOSS: &str = "train_loss";
+const VALID_LOSS: &str = "full_valid_loss";
 /// How long jobs wait at first, and at most, where the storage has failed.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
@@ -446,8 +448,16 @@ impl Jobs {
         let each = steps_between_checkpoints(prepared.data.steps(1.0), prepared.steps);
         (settings.save_every, settings.eval_every) = (each, each);
         let resume = run::has_begun(&settings.output)?;
-        let mut watcher =
-            JobWatcher { jobs: self, job, steps: 0, tokens: 0, first: None, trained: None, held_out: None };
+        let mut watcher = JobWatcher {
+            jobs: self,
+            job,
+            steps: 0,
+            told: [0; 2],
+            tokens: 0,
+            first: None,
+            trained: None,
+            held_out: None,
+        };
         let ended = run::run(&settings, prepared, resume, stop, &mut watcher)?;
         if let Ended::Finished { .. } = ended {
             let model = self.model_name(job);
@@ -463,21 +473,16 @@ impl Jobs {
 
     /// Writes the CSV file of a job's results.
     fn write_results(&self, id: &str) -> Result<Upload> {
-        // Of a job that was killed at its end, the last step was evaluated twice.
-        let (mut steps, mut evaluations) = (Vec::new(), BTreeMap::new());
+        let mut text = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n".to_owned();
         for line in StepLog::read(&self.storage.job_folder(id).join(LOG_FILE))? {
             match line {
-                Line::Step(line) => steps.push(line),
-                Line::Evaluation(line) => _ = evaluations.insert(line.step, line),
+                Line::Step(StepLine { step, loss, accuracy, .. }) => {
+                    writeln!(text, "{},{loss},{accuracy},,", step + 1)?
+                }
+                Line::Evaluation(EvaluationLine { step, loss, accuracy }) => {
+                    writeln!(text, "{step},,,{loss},{accuracy}")?
+                }
                 Line::Guard(_) | Line::Routing(_) => {}
-            }
-        }
-        let mut text = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n".to_owned();
-        for StepLine { step, loss, accuracy, .. } in steps {
-            let done = step + 1;
-            writeln!(text, "{done},{loss},{accuracy},,")?;
-            if let Some(EvaluationLine { loss, accuracy, .. }) = evaluations.get(&done) {
-                writeln!(text, "{done},,,{loss},{accuracy}")?;
             }
         }
         let results = self.storage.new_results(id);
@@ -572,6 +577,8 @@ struct JobWatcher<'a> {
     jobs: &'a Jobs,
     job: &'a Job,
     steps: u64,
+    /// The last steps whose training loss and whose validation loss were told of.
+    told: [u64; 2],
     /// Tokens that went through the model, in all steps.
     tokens: u64,
     /// The first step that this process makes.
@@ -599,7 +606,9 @@ impl Watcher for JobWatcher<'_> {
     fn begins(&mut self, step: u64, steps: u64) {
         self.steps = steps;
         self.first = Some((step, Instant::now()));
-        note(self.jobs.storage.forget_metrics_after(&self.job.id, step));
+        // Steps that are made again after a kill are told once.
+        self.told = [TRAIN_LOSS, VALID_LOSS]
+            .map(|number| self.jobs.storage.last_step_with(&self.job.id, number).unwrap_or_default());
         let lines = StepLog::read(&self.jobs.storage.job_folder(&self.job.id).join(LOG_FILE)).unwrap_or_default();
         let tokens = lines.iter().map(|line| if let Line::Step(step) = line { step.tokens } else { 0 });
         self.tokens = tokens.sum();
@@ -613,10 +622,12 @@ impl Watcher for JobWatcher<'_> {
         if done.is_multiple_of(self.steps.div_ceil(STEPS_TOLD).clamp(1, MOST_STEPS_UNTOLD)) || done == self.steps {
             let message = format!("Step {done}/{}: training loss={:.4}", self.steps, line.loss);
             let data = json!({
-                "step": done, "total_steps": self.steps, "train_loss": line.loss,
+                "step": done, "total_steps": self.steps, TRAIN_LOSS: line.loss,
                 "train_mean_token_accuracy": line.accuracy, "learning_rate": line.learning_rate,
             });
-            self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+            if done > self.told[0] {
+                self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+            }
             let (first, since) = self.first.unwrap_or((line.step, Instant::now()));
             let each = since.elapsed().as_secs_f64() / (done - first).max(1) as f64;
             let left = each * (self.steps - done) as f64;
@@ -625,21 +636,22 @@ impl Watcher for JobWatcher<'_> {
     }
 
     fn guard(&mut self, step: u64, decision: &str) {
+        if step < self.told[0] {
+            return;
+        }
         self.event(Level::Warn, &format!("Step {}: {decision}", step + 1), EventKind::Message);
     }
 
     fn evaluated(&mut self, line: &EvaluationLine) {
-        self.held_out = Some(line.clone());
-        // Before the first step there is an evaluation only if the job was killed at its very end: it was told of.
-        if self.first.is_some_and(|(first, _)| first == line.step) {
-            return;
-        }
         let message = format!("Step {}/{}: validation loss={:.4}", line.step, self.steps, line.loss);
         let data = json!({
-            "step": line.step, "total_steps": self.steps, "full_valid_loss": line.loss,
+            "step": line.step, "total_steps": self.steps, VALID_LOSS: line.loss,
             "full_valid_mean_token_accuracy": line.accuracy,
         });
-        self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+        if line.step > self.told[1] {
+            self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+        }
+        self.held_out = Some(line.clone());
     }
 
     fn saved(&mut self, step: u64) {
@@ -649,12 +661,12 @@ impl Watcher for JobWatcher<'_> {
         let mut found = Map::from_iter([("step".to_owned(), step.into())]);
         if let Some((loss, accuracy)) = self.trained {
             found.extend([
-                ("train_loss".to_owned(), loss.into()),
+                (TRAIN_LOSS.to_owned(), loss.into()),
                 ("train_mean_token_accuracy".to_owned(), accuracy.into()),
             ]);
         }
         if let Some(EvaluationLine { loss, accuracy, .. }) = self.held_out.as_ref().filter(|line| line.step == step) {
-            let values = [("full_valid_loss", *loss), ("full_valid_mean_token_accuracy", *accuracy)];
+            let values = [(VALID_LOSS, *loss), ("full_valid_mean_token_accuracy", *accuracy)];
             found.extend(values.map(|(name, value)| (name.to_owned(), value.into())));
         }
         let _state = self.jobs.state();

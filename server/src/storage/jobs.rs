@@ -478,16 +478,15 @@ impl Storage {
         insert_event(&self.database(), job, level, message, kind)
     }
 
-    /// Forgets what was told of a job's steps after the first `step`: they are made again.
+    /// The last step of a job of which an event tells this number; 0 if there is none.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn forget_metrics_after(&self, job: &str, step: u64) -> Result<(), StorageError> {
-        self.database().execute(
-            "DELETE FROM events WHERE job = ? AND kind = 'metrics' AND json_extract(data, '$.step') > ?",
-            params![job, step.cast_signed()],
-        )?;
-        Ok(())
+    pub fn last_step_with(&self, job: &str, number: &str) -> Result<u64, StorageError> {
+        let query = "SELECT MAX(json_extract(data, '$.step')) FROM events
+                     WHERE job = ? AND kind = 'metrics' AND json_extract(data, '$.' || ?) IS NOT NULL";
+        let step: Option<i64> = self.database().query_row(query, [job, number], |row| row.get(0))?;
+        Ok(step.unwrap_or(0).cast_unsigned())
     }
 
     /// A job's events, the latest first, from the one that comes after `after` on.

@@ -94,7 +94,7 @@ pub enum StorageError {
         file: String,
     },
     /// A page is to come after what isn't in the list.
-    #[error("after: nothing in this list has the id `{0}`")]
+    #[error("nothing in this list has the id `{0}`, after which a page was asked for")]
     NothingToComeAfter(String),
     /// A file is needed by a job that isn't done.
     #[error("file `{file}` is used by the fine-tuning job `{job}`, which is not done")]

@@ -277,17 +277,18 @@ fn a_page_comes_after_what_is_in_the_list_only() {
 }
 
 #[test]
-fn steps_that_are_made_again_are_told_once() {
+fn how_far_a_job_was_told_is_known_by_number() {
     let (_folder, storage) = opened();
     let id = job(&storage, "a").id;
-    for step in 1..=5 {
-        let data = Map::from_iter([("step".to_owned(), json!(step))]);
-        storage.add_event(&id, Level::Info, &format!("step {step}"), EventKind::Metrics(data)).unwrap();
+    assert_eq!(storage.last_step_with(&id, "train_loss").unwrap(), 0);
+    for (step, number) in [(1, "train_loss"), (2, "train_loss"), (2, "full_valid_loss"), (3, "train_loss")] {
+        let data = Map::from_iter([("step".to_owned(), json!(step)), (number.to_owned(), json!(0.5))]);
+        storage.add_event(&id, Level::Info, "a step", EventKind::Metrics(data)).unwrap();
     }
     storage.add_event(&id, Level::Info, "paused", EventKind::Message).unwrap();
-    storage.forget_metrics_after(&id, 3).unwrap();
-    let created = format!("Created fine-tuning job: {id}");
-    assert_eq!(told(&storage, &id), ["paused", "step 3", "step 2", "step 1", &created]);
+    assert_eq!(storage.last_step_with(&id, "train_loss").unwrap(), 3);
+    assert_eq!(storage.last_step_with(&id, "full_valid_loss").unwrap(), 2);
+    assert_eq!(storage.last_step_with("ftjob-other", "train_loss").unwrap(), 0);
 }
 
 proptest! {
