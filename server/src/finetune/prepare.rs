@@ -64,7 +64,7 @@ pub struct Prepared {
 /// What is trained.
 pub enum Trainee {
     /// Adapters of frozen weights.
-    Adapters(LoraPlan),
+    Adapters(Box<LoraPlan>),
     /// The weights of these modules.
     Weights {
         modules: Vec<TrainableModule>,
@@ -229,7 +229,7 @@ impl Prepared {
         let free = || host::free_memory_bytes().map_or(u64::MAX / 2, |free| (free as f64 * SHARE_OF_FREE) as u64);
         let budget = settings.memory.unwrap_or_else(free);
         let trainee = match settings.method {
-            Method::Lora => Trainee::Adapters(adapters(settings, &checkpoint, &decoder)?),
+            Method::Lora => Trainee::Adapters(Box::new(adapters(settings, &checkpoint, &decoder)?)),
             Method::Full => weights(&checkpoint, targets::modules_of(&decoder, &settings.targets)?, None)?,
             Method::Router => {
                 weights(&checkpoint, modules_that(&decoder, |place| matches!(place, Place::Router { .. })), None)?

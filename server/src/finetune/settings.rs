@@ -9,6 +9,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::memory::mebibytes;
+
 /// The most of a rank, of examples in a batch, of batches in a step, and of threads: beyond what anybody trains with, and
 /// products of them don't overflow.
 const MOST_COUNTED: u64 = 65_536;
@@ -33,7 +35,7 @@ pub enum Method {
 }
 
 /// Which of a chat's assistant messages the loss is on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LossOnName {
     /// All of them
@@ -53,7 +55,7 @@ impl From<LossOnName> for LossOn {
 }
 
 /// How experts' adapters are laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LayoutName {
     /// Gate and up of an expert share one, and a file stacks all experts of a layer
@@ -101,7 +103,7 @@ impl From<SchedulerName> for Shape {
 }
 
 /// Where else steps are written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReportTo {
     /// TensorBoard's event files in the output directory
@@ -186,7 +188,7 @@ impl Settings {
             ensure!(value > 0, "{name} must be at least 1");
             ensure!(value <= most, "{name} must be at most {most}, found {value}");
         }
-        // With these no update can make a number that isn't finite: see [`AdamW`](cadre_engine::train::optimizer::AdamW).
+        // With these no update can make a number that isn't finite: see the optimizer.
         let positive = [
             ("--learning-rate", self.learning_rate, 1.0),
             ("--epochs", self.epochs, 1e6),
@@ -270,7 +272,7 @@ impl Settings {
             ("clip", Some(self.clip.to_string())),
             ("spike-threshold", Some(self.spike_threshold.to_string())),
             ("seed", Some(self.seed.to_string())),
-            ("memory", self.memory.map(|bytes| format!("{bytes} bytes"))),
+            ("memory", self.memory.map(mebibytes)),
             ("threads", self.threads.map(|threads| threads.to_string())),
         ];
         rows.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
