@@ -20,7 +20,7 @@ use cadre_engine::train::{
 pub use average::{Averaged, average};
 pub use config::AdapterConfig;
 pub use file::{CONFIG_FILE, WEIGHTS_FILE};
-pub use targets::LoraOptions;
+pub use targets::{LoraOptions, LoraPlan};
 
 use crate::Result;
 

@@ -10,6 +10,7 @@ use crate::{
     config::{ConfigFile, GenerationConfig},
     embedded,
     files::Files,
+    fnv::Fnv,
     hub::{self, DownloadProgress, HubSettings},
     json, registry,
     routing_profile::RoutingProfile,
@@ -65,9 +66,8 @@ fn directory_name(path: &Path) -> String {
 }
 
 fn read_config(files: &Files) -> Result<ConfigFile> {
-    const FILE: &str = "config.json";
-    let bytes = files.require(FILE, "expected a checkpoint in the Hugging Face layout")?;
-    ConfigFile::read(files.label(FILE), &bytes)
+    let bytes = files.require(CONFIG, "expected a checkpoint in the Hugging Face layout")?;
+    ConfigFile::read(files.label(CONFIG), &bytes)
 }
 
 impl Checkpoint {
@@ -162,6 +162,21 @@ impl Checkpoint {
         Ok(self.tensors()?.header_fingerprint())
     }
 
+    /// A number that tells it from checkpoints with another config.json or other weights, without reading them all: of a pack
+    /// by the checksums of its tensors, else by each tensor's name, type and shape, and 256 bytes of its beginning, middle and
+    /// end. Weights that differ in other places only are taken for the same.
+    ///
+    /// # Errors
+    /// When the tensors cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        let tensors = self.tensors()?;
+        let weights = if tensors.pack().is_some() { tensors.header_fingerprint() } else { tensors.fingerprint()? };
+        let mut hash = Fnv::default();
+        hash.add(&self.files.read(CONFIG)?.unwrap_or_default());
+        hash.add(weights.as_bytes());
+        Ok(hash.to_string())
+    }
+
     /// The directory that it lies in; `None` for the embedded one.
     #[must_use]
     pub fn directory(&self) -> Option<&Path> {
@@ -238,6 +253,7 @@ impl Checkpoint {
     }
 }
 
+const CONFIG: &str = "config.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 #[cfg(test)]

@@ -13,7 +13,7 @@
 //! text. Where an assistant's words lie in it is found exactly, or the line is refused; `turns` says how. A token counts
 //! as a target if any byte of it lies in what is to be learnt, so no character is left out where a token spans an edge.
 //!
-//! Every line is read before training starts, and all that is wrong is told at once.
+//! Every line is read before training starts, and all that is wrong is told.
 
 mod error;
 mod packing;
@@ -25,7 +25,7 @@ use std::{ops::Range, path::Path, sync::Arc};
 pub use error::{BadLine, BadLines, DatasetError, LineError, TurnError};
 pub use packing::pack;
 
-use crate::{ChatTemplate, Result, Tokenizer};
+use crate::{ChatTemplate, Result, Tokenizer, fnv::Fnv};
 use row::{Chat, Row};
 use turns::Rendered;
 
@@ -122,6 +122,20 @@ impl Dataset {
         self.examples.iter().filter(|example| example.truncated()).count()
     }
 
+    /// A number that tells it from others: of all tokens, and which of them the loss asks for.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Fnv::default();
+        for Example { tokens, targets, .. } in &self.examples {
+            hash.add(&(tokens.len() as u64).to_le_bytes());
+            for (token, target) in tokens.iter().zip(targets) {
+                hash.add(&token.to_le_bytes());
+                hash.add(&[u8::from(*target)]);
+            }
+        }
+        hash.to_string()
+    }
+
     /// How many tokens were cut off.
     #[must_use]
     pub fn cut_tokens(&self) -> usize {
@@ -129,16 +143,18 @@ impl Dataset {
     }
 }
 
-/// Reads `files`, which are JSON lines, into examples. Empty lines don't count.
+/// Reads `files`, which are JSON lines, into examples. Empty lines don't count. `on_bad` is told of each line that no example
+/// can be made of.
 ///
 /// # Errors
-/// When a file can't be read or is of another kind; when lines are broken, with all of them, unless they are to be
+/// When a file can't be read or is of another kind; when lines are broken, with the first of them, unless they are to be
 /// skipped and there are others.
 pub fn read(
     files: &[impl AsRef<Path>],
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
     options: &DatasetOptions,
+    on_bad: &mut dyn FnMut(&BadLine),
 ) -> Result<Dataset, DatasetError> {
     if options.max_length < 2 {
         return Err(DatasetError::MaxLength { found: options.max_length });
@@ -149,9 +165,9 @@ pub fn read(
     let reader = Reader { tokenizer, template, options };
     let mut dataset = Dataset::default();
     for file in files {
-        reader.add_file(file.as_ref(), &mut dataset)?;
+        reader.add_file(file.as_ref(), &mut dataset, on_bad)?;
     }
-    if dataset.skipped.0.is_empty() || options.skip_bad && !dataset.examples.is_empty() {
+    if dataset.skipped.count() == 0 || options.skip_bad && !dataset.examples.is_empty() {
         return Ok(dataset);
     }
     Err(DatasetError::BadLines(dataset.skipped))
@@ -175,13 +191,18 @@ struct Tokens {
 }
 
 impl Reader<'_> {
-    fn add_file(&self, path: &Path, dataset: &mut Dataset) -> Result<(), DatasetError> {
+    fn add_file(
+        &self,
+        path: &Path,
+        dataset: &mut Dataset,
+        on_bad: &mut dyn FnMut(&BadLine),
+    ) -> Result<(), DatasetError> {
         let file: Arc<str> = path.to_string_lossy().into();
         let other_kind = |found| DatasetError::NotJsonLines { file: file.to_string(), found };
         if !path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("jsonl")) {
             return Err(other_kind("another ending"));
         }
-        let bytes = std::fs::read(path).map_err(|source| DatasetError::Read { file: file.to_string(), source })?;
+        let bytes = std::fs::read(path).map_err(|reason| DatasetError::Read { file: file.to_string(), reason })?;
         let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes).trim_ascii();
         if text.is_empty() {
             return Err(DatasetError::Empty { file: file.to_string() });
@@ -201,7 +222,9 @@ impl Reader<'_> {
                     dataset.examples.push(Example { tokens, targets, file, line: index + 1, cut_tokens: cut });
                 }
                 Err(reason) => {
-                    dataset.skipped.0.push(BadLine { file: Arc::clone(&file), line: index + 1, reason });
+                    let line = BadLine { file: Arc::clone(&file), line: index + 1, reason };
+                    on_bad(&line);
+                    dataset.skipped.add(line);
                 }
             }
         }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`checkpoint`] | opens a directory, a hub's id or the embedded default; finds the files |
 //! | `hub` | downloads into the cache that huggingface_hub uses |
-//! | `files`, `json` | small files whole, weights by positioned reads |
+//! | `files`, `json`, `fnv` | small files whole, weights by positioned reads; a hash that stays the same |
 //! | [`config`] | config.json: bounds, rotary embedding; generation_config.json |
 //! | `tensors` | safetensors headers and the index of shards, checked against the files' sizes |
 //! | `weights`, `blocks` | tensors by name and shape, packed as they are read; every tensor accounted for |
@@ -41,6 +41,7 @@ pub mod dataset;
 mod embedded;
 mod error;
 mod files;
+mod fnv;
 pub mod formats;
 mod hub;
 mod json;

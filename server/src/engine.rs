@@ -24,7 +24,7 @@ use cadre_models::{
 };
 
 use crate::{
-    adapters::{self, AdapterSource, Adapters, ServedAdapter},
+    adapters::{self, AdapterError, AdapterSource, Adapters, ServedAdapter},
     generation::{Backend, Machine, RoutedShape},
     host,
     memory::{self, Budget, ExpertMemory},
@@ -36,6 +36,8 @@ use crate::{
 
 /// The KV cache's size when no flag gives one.
 const DEFAULT_KV_BYTES: u64 = 512 << 20;
+/// The part of the memory that adapters which are added while it runs may take when no flag says how much.
+const ADAPTER_SHARE: u64 = 8;
 
 /// What to run, and within which limits.
 #[derive(Debug, Clone)]
@@ -76,6 +78,21 @@ pub struct EngineOptions {
     pub adapter_folder: Option<PathBuf>,
     /// Fine-tuning jobs may add others.
     pub finetunes: bool,
+    /// Bytes for those that are added while it runs.
+    pub adapter_memory: Option<u64>,
+}
+
+impl EngineOptions {
+    /// Whether adapters may be added while it runs.
+    fn adds_adapters(&self) -> bool {
+        self.adapter_folder.is_some() || self.finetunes
+    }
+
+    /// Bytes for the adapters that are added while it runs, within a budget for the whole process, or what is free.
+    fn adapter_room(&self, budget: Option<u64>) -> u64 {
+        let default = || budget.or_else(host::free_memory_bytes).unwrap_or(u64::MAX) / ADAPTER_SHARE;
+        if self.adds_adapters() { self.adapter_memory.unwrap_or_else(default) } else { 0 }
+    }
 }
 
 /// A running engine.
@@ -140,10 +157,19 @@ pub struct Served {
 }
 
 impl Served {
-    /// The base model with the adapter of this name.
-    pub fn adapted(&self, name: &str) -> Option<Self> {
-        let ServedAdapter { adapter, root, created } = self.adapters.get(name)?;
-        Some(Self { names: vec![name.to_owned()], root, created, adapter: Some(adapter), ..self.clone() })
+    /// The base model with the adapter of this name, which is read if it isn't in memory; `None` if there is none.
+    ///
+    /// # Errors
+    /// When it can't be read, or there is no memory for it.
+    pub fn adapted(&self, name: &str) -> Result<Option<Self>, AdapterError> {
+        let with = |(ServedAdapter { name, root, created }, adapter)| Self {
+            names: vec![name],
+            root,
+            created,
+            adapter: Some(adapter),
+            ..self.clone()
+        };
+        Ok(self.adapters.get(name)?.map(with))
     }
 
     /// The name that answers carry.
@@ -232,7 +258,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     let LoadedModel { decoder, formats, experts } = progress::weights("loading weights", |report| {
         cadre_models::load(&checkpoint, &options.formats, budget.placement(), &compute, report)
     })?;
-    let adapters = Arc::new(load_adapters(options, &checkpoint, &decoder)?);
+    let adapters = Arc::new(load_adapters(options, budget, &checkpoint, &decoder)?);
     let info = decoder.info();
     ensure!(trace.is_none() || !info.moe_layers.is_empty(), "--trace-routing: this model has no routed experts");
     let split = MemorySplit::new(options, budget, info, formats, Loaded::all(info, experts.as_ref()))?;
@@ -251,7 +277,7 @@ pub fn start(options: &EngineOptions) -> Result<Engine> {
     metrics::describe_model(&name, plan.blocks, options.prefix_caching, &parts);
     let meters = Arc::new(Meters::new(&name));
     let expert_meters = |store| (store, ExpertMeters::new(info.moe_layers.len()));
-    let has_adapters = !options.adapters.is_empty() || options.adapter_folder.is_some() || options.finetunes;
+    let has_adapters = !options.adapters.is_empty() || options.adds_adapters();
     let adapter_meters = has_adapters.then(|| AdapterMeters::new(options.max_num_seqs));
     let experts = store.clone().map(expert_meters);
     let observer = Observer { meters: meters.clone(), experts, adapters: adapter_meters, trace };
@@ -280,17 +306,23 @@ fn other_bytes(options: &EngineOptions, model: &Summary) -> u64 {
     let [hidden_size, vocab_size] =
         [model.hidden_size, model.vocab_size].map(|size| size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0));
     let step = memory::step_bytes(hidden_size, vocab_size, options.max_num_batched_tokens, options.max_num_seqs);
-    let adapters = adapters::expected_bytes(&options.adapters);
+    let adapters = adapters::expected_bytes(&options.adapters).saturating_add(options.adapter_room(options.memory));
     kv.saturating_add(step).saturating_add(adapters).saturating_add(host::rss_bytes().unwrap_or(0))
 }
 
 /// The adapters that the flags name.
-fn load_adapters(options: &EngineOptions, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Adapters> {
+fn load_adapters(
+    options: &EngineOptions,
+    budget: Budget,
+    checkpoint: &Checkpoint,
+    decoder: &Decoder,
+) -> Result<Adapters> {
     let folder = options.adapter_folder.as_deref();
-    let adapters = Adapters::new(served_names(options, checkpoint), places(decoder), folder)
+    let room = options.adapter_room(budget.bytes());
+    let adapters = Adapters::new(served_names(options, checkpoint), places(decoder), folder, room)
         .with_context(|| format!("--allow-runtime-adapters {}", folder.unwrap_or(Path::new("")).display()))?;
     for source in &options.adapters {
-        adapters.load(source, false).with_context(|| format!("cannot load the adapter {}", source.name))?;
+        adapters.load(source.clone()).with_context(|| format!("cannot load the adapter {}", source.name))?;
     }
     Ok(adapters)
 }
@@ -381,7 +413,8 @@ impl MemorySplit {
         let least = info.moe_layers.iter().map(|layer| layer.top_k as u64).max().unwrap_or(1);
         let experts = info.moe_layers.iter().map(|layer| layer.experts as u64).sum();
         let stored = loaded.experts.unwrap_or_default();
-        let held = loaded.weights.saturating_add(step);
+        let adapters = options.adapter_room(budget.bytes());
+        let held = loaded.weights.saturating_add(step).saturating_add(adapters);
         let memory = ExpertMemory { slot_bytes: stored.slot, count: experts, least, staging_bytes: stored.staging };
         let room = budget.bytes().map(|bytes| {
             // Half of it: experts are worth more than a long context.

@@ -46,6 +46,7 @@ pub fn engine_options() -> EngineOptions {
         adapters: Vec::new(),
         adapter_folder: None,
         finetunes: false,
+        adapter_memory: None,
     }
 }
 

@@ -27,7 +27,7 @@ impl StepMemory {
     /// Of a step of `tokens` tokens, in batches of at most `batch_tokens`, the longest sequence of which is `longest`, that
     /// trains so many `numbers`.
     #[must_use]
-    pub fn new(decoder: &Decoder, numbers: usize, tokens: usize, batch_tokens: usize, longest: usize) -> Self {
+    pub fn new(decoder: &Decoder, numbers: u64, tokens: usize, batch_tokens: usize, longest: usize) -> Self {
         let layers = &decoder.parts.layers;
         let hidden = decoder.parts.embedding.layout().k;
         let tape = |index: usize| {
@@ -55,7 +55,7 @@ impl StepMemory {
             kept: kept.into_iter().map(|bytes| bytes * tokens as u64).collect(),
             layer: layer + transposed(decoder),
             head: head::bytes(decoder.head()),
-            parameters: numbers as u64 * BYTES_PER_PARAMETER,
+            parameters: numbers.saturating_mul(BYTES_PER_PARAMETER),
         }
     }
 
@@ -74,7 +74,7 @@ impl StepMemory {
     /// What a step needs at least.
     #[must_use]
     pub fn least(&self) -> u64 {
-        self.inputs + self.layer.max(self.head) + self.parameters
+        (self.inputs + self.layer.max(self.head)).saturating_add(self.parameters)
     }
 }
 

@@ -1,11 +1,15 @@
 //! AdamW (Loshchilov and Hutter, arXiv:1711.05101), as torch computes it.
+//!
+//! Finite numbers stay finite, without a look at each: rates and decays of at most 1 only shrink a weight, and a step is the
+//! learning rate times a few at most, because no first moment is far above the root of the second. That holds for gradients
+//! up to 1e19, whose squares an f32 has; those that aren't finite are for the [`guard`](super::guard) to hold back.
 
 use std::sync::{Mutex, PoisonError};
 
 use cadre_kernels::pool::Pool;
 
 use super::parameters::{Gradients, Parameters};
-use crate::Result;
+use crate::{Error, Result};
 
 /// Numbers that one task of an update changes: enough to be worth a task, and few enough to spread over threads.
 const CHUNK: usize = 16 << 10;
@@ -75,7 +79,8 @@ impl AdamW {
     /// One update, in place. Every number changes by itself, so the result doesn't depend on the number of threads.
     ///
     /// # Errors
-    /// When the parameters or gradients are others than those it was made for; then nothing has changed.
+    /// When the parameters or gradients are others than those it was made for, or the learning rate or the decay isn't from
+    /// 0 to 1; then nothing has changed.
     pub fn update(
         &mut self,
         pool: &Pool,
@@ -85,6 +90,11 @@ impl AdamW {
     ) -> Result<()> {
         parameters.check_sizes("the optimizer's moments", self.state.first_moments.iter().map(Vec::as_slice))?;
         parameters.check_sizes("the gradient", gradients.iter())?;
+        for (what, value) in [("learning rate", learning_rate), ("weight decay", self.options.weight_decay)] {
+            if !(0.0..=1.0).contains(&value) {
+                return Err(Error::Config(format!("the {what} of an update: expected 0 to 1, found {value}")));
+            }
+        }
         self.state.updates += 1;
         let rates = self.options.rates(self.state.updates, learning_rate);
         let moments = self.state.first_moments.iter_mut().zip(&mut self.state.second_moments);

@@ -155,12 +155,6 @@ impl Trainer {
         Ok(())
     }
 
-    /// The decoder.
-    #[must_use]
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
     /// The losses of the batches together, and their gradients.
     ///
     /// # Errors
@@ -236,14 +230,14 @@ impl Trainer {
         Ok(losses)
     }
 
-    /// How often each expert of each layer is chosen for the tokens of `batch`; empty for layers without a router.
+    /// How often each expert of each layer is chosen for the tokens of the batches; empty for layers without a router.
     ///
     /// # Errors
     /// When an id lies outside of the vocabulary, or an expert can't be read.
-    pub fn loads(&self, batch: &Batch) -> Result<Vec<Vec<u64>>> {
+    pub fn loads(&self, batches: &[Batch]) -> Result<Vec<Vec<u64>>> {
         let mut sums = RouterSums::default();
-        self.counted(std::slice::from_ref(batch))?;
-        self.forward(&self.walk(None, None), std::slice::from_ref(batch), false, &mut sums)?;
+        self.counted(batches)?;
+        self.forward(&self.walk(None, None), batches, false, &mut sums)?;
         self.workspace.end_step();
         Ok(sums.loads)
     }

@@ -42,8 +42,16 @@ impl LoraOptions {
     }
 }
 
-impl Lora {
-    /// New adapters of the modules that `options` name.
+/// Adapters that a decoder is to get; none of their numbers is in memory.
+#[derive(Debug)]
+pub struct LoraPlan {
+    config: AdapterConfig,
+    entries: Vec<Entry>,
+    seed: u64,
+}
+
+impl LoraPlan {
+    /// Adapters of the modules that `options` name.
     ///
     /// # Errors
     /// When a name matches nothing, or one half only of what a fused adapter covers.
@@ -63,8 +71,32 @@ impl Lora {
         if options.dropout > 0.0 && !parameters.is_empty() {
             return Err(Error::DropoutOnParameters { parameters: parameters.join(", ") });
         }
-        Self::assemble(config, entries, |index, entry| {
-            let a = initial_a(options.seed, index as u64, entry.rank, entry.inputs);
+        Ok(Self { config, entries, seed: options.seed })
+    }
+
+    /// How many numbers they have; `u64::MAX` if more than that.
+    #[must_use]
+    pub fn numbers(&self) -> u64 {
+        let of = |entry: &Entry| (entry.rank as u64).saturating_mul((entry.inputs + entry.rows.len()) as u64);
+        self.entries.iter().map(of).fold(0, u64::saturating_add)
+    }
+
+    /// The matrices that they adapt, each once.
+    #[must_use]
+    pub fn places(&self) -> Vec<Place> {
+        let mut places: Vec<Place> = self.entries.iter().map(|entry| entry.place).collect();
+        places.dedup();
+        places
+    }
+
+    /// The adapters as they are before the first step.
+    ///
+    /// # Errors
+    /// When they are too large.
+    pub fn build(self) -> Result<Lora> {
+        let seed = self.seed;
+        Lora::assemble(self.config, self.entries, |index, entry| {
+            let a = initial_a(seed, index as u64, entry.rank, entry.inputs);
             Ok([a, vec![0.0; entry.rows.len() * entry.rank]])
         })
     }

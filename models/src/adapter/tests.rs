@@ -62,10 +62,24 @@ fn filled(mut lora: Lora) -> Lora {
 }
 
 #[test]
+fn a_plan_counts_what_no_memory_could_hold() {
+    let decoder = decoder("qwen3_moe");
+    let plan = |rank| {
+        let options = LoraOptions { rank, ..options(&[ALL_LINEAR, "gate"], AdapterLayout::PerExpert) };
+        LoraPlan::new(&decoder, "base", &options).unwrap()
+    };
+    let one = plan(1).numbers();
+    assert_eq!(one as usize, plan(1).build().unwrap().parameters.count());
+    assert_eq!(plan(1 << 40).numbers(), one << 40);
+    assert_eq!(plan(usize::MAX).numbers(), u64::MAX);
+}
+
+#[test]
 fn names_mean_modules_and_what_holds_them() {
     let decoder = decoder("qwen3_moe");
-    let adapted =
-        |targets: &[&str]| names(&Lora::new(&decoder, "base", &options(targets, AdapterLayout::PerExpert)).unwrap());
+    let adapted = |targets: &[&str]| {
+        names(&LoraPlan::new(&decoder, "base", &options(targets, AdapterLayout::PerExpert)).unwrap().build().unwrap())
+    };
     let of_query = adapted(&["q_proj"]);
     assert!(!of_query.is_empty() && of_query.iter().all(|name| name.ends_with(".self_attn.q_proj")), "{of_query:?}");
     assert_eq!(adapted(&["model.layers.1.self_attn.k_proj"]), ["model.layers.1.self_attn.k_proj"]);
@@ -74,7 +88,7 @@ fn names_mean_modules_and_what_holds_them() {
     assert!(all.iter().any(|name| name.ends_with("o_proj")) && all.iter().any(|name| name.ends_with("down_proj")));
     assert!(!all.iter().any(|name| name.ends_with(".gate") || name == "lm_head"), "router and head are left out");
     assert!(adapted(&["gate", "lm_head"]).iter().any(|name| name.ends_with("mlp.gate")));
-    let refused = |targets: &[&str], layout| Lora::new(&decoder, "base", &options(targets, layout)).unwrap_err();
+    let refused = |targets: &[&str], layout| LoraPlan::new(&decoder, "base", &options(targets, layout)).unwrap_err();
     let error = refused(&["q_proj", "w1"], AdapterLayout::Fused);
     assert!(
         matches!(&error, Error::NoSuchTarget { target, known } if target == "w1" && known.contains("o_proj")),
@@ -91,7 +105,7 @@ fn what_is_written_is_read_back() {
         let decoder = decoder(architecture);
         for layout in [AdapterLayout::Fused, AdapterLayout::PerExpert] {
             for targets in [&[ALL_LINEAR][..], &["experts", "lm_head"], &["down_proj"], &["gate"]] {
-                let lora = filled(Lora::new(&decoder, "base", &options(targets, layout)).unwrap());
+                let lora = filled(LoraPlan::new(&decoder, "base", &options(targets, layout)).unwrap().build().unwrap());
                 let (directory, _) = written(&lora);
                 let read = Lora::read(directory.path(), &decoder).unwrap();
                 assert_eq!(read.parameters, lora.parameters, "{architecture} {layout:?} {targets:?}");
@@ -109,8 +123,9 @@ fn what_is_written_is_read_back() {
 fn a_stack_has_the_names_that_peft_gives_it() {
     let decoder = decoder("olmoe");
     let experts = places(&decoder).iter().filter(|info| matches!(info.place, Place::Down { layer: 0, .. })).count();
-    let with =
-        |targets: &[&str]| written(&Lora::new(&decoder, "base", &options(targets, AdapterLayout::Fused)).unwrap());
+    let with = |targets: &[&str]| {
+        written(&LoraPlan::new(&decoder, "base", &options(targets, AdapterLayout::Fused)).unwrap().build().unwrap())
+    };
     let (directory, tensors) = with(&["experts"]);
     let shape = |name: &str| {
         let full = format!("base_model.model.model.layers.0.mlp.experts{name}.weight");
@@ -133,7 +148,8 @@ fn a_stack_has_the_names_that_peft_gives_it() {
 #[test]
 fn an_adapter_of_another_model_is_refused() {
     let (one, other) = (decoder("olmoe"), decoder("bailing_moe"));
-    let (directory, _) = written(&Lora::new(&one, "base", &options(&["q_proj"], AdapterLayout::Fused)).unwrap());
+    let (directory, _) =
+        written(&LoraPlan::new(&one, "base", &options(&["q_proj"], AdapterLayout::Fused)).unwrap().build().unwrap());
     let error = Lora::read(directory.path(), &other).unwrap_err();
     assert!(matches!(&error, Error::AdapterOfAnother { tensor, .. } if tensor.contains("q_proj")), "{error}");
     let file = directory.path().join("adapter_config.json");

@@ -57,6 +57,24 @@ fn a_directory_is_a_checkpoint() {
 }
 
 #[test]
+fn a_fingerprint_is_of_the_weights_and_of_what_is_made_of_them() {
+    let (first, second) = (checkpoint(), checkpoint());
+    let of = |directory: &TempDir| open_it(directory).unwrap().fingerprint().unwrap();
+    assert_eq!(of(&first), of(&second));
+    let weights = second.path().join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let changed = of(&second);
+    assert_ne!(of(&first), changed);
+    let mut config = tiny("qwen3_moe").0;
+    config["rope_theta"] = json!(12345.0);
+    write(&second, "config.json", &config);
+    assert!(of(&second) != changed && of(&second) != of(&first));
+}
+
+#[test]
 fn the_embedded_checkpoint_opens() {
     let checkpoint = open(None, &|_| {}).unwrap();
     assert_eq!(checkpoint.architecture(), "bailing_moe_v2");

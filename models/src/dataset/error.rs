@@ -2,8 +2,8 @@
 
 use std::{fmt, io, sync::Arc};
 
-/// How many broken lines a message lists.
-const SHOWN: usize = 20;
+/// How many broken lines are kept, and listed by a message.
+const KEPT: usize = 20;
 
 /// What keeps training data from being read.
 #[derive(Debug, thiserror::Error)]
@@ -18,12 +18,12 @@ pub enum DatasetError {
         found: usize,
     },
     /// The system could not read a file.
-    #[error("cannot read {file}: {source}")]
+    #[error("cannot read {file}: {reason}")]
     Read {
         /// The file.
         file: String,
         /// What the system said.
-        source: io::Error,
+        reason: io::Error,
     },
     /// A file of another kind.
     #[error(
@@ -46,9 +46,28 @@ pub enum DatasetError {
     BadLines(BadLines),
 }
 
-/// The lines that no example can be made of, in the files' order.
+/// The lines that no example can be made of: how many, and the first ones, in the files' order. A file that is something else
+/// may have millions.
 #[derive(Debug, Default)]
-pub struct BadLines(pub Vec<BadLine>);
+pub struct BadLines {
+    pub(super) first: Vec<BadLine>,
+    count: usize,
+}
+
+impl BadLines {
+    pub(super) fn add(&mut self, line: BadLine) {
+        self.count += 1;
+        if self.first.len() < KEPT {
+            self.first.push(line);
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+}
 
 /// A line that no example can be made of.
 #[derive(Debug, thiserror::Error)]
@@ -64,13 +83,13 @@ pub struct BadLine {
 
 impl fmt::Display for BadLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count = self.0.len();
-        write!(f, "{count} {} cannot be used:", if count == 1 { "line" } else { "lines" })?;
-        for line in self.0.iter().take(SHOWN) {
+        let Self { first, count } = self;
+        write!(f, "{count} {} cannot be used:", if *count == 1 { "line" } else { "lines" })?;
+        for line in first {
             write!(f, "\n  {line}")?;
         }
-        if count > SHOWN {
-            write!(f, "\n  … and {} more", count - SHOWN)?;
+        if *count > first.len() {
+            write!(f, "\n  … and {} more", count - first.len())?;
         }
         Ok(())
     }

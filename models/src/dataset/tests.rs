@@ -21,6 +21,16 @@ fn file(name: &str, content: impl AsRef<[u8]>) -> (TempDir, PathBuf) {
     (directory, path)
 }
 
+/// Reads the files and tells nobody of broken lines.
+fn read(
+    files: &[impl AsRef<Path>],
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    options: &DatasetOptions,
+) -> Result<Dataset, DatasetError> {
+    super::read(files, tokenizer, template, options, &mut |_| {})
+}
+
 fn lines(rows: &[Value]) -> String {
     rows.iter().map(|row| format!("{row}\n")).collect()
 }
@@ -66,7 +76,7 @@ fn chat(messages: Value) -> Value {
 #[track_caller]
 fn refused(row: Value, template: &ChatTemplate, options: &DatasetOptions) -> String {
     match read_rows(&[row], template, options) {
-        Err(DatasetError::BadLines(BadLines(lines))) => lines[0].reason.to_string(),
+        Err(DatasetError::BadLines(lines)) => lines.first[0].reason.to_string(),
         other => panic!("{other:?}"),
     }
 }
@@ -142,11 +152,10 @@ fn messages_are_what_they_are_when_served() {
         &crate::RenderOptions { tools: tools.as_array().cloned(), ..crate::RenderOptions::default() },
     );
     let (_directory, path) = file("data.jsonl", lines(&[row]));
-    let Err(DatasetError::BadLines(BadLines(bad))) = read(&[&path], &byte_level(), Some(&template(source)), &ALL)
-    else {
+    let Err(DatasetError::BadLines(bad)) = read(&[&path], &byte_level(), Some(&template(source)), &ALL) else {
         panic!("a template without answers to be found")
     };
-    assert!(bad[0].reason.to_string().starts_with("messages[2]: "), "{}", bad[0]);
+    assert!(bad.first[0].reason.to_string().starts_with("messages[2]: "), "{bad}");
     let Row::Chat(mut chat) = Row::parse(&fs::read(&path).unwrap(), LossOn::AllAssistant).unwrap() else {
         panic!("a chat")
     };
@@ -205,7 +214,7 @@ fn a_token_over_the_edge_is_a_target() {
         file("data.jsonl", lines(&[json!({"text": "a b"}), json!({"prompt": "é", "completion": "\u{301}"})]));
     let dataset = read(&[&path], &byte_fallback(), None, &DatasetOptions { skip_bad: true, ..ALL }).unwrap();
     assert_eq!(dataset.examples[0].targets, [false, true, true, true]);
-    assert!(dataset.skipped.0[0].reason.to_string().contains("no eos_token"), "{}", dataset.skipped);
+    assert!(dataset.skipped.first[0].reason.to_string().contains("no eos_token"), "{}", dataset.skipped);
     let mut json = byte_level_json();
     json["added_tokens"] = json!([]);
     json["model"]["vocab"]["ab"] = json!(257);
@@ -230,7 +239,7 @@ fn long_examples_keep_their_beginning() {
     assert_eq!(shown, ["abc⟦de⟧", "a⟦b⟧"]);
     assert_eq!((dataset.truncated_examples(), dataset.cut_tokens()), (1, 3));
     assert_eq!((dataset.examples[0].truncated(), dataset.examples[1].truncated()), (true, false));
-    let reason = dataset.skipped.0[0].reason.to_string();
+    let reason = dataset.skipped.first[0].reason.to_string();
     assert!(reason.contains("max_length 5 cuts off") && reason.contains("the line has 8"), "{reason}");
     let whole = read_rows(&rows, &template(CHATML), &options(8)).unwrap();
     assert_eq!((whole.examples.len(), whole.truncated_examples(), whole.cut_tokens()), (3, 0, 0));
@@ -340,7 +349,14 @@ fn all_that_is_wrong_is_told_at_once() {
     let places: Vec<(bool, usize)> =
         dataset.examples.iter().map(|example| (*example.file == *first.to_string_lossy(), example.line)).collect();
     assert_eq!(places, [(true, 1), (true, 7), (false, 1)]);
-    assert_eq!(dataset.skipped.0.len(), 34);
+    assert_eq!(dataset.skipped.count(), 34);
+
+    let mut told = Vec::new();
+    let error = super::read(&files, &byte_level(), None, &ALL, &mut |line| told.push(line.to_string())).unwrap_err();
+    assert_eq!(told.len(), 34, "each is told when it is found");
+    assert!(error.to_string().contains(&told[19]) && told[33].contains("second.JSONL:32: not valid JSON"), "{told:?}");
+    let DatasetError::BadLines(kept) = error else { panic!("{error}") };
+    assert_eq!(kept.first.len(), 20, "millions of them don't fill the memory");
 }
 
 #[test]
@@ -366,6 +382,8 @@ fn other_files_are_refused() {
     }
     let missing = read(&["no/such.jsonl"], &byte_level(), None, &ALL).unwrap_err().to_string();
     assert!(missing.starts_with("cannot read no/such.jsonl: "), "{missing}");
+    let error = read(&["no/such.jsonl"], &byte_level(), None, &ALL).unwrap_err();
+    assert!(std::error::Error::source(&error).is_none(), "the reason would be told twice");
     let none = read(&[] as &[&str], &byte_level(), None, &ALL).unwrap_err().to_string();
     assert!(none.contains("at least one .jsonl file"), "{none}");
 }

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     StoredType,
-    adapter::{AdapterLayout, LoraOptions},
+    adapter::{AdapterLayout, LoraOptions, LoraPlan},
     checkpoint::open_directory,
     targets::ALL_LINEAR,
     testing::{tiny, write_checkpoint},
@@ -45,7 +45,7 @@ impl Rig {
     fn adapter(&self, targets: &[&str], layout: AdapterLayout, change: impl Fn(&str, &mut [f32])) -> Lora {
         let targets = targets.iter().map(|target| (*target).to_owned()).collect();
         let options = LoraOptions { rank: 3, alpha: 6.0, rslora: false, dropout: 0.0, targets, layout, seed: 1 };
-        let mut lora = Lora::new(&self.decoder(), "base", &options).unwrap();
+        let mut lora = LoraPlan::new(&self.decoder(), "base", &options).unwrap().build().unwrap();
         for (index, parameter) in lora.parameters.iter_mut().enumerate() {
             let number = |place: usize| ((index * 7 + place * 13) % 101) as f32 / 1000.0 - 0.05;
             parameter.values.iter_mut().enumerate().for_each(|(place, value)| *value = number(place));

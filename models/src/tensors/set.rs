@@ -11,6 +11,7 @@ use super::{PackInfo, Stored, StoredType, TensorInfo, read_header};
 use crate::{
     Error, Result,
     files::{Files, Source},
+    fnv::Fnv,
     json,
 };
 
@@ -185,7 +186,7 @@ impl TensorSet {
     /// from the beginning, the middle and the end of each.
     pub(crate) fn fingerprint(&self) -> Result<String> {
         const SAMPLE_BYTES: u64 = 256;
-        let mut hash = Fnv::new();
+        let mut hash = Fnv::default();
         for (index, info) in self.iter().enumerate() {
             hash.add(format!("{} {} {:?} ", info.name, info.stored, info.shape).as_bytes());
             let mut sample = vec![0; usize::try_from(info.bytes.min(SAMPLE_BYTES)).unwrap_or(0)];
@@ -195,16 +196,16 @@ impl TensorSet {
                 hash.add(&sample);
             }
         }
-        Ok(format!("{:016x}", hash.0))
+        Ok(hash.to_string())
     }
 
     /// A number that tells this checkpoint from those with other tensors, types, shapes or checksums: of the headers alone.
     pub(crate) fn header_fingerprint(&self) -> String {
-        let mut hash = Fnv::new();
+        let mut hash = Fnv::default();
         for info in self.iter() {
             hash.add(format!("{} {} {:?} {:?} ", info.name, info.stored, info.shape, info.checksum).as_bytes());
         }
-        format!("{:016x}", hash.0)
+        hash.to_string()
     }
 
     /// The type that most of the unpacked bytes are stored in.
@@ -216,19 +217,6 @@ impl TensorSet {
             }
         }
         bytes.into_iter().max_by_key(|(_, bytes)| *bytes).map_or(StoredType::F32, |(dtype, _)| dtype)
-    }
-}
-
-/// FNV-1a in 64 bits: the same for all times, which the standard library's hashes are not.
-struct Fnv(u64);
-
-impl Fnv {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    fn add(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     }
 }
 

@@ -1,205 +1,17 @@
 //! `cadre finetune`.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::io::{self, Write as _};
 
-use anyhow::{Context, Result, bail};
-use cadre_engine::nn::Format;
-use cadre_models::targets::{ALL, ALL_LINEAR};
-use clap::{Args, ValueEnum};
+use anyhow::{Result, anyhow};
+use cadre_models::DatasetError;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Map, Value};
 
-use super::{parse_bytes, terminal::stop_at_ctrl_c};
+use super::terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed};
 use crate::finetune::{
-    self, Ended, Prepared, Watcher,
-    settings::{LayoutName, LossOnName, Method, ReportTo, SchedulerName, Settings},
+    self, Ended, FinetuneArgs, Prepared, Watcher,
+    settings::Settings,
     step_log::{EvaluationLine, StepLine},
 };
-
-/// Flags of `cadre finetune`. A config file has the same names.
-#[derive(Debug, Default, Args, serde::Serialize, serde::Deserialize)]
-#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
-pub struct FinetuneArgs {
-    /// A TOML file with any of these flags, without the dashes; flags win
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip)]
-    config: Option<PathBuf>,
-
-    /// Show the memory plan, what will be trained, token counts and the first example with its mask; train nothing
-    #[arg(long)]
-    #[serde(skip)]
-    dry_run: bool,
-
-    /// A checkpoint's directory or its id on the Hugging Face hub [default: the embedded model]
-    #[arg(long, value_name = "DIR|ID", help_heading = "Model")]
-    model: Option<String>,
-
-    /// The frozen weights' format: auto (what loses nothing), f32, bf16, q8_0, q4_0, q4_k, q6_k or mxfp4
-    #[arg(long, value_name = "FORMAT", help_heading = "Model")]
-    dtype: Option<String>,
-
-    /// Training data, JSON lines: `messages`, `prompt` and `completion`, `text`, or Alpaca's or ShareGPT's fields
-    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Data")]
-    data: Vec<PathBuf>,
-
-    /// Held-out data of the same kind
-    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Data")]
-    eval: Vec<PathBuf>,
-
-    /// Which of a chat's assistant messages the loss is on [default: all]
-    #[arg(long, value_enum, value_name = "WHICH", help_heading = "Data")]
-    loss_on: Option<LossOnName>,
-
-    /// Go on with the good lines if some are broken
-    #[arg(long, help_heading = "Data")]
-    skip_bad: bool,
-
-    /// The most tokens that an example keeps [default: 2048, or what the model was made for]
-    #[arg(long, value_name = "TOKENS", help_heading = "Data")]
-    max_length: Option<usize>,
-
-    /// Count as one example as many as fit into the max length together; they see nothing of each other
-    #[arg(long, help_heading = "Data")]
-    packing: bool,
-
-    /// Where the adapter or the new checkpoint, the run's checkpoints, log and report go
-    #[arg(long, value_name = "DIR", help_heading = "Output")]
-    output: Option<PathBuf>,
-
-    /// Go on from the latest checkpoint in the output directory
-    #[arg(long, help_heading = "Output")]
-    #[serde(skip)]
-    resume: bool,
-
-    /// Steps between lines of the log and the progress shown [default: 1]
-    #[arg(long, value_name = "STEPS", help_heading = "Output")]
-    log_every: Option<u64>,
-
-    /// Steps between checkpoints; 0: at the end only [default: 100]
-    #[arg(long, value_name = "STEPS", help_heading = "Output")]
-    save_every: Option<u64>,
-
-    /// Steps between evaluations; 0: at the end only [default: 100]
-    #[arg(long, value_name = "STEPS", help_heading = "Output")]
-    eval_every: Option<u64>,
-
-    /// Checkpoints that are kept, the latest ones [default: 3]
-    #[arg(long, value_name = "N", help_heading = "Output")]
-    keep: Option<usize>,
-
-    /// Where else steps are written: tensorboard (event files in the output directory) or none [default: tensorboard]
-    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Output")]
-    report_to: Option<ReportTo>,
-
-    /// What this machine costs an hour: the report tells what a million tokens cost
-    #[arg(long, value_name = "PRICE", help_heading = "Output")]
-    price_per_hour: Option<f64>,
-
-    /// What is trained: adapters of modules (lora), weights themselves (full), the weights of the experts that the data use
-    /// most (experts) or of the routers (router) [default: lora]
-    #[arg(long, value_enum, value_name = "METHOD", help_heading = "Method")]
-    method: Option<Method>,
-
-    /// What lora and full train: modules as on the hub (`q_proj`), or what holds them (`experts`, `self_attn`); all-linear: all
-    /// matrices but the routers and the head; all, for full: everything but the routers [default: all-linear; for full: all]
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Method")]
-    targets: Vec<String>,
-
-    /// With --method experts: of each layer the fewest experts that get this share of the tokens' choices [default: 0.2]
-    #[arg(long, value_name = "SHARE", help_heading = "Method")]
-    expert_share: Option<f64>,
-
-    /// The adapters' rank [default: 8]
-    #[arg(long, value_name = "N", help_heading = "Method")]
-    rank: Option<usize>,
-
-    /// Adapters are multiplied with alpha / rank [default: twice the rank]
-    #[arg(long, value_name = "X", help_heading = "Method")]
-    alpha: Option<f64>,
-
-    /// Multiply with alpha / √rank instead
-    #[arg(long, help_heading = "Method")]
-    rslora: bool,
-
-    /// The probability that a value of an adapter's input is dropped in training [default: 0]
-    #[arg(long, value_name = "P", help_heading = "Method")]
-    dropout: Option<f64>,
-
-    /// How experts' adapters are laid out [default: fused, as transformers 5 stacks them; per-expert for models that it
-    /// doesn't know]
-    #[arg(long, value_enum, value_name = "LAYOUT", help_heading = "Method")]
-    adapter_layout: Option<LayoutName>,
-
-    /// The coefficient of the routers' load-balancing loss [default: 0]
-    #[arg(long, value_name = "X", help_heading = "Method")]
-    aux_loss_coef: Option<f32>,
-
-    /// The coefficient of the routers' z-loss [default: 0]
-    #[arg(long, value_name = "X", help_heading = "Method")]
-    z_loss_coef: Option<f32>,
-
-    /// Steps in which noise takes part in the choice of experts, less and less, so that each of them gets tokens: for routers
-    /// that are trained [default: 0]
-    #[arg(long, value_name = "STEPS", help_heading = "Method")]
-    routing_warmup_steps: Option<u64>,
-
-    /// The highest learning rate [default: 2e-4 for lora, 2e-5 for weights themselves]
-    #[arg(long, value_name = "X", help_heading = "Steps")]
-    learning_rate: Option<f64>,
-
-    /// How it goes on after warm-up [default: cosine]
-    #[arg(long, value_enum, value_name = "SHAPE", help_heading = "Steps")]
-    scheduler: Option<SchedulerName>,
-
-    /// The part of all steps in which it rises [default: 0.03]
-    #[arg(long, value_name = "RATIO", help_heading = "Steps")]
-    warmup_ratio: Option<f64>,
-
-    /// How often the data are gone through [default: 3]
-    #[arg(long, value_name = "N", conflicts_with = "max_steps", help_heading = "Steps")]
-    epochs: Option<f64>,
-
-    /// Steps, in place of epochs
-    #[arg(long, value_name = "N", help_heading = "Steps")]
-    max_steps: Option<u64>,
-
-    /// Examples that are computed together [default: 4]
-    #[arg(long, value_name = "N", help_heading = "Steps")]
-    batch_size: Option<usize>,
-
-    /// Batches that make one step [default: 1]
-    #[arg(long, value_name = "N", help_heading = "Steps")]
-    grad_accum: Option<usize>,
-
-    /// What is taken off matrices at each update, times the learning rate [default: 0]
-    #[arg(long, value_name = "X", help_heading = "Steps")]
-    weight_decay: Option<f64>,
-
-    /// The greatest norm of a step's gradients; greater ones are scaled down [default: 1]
-    #[arg(long, value_name = "X", help_heading = "Steps")]
-    clip: Option<f64>,
-
-    /// Deviations above the mean from which a loss or gradient norm counts as a spike: its update is skipped, and its
-    /// examples are tried again later [default: 6]
-    #[arg(long, value_name = "X", help_heading = "Steps")]
-    spike_threshold: Option<f64>,
-
-    /// Decides the order of examples and where adapters begin [default: 42]
-    #[arg(long, value_name = "N", help_heading = "Steps")]
-    seed: Option<u64>,
-
-    /// Memory for the whole process, such as 8GiB: layers that don't fit are computed again, and experts are read from disk
-    /// as they are needed [default: nine tenths of what is free]
-    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
-    memory: Option<String>,
-
-    /// Worker threads [default: one a physical core]
-    #[arg(long, value_name = "N", help_heading = "Machine")]
-    threads: Option<usize>,
-}
 
 /// Trains.
 ///
@@ -209,156 +21,117 @@ pub fn run(args: FinetuneArgs) -> Result<()> {
     let (resume, dry_run) = (args.resume, args.dry_run);
     let settings = args.settings()?;
     if dry_run {
-        return finetune::dry_run(&settings);
+        let text = prepare(&settings)?.dry_run(&settings)?;
+        return unless_pipe_closed(io::stdout().write_all(text.as_bytes()).map_err(Into::into));
     }
-    finetune::check_output(&settings.output, resume)?;
-    let prepared = Prepared::new(&settings, None)?;
+    finetune::check_output(&settings, resume)?;
+    let prepared = prepare(&settings)?;
     eprint!("{}", prepared.describe(&settings)?);
-    let stop = stop_at_ctrl_c()?;
+    let stop = stop_at_signal()?;
     let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg} eta {eta}");
     let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let ended = finetune::run(&settings, prepared, resume, &stop, &mut Terminal(&bar));
+    let mut terminal = Terminal { bar: &bar, loss: None, evaluations: Vec::new() };
+    let ended = finetune::run(&settings, prepared, resume, &stop, &mut terminal);
     bar.finish_and_clear();
     match ended? {
         Ended::Finished { made } => eprintln!("{made}"),
-        Ended::Stopped { step } => eprintln!("stopped after step {step}: go on with --resume"),
+        Ended::Stopped { step } => {
+            eprintln!("stopped after step {step}: go on with --resume");
+            std::process::exit(INTERRUPTED);
+        }
     }
     Ok(())
 }
 
+/// Looks at what the settings name; broken lines of the data are told one by one.
+fn prepare(settings: &Settings) -> Result<Prepared> {
+    let prepared = Prepared::new(settings, None, &mut |line| eprintln!("{line}"));
+    prepared.map_err(|error| match error.downcast_ref::<DatasetError>() {
+        Some(DatasetError::BadLines(lines)) => {
+            let count = lines.count();
+            anyhow!("lines of the data that cannot be used: {count}, as told above; --skip-bad goes on without them")
+        }
+        _ => error,
+    })
+}
+
 /// Shows a run on standard error.
-struct Terminal<'a>(&'a ProgressBar);
+struct Terminal<'a> {
+    bar: &'a ProgressBar,
+    /// The latest step's.
+    loss: Option<f64>,
+    /// Each with the loss of the step before it.
+    evaluations: Vec<(Option<f64>, EvaluationLine)>,
+}
+
+/// Evaluations that are shown together, the latest ones.
+const EVALUATIONS_SHOWN: usize = 8;
+
+impl Terminal<'_> {
+    fn table(&self) -> String {
+        let titles = ["step", "train loss", "held-out loss", "perplexity", "accuracy"];
+        let row = |[step, train, held_out, perplexity, accuracy]: [String; 5]| {
+            format!("{step:>8}  {train:>10}  {held_out:>13}  {perplexity:>10}  {accuracy:>8}\n")
+        };
+        let mut text = row(titles.map(str::to_owned));
+        for (train, EvaluationLine { step, loss, accuracy }) in
+            &self.evaluations[self.evaluations.len().saturating_sub(EVALUATIONS_SHOWN)..]
+        {
+            let train = train.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
+            let (perplexity, percent) = (loss.exp(), accuracy * 100.0);
+            text += &row([
+                step.to_string(),
+                train,
+                format!("{loss:.4}"),
+                format!("{perplexity:.2}"),
+                format!("{percent:.1} %"),
+            ]);
+        }
+        text
+    }
+}
 
 impl Watcher for Terminal<'_> {
     fn begins(&mut self, step: u64, steps: u64) {
-        self.0.set_length(steps);
-        self.0.set_position(step);
+        self.bar.set_length(steps);
+        self.bar.set_position(step);
     }
 
     fn step(&mut self, line: &StepLine) {
-        self.0.set_position(line.step + 1);
-        self.0.set_message(format!("loss {:.4}, {:.0} tokens/s", line.loss, line.tokens_per_second));
+        self.loss = Some(line.loss);
+        self.bar.set_position(line.step + 1);
+        self.bar.set_message(format!("loss {:.4}, {:.0} tokens/s", line.loss, line.tokens_per_second));
     }
 
     fn guard(&mut self, step: u64, decision: &str) {
-        self.0.suspend(|| eprintln!("step {step}: {decision}"));
+        self.bar.suspend(|| eprintln!("step {step}: {decision}"));
     }
 
-    fn evaluated(&mut self, &EvaluationLine { step, loss, accuracy }: &EvaluationLine) {
-        let (perplexity, percent) = (loss.exp(), accuracy * 100.0);
-        self.0.suspend(|| {
-            eprintln!("step {step:>6}  held-out loss {loss:.4}  perplexity {perplexity:.2}  accuracy {percent:.1} %");
-        });
+    fn evaluated(&mut self, line: &EvaluationLine) {
+        self.evaluations.push((self.loss, line.clone()));
+        self.bar.suspend(|| eprint!("{}", self.table()));
     }
 
     fn saved(&mut self, _: u64) {}
 }
 
-impl FinetuneArgs {
-    /// The settings that `fields` name as a config file does, over the defaults.
-    ///
-    /// # Errors
-    /// When a field is unknown, of another type, or out of its range.
-    pub fn settings_of(fields: Map<String, Value>) -> Result<Settings> {
-        serde_json::from_value::<Self>(Value::Object(fields))?.settings()
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    /// The flags over the config file over the defaults.
-    fn settings(self) -> Result<Settings> {
-        let args = match self.config.clone() {
-            None => self,
-            Some(path) => self.over_file(&path)?,
-        };
-        let method = args.method.unwrap_or_default();
-        args.check_method(method)?;
-        let targets = match method {
-            Method::Lora if args.targets.is_empty() => vec![ALL_LINEAR.to_owned()],
-            Method::Full if args.targets.is_empty() => vec![ALL.to_owned()],
-            _ => args.targets,
-        };
-        let format = args.dtype.as_deref().filter(|name| *name != "auto");
-        let layout = args.adapter_layout.map(Into::into);
-        let memory = args.memory.as_deref().map(parse_bytes).transpose();
-        let settings = Settings {
-            model: args.model,
-            format: format.map(str::parse::<Format>).transpose().context("--dtype")?,
-            data: args.data,
-            eval: args.eval,
-            loss_on: args.loss_on.unwrap_or_default().into(),
-            skip_bad: args.skip_bad,
-            max_length: args.max_length,
-            packing: args.packing,
-            output: args.output.context("--output is missing: say where the adapter goes")?,
-            log_every: args.log_every.unwrap_or(1).max(1),
-            save_every: args.save_every.unwrap_or(100),
-            eval_every: args.eval_every.unwrap_or(100),
-            keep: args.keep.unwrap_or(3).max(1),
-            report_to: args.report_to.unwrap_or_default(),
-            price_per_hour: args.price_per_hour,
-            method,
-            targets,
-            expert_share: args.expert_share.unwrap_or(0.2),
-            rank: args.rank.unwrap_or(8),
-            alpha: args.alpha.unwrap_or(2.0 * args.rank.unwrap_or(8) as f64),
-            rslora: args.rslora,
-            dropout: args.dropout.unwrap_or(0.0),
-            layout,
-            aux_loss_coef: args.aux_loss_coef.unwrap_or(0.0),
-            z_loss_coef: args.z_loss_coef.unwrap_or(0.0),
-            routing_warmup_steps: args.routing_warmup_steps.unwrap_or(0),
-            learning_rate: args.learning_rate.unwrap_or(if method == Method::Lora { 2e-4 } else { 2e-5 }),
-            scheduler: args.scheduler.unwrap_or_default(),
-            warmup_ratio: args.warmup_ratio.unwrap_or(0.03),
-            epochs: args.epochs.unwrap_or(3.0),
-            max_steps: args.max_steps,
-            batch_size: args.batch_size.unwrap_or(4),
-            grad_accum: args.grad_accum.unwrap_or(1),
-            weight_decay: args.weight_decay.unwrap_or(0.0),
-            clip: args.clip.unwrap_or(1.0),
-            spike_threshold: args.spike_threshold.unwrap_or(6.0),
-            seed: args.seed.unwrap_or(42),
-            memory: memory.map_err(|error| anyhow::anyhow!("--memory: {error}"))?,
-            threads: args.threads,
-        };
-        settings.check()?;
-        Ok(settings)
-    }
-
-    /// Refuses flags that `method` has no use for.
-    fn check_method(&self, method: Method) -> Result<()> {
-        let flags = [
-            ("--targets", !self.targets.is_empty(), &[Method::Lora, Method::Full][..]),
-            ("--expert-share", self.expert_share.is_some(), &[Method::Experts]),
-            ("--rank", self.rank.is_some(), &[Method::Lora]),
-            ("--alpha", self.alpha.is_some(), &[Method::Lora]),
-            ("--rslora", self.rslora, &[Method::Lora]),
-            ("--dropout", self.dropout.is_some(), &[Method::Lora]),
-            ("--adapter-layout", self.adapter_layout.is_some(), &[Method::Lora]),
-        ];
-        let name = |method: &Method| method.to_possible_value().map_or(String::new(), |one| one.get_name().to_owned());
-        if let Some((flag, _, methods)) = flags.iter().find(|(_, given, methods)| *given && !methods.contains(&method))
-        {
-            let methods = methods.iter().map(name).collect::<Vec<_>>().join(" or ");
-            bail!("{flag} is for --method {methods}, but this run's is {}", name(&method));
-        }
-        Ok(())
-    }
-
-    fn over_file(self, path: &Path) -> Result<Self> {
-        let shown = path.display();
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
-        let file: Self = toml::from_str(&text).with_context(|| format!("{shown}"))?;
-        let is_set = |value: &Value| match value {
-            Value::Null | Value::Bool(false) => false,
-            Value::Array(list) => !list.is_empty(),
-            _ => true,
-        };
-        let object = |args: &Self| -> Result<Map<String, Value>> {
-            let Value::Object(map) = serde_json::to_value(args)? else { return Ok(Map::new()) };
-            Ok(map.into_iter().filter(|(_, value)| is_set(value)).collect())
-        };
-        let mut all = object(&file)?;
-        all.extend(object(&self)?);
-        Ok(serde_json::from_value(Value::Object(all))?)
+    #[test]
+    fn evaluations_stand_below_each_other() {
+        let line = |step, loss| EvaluationLine { step, loss, accuracy: 0.5 };
+        let evaluations = vec![(None, line(0, 2.0)), (Some(1.25), line(100, 1.0))];
+        let bar = ProgressBar::hidden();
+        let mut terminal = Terminal { bar: &bar, loss: Some(0.5), evaluations };
+        assert_eq!(
+            terminal.table(),
+            "    step  train loss  held-out loss  perplexity  accuracy\n       \
+             0           -         2.0000        7.39    50.0 %\n     \
+             100      1.2500         1.0000        2.72    50.0 %\n"
+        );
+        (0..20).for_each(|step| terminal.evaluated(&line(200 + step, 1.0)));
+        assert_eq!(terminal.table().lines().count(), 1 + EVALUATIONS_SHOWN);
     }
 }

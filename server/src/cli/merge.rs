@@ -11,13 +11,14 @@ use anyhow::{Context, Result, ensure};
 use cadre_engine::compute::Compute;
 use cadre_models::{
     StoredType,
-    adapter::average,
-    rewrite::{Norms, Rewriting, Rewritten},
+    adapter::{CONFIG_FILE, average},
+    rewrite::{self, Norms, Rewriting, Rewritten},
+    training_state,
 };
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::terminal::{stop_at_ctrl_c, unless_pipe_closed};
+use super::terminal::{stop_at_signal, unless_pipe_closed};
 use crate::{engine, finetune::checkpoint, host, progress};
 
 /// Names of tensors that are printed; a report has all.
@@ -27,24 +28,25 @@ const NAMES: usize = 5;
 #[derive(Debug, Args)]
 #[command(
     override_usage = "cadre merge --model DIR|ID --adapter DIR --output DIR [--dtype TYPE] [--report FILE]\n       \
-                      cadre merge --last K --input RUN_DIR --output DIR",
+                      cadre merge --last K --input RUN_DIR --output DIR [--model DIR|ID]",
     after_help = "The merged checkpoint has the files, tensors and shapes of the one that it is made from, computes what \
                   that one does with the adapter, and loads wherever that one does. Interrupted, the same command goes \
                   on. An adapter that adds nothing to a part that every token passes is refused; routed experts that no \
                   token of the training reached are listed as unchanged.\n\nThe average of K checkpoints adds the mean \
-                  of what each of them adds, as if their merged weights were averaged: an adapter of K times the rank. It \
+                  of what each of them adds, as if their merged weights were averaged: an adapter of K times the rank. Of a \
+                  run that trained weights themselves, it is the --model that the run began from with the mean of them. It \
                   can take the place of a learning rate that goes down to 0 (WSM, arXiv 2507.17634)."
 )]
 pub struct MergeArgs {
     /// A checkpoint's directory or its id on the Hugging Face hub, no pack [default: the embedded model]
-    #[arg(long, value_name = "DIR|ID", conflicts_with = "last")]
+    #[arg(long, value_name = "DIR|ID")]
     model: Option<String>,
 
     /// The LoRA adapter's directory, as PEFT and `cadre finetune` write it
     #[arg(long, value_name = "DIR", required_unless_present = "last", conflicts_with = "last")]
     adapter: Option<PathBuf>,
 
-    /// Average the last K checkpoints of a fine-tuning run into an adapter, in place of merging one
+    /// Average the last K checkpoints of a fine-tuning run, in place of merging an adapter
     #[arg(long, value_name = "K", requires = "input", value_parser = super::at_least_one)]
     last: Option<usize>,
 
@@ -99,7 +101,7 @@ impl From<DtypeArg> for StoredType {
 pub fn run(args: &MergeArgs) -> Result<()> {
     let text = match (&args.adapter, args.last, &args.input) {
         (Some(adapter), ..) => merge(args, adapter)?,
-        (None, Some(last), Some(run)) => average_last(run, last, &args.output)?,
+        (None, Some(last), Some(run)) => average_last(args, run, last)?,
         _ => anyhow::bail!("expected --adapter, or --last and --input"),
     };
     unless_pipe_closed(io::stdout().write_all(text.as_bytes()).map_err(Into::into))
@@ -107,7 +109,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
 
 fn merge(args: &MergeArgs, adapter: &Path) -> Result<String> {
     let checkpoint = engine::open(args.model.as_deref())?;
-    let stop = stop_at_ctrl_c()?;
+    let stop = stop_at_signal()?;
     let compute = Compute::new(args.threads.map_or_else(host::physical_cores, usize::from));
     let dtype = args.dtype.map(Into::into);
     let merged = progress::weights("merging", |report| {
@@ -127,7 +129,7 @@ fn merge(args: &MergeArgs, adapter: &Path) -> Result<String> {
     Ok(text)
 }
 
-fn average_last(run: &Path, last: usize, output: &Path) -> Result<String> {
+fn average_last(args: &MergeArgs, run: &Path, last: usize) -> Result<String> {
     let mut all = checkpoint::found(run)?;
     let shown = run.display();
     ensure!(
@@ -138,16 +140,40 @@ fn average_last(run: &Path, last: usize, output: &Path) -> Result<String> {
     );
     let taken = all.split_off(all.len() - last);
     let directories: Vec<PathBuf> = taken.iter().map(|(_, directory)| directory.clone()).collect();
-    let averaged =
-        average(&directories, output).with_context(|| format!("cannot average the checkpoints of {shown}"))?;
-    let steps: Vec<String> = taken.iter().map(|(step, _)| step.to_string()).collect();
-    let (rank, output) = (averaged.averaged_rank, output.display());
+    let failed = || format!("cannot average the checkpoints of {shown}");
+    let steps = taken.iter().map(|(step, _)| step.to_string()).collect::<Vec<_>>().join(", ");
+    if !directories.iter().any(|directory| directory.join(CONFIG_FILE).exists()) {
+        let model = average_weights(args, &directories).with_context(failed)?;
+        return Ok(format!("{} is {model} with the mean of the weights of steps {steps}\n", args.output.display()));
+    }
+    ensure!(args.model.is_none(), "--model: the run in {shown} trained an adapter, whose mean needs no model");
+    let averaged = average(&directories, &args.output).with_context(failed)?;
+    let (rank, output) = (averaged.averaged_rank, args.output.display());
     Ok(format!(
-        "{output} has the mean of the adapters of steps {}: {} tensors, rank {rank} ({} each)\n",
-        steps.join(", "),
-        averaged.tensors,
-        averaged.rank
+        "{output} has the mean of the adapters of steps {steps}: {} tensors, rank {rank} ({} each)\n",
+        averaged.tensors, averaged.rank
     ))
+}
+
+/// Writes the checkpoint that a run began from with the mean of the weights in `directories`; what it is called.
+fn average_weights(args: &MergeArgs, directories: &[PathBuf]) -> Result<String> {
+    let model = engine::open(args.model.as_deref())?;
+    let fingerprint = model.fingerprint()?;
+    for directory in directories {
+        ensure!(
+            checkpoint::model_fingerprint(directory)? == fingerprint,
+            "{} is not the model that {} was trained from: name that one by --model",
+            model.name(),
+            directory.display()
+        );
+    }
+    let stop = stop_at_signal()?;
+    let mean = training_state::mean(directories)?;
+    progress::weights("writing the model", |report| {
+        let rewriting = Rewriting { output: &args.output, dtype: None, stop: &stop, on_bytes: report };
+        rewrite::write_checkpoint(&model, &mean, &rewriting)
+    })?;
+    Ok(model.name().to_owned())
 }
 
 /// What changed of each part.

@@ -2,7 +2,7 @@
 
 mod bench;
 mod chat;
-pub mod finetune;
+mod finetune;
 mod generate;
 mod inspect;
 mod merge;
@@ -20,7 +20,7 @@ use cadre_models::FormatOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::engine::EngineOptions;
+use crate::{engine::EngineOptions, finetune::FinetuneArgs};
 
 /// Serves mixture-of-experts language models on small hardware.
 #[derive(Debug, Parser)]
@@ -45,7 +45,7 @@ enum Command {
     /// Tell how a model would divide the memory, and how fast it would be on this machine
     Plan(plan::PlanArgs),
     /// Fine-tune the weights that are served: LoRA adapters of attention, experts and the rest
-    Finetune(Box<finetune::FinetuneArgs>),
+    Finetune(Box<FinetuneArgs>),
     /// Merge an adapter into a checkpoint's weights, or average the last checkpoints of a fine-tuning run
     Merge(merge::MergeArgs),
     /// Measure prefill and decode throughput and peak memory
@@ -151,6 +151,7 @@ impl EngineArgs {
             adapters: Vec::new(),
             adapter_folder: None,
             finetunes: false,
+            adapter_memory: None,
         }
     }
 }
@@ -224,7 +225,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 /// A size: a number with a unit (`KiB`, `MiB`, `GiB`, `TiB`, `KB`, `MB`, `GB`, `TB`; `K`, `M`, `G`, `T` are the
 /// binary ones), or bytes.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);

@@ -13,7 +13,7 @@ use clap::Args;
 
 use super::{
     FormatArgs,
-    terminal::{stop_at_ctrl_c, unless_pipe_closed},
+    terminal::{stop_at_signal, unless_pipe_closed},
 };
 use crate::{engine, host, progress};
 
@@ -42,7 +42,7 @@ pub struct PackArgs {
 /// When the checkpoint can't be read, or the output can't be written.
 pub fn run(args: &PackArgs) -> Result<()> {
     let checkpoint = engine::open(args.model.as_deref())?;
-    let stop = stop_at_ctrl_c()?;
+    let stop = stop_at_signal()?;
     let compute = Compute::new(args.threads.map_or_else(host::physical_cores, usize::from));
     let options = args.formats.options();
     let packed = progress::weights("packing", |report| {

@@ -78,6 +78,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     allow_runtime_adapters: Option<PathBuf>,
 
+    /// Memory for adapters that requests load and jobs make, such as 1GiB; a part of --memory if that is given: those longest
+    /// unused leave, and are read again when a request names them [default: an eighth of --memory, or of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    adapter_memory: Option<u64>,
+
     /// Keep uploaded files and fine-tuning jobs in this folder: turns on `/v1/files` and `/v1/fine_tuning/jobs`
     #[arg(long, value_name = "DIR", help_heading = "Fine-tuning jobs")]
     storage: Option<PathBuf>,
@@ -109,6 +114,7 @@ impl ServeArgs {
             adapters: self.adapters.clone(),
             adapter_folder: self.allow_runtime_adapters.clone(),
             finetunes: self.storage.is_some(),
+            adapter_memory: self.adapter_memory,
             ..options
         })
     }
@@ -205,6 +211,7 @@ fn load(
             let jobs = storage.map(|(storage, memory)| {
                 let base = Base {
                     model: options.model.clone(),
+                    fingerprint: engine.checkpoint.fingerprint()?,
                     names: served.names.clone(),
                     weights: Weights { decoder: engine.decoder, store: engine.store },
                     adapters: served.adapters.clone(),

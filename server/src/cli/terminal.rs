@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use cadre_engine::{experts::ExpertStore, request::Request, runtime::Runtime};
 use clap::Args;
 use serde_json::{Map, Value};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     adapters::AdapterSource,
@@ -119,7 +120,7 @@ impl Terminal {
         let source = |directory: &PathBuf| AdapterSource { name: NAME.to_owned(), directory: directory.clone() };
         options.adapters = adapter.adapter.iter().map(source).collect();
         let Engine { runtime, served, store, profile, .. } = engine::start(&options)?;
-        let served = served.adapted(NAME).map_or(served, Arc::new);
+        let served = served.adapted(NAME)?.map_or(served, Arc::new);
         Ok(Self { runtime, served, store, profile, sampling: sampling.body() })
     }
 
@@ -209,15 +210,23 @@ pub fn async_runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-/// A flag that Ctrl-C sets. One who presses it again is in a hurry.
-pub fn stop_at_ctrl_c() -> Result<Arc<AtomicBool>> {
+/// The exit status of what Ctrl-C has ended.
+pub const INTERRUPTED: i32 = 130;
+
+/// A flag that Ctrl-C sets, and SIGTERM. One who asks again is in a hurry.
+pub fn stop_at_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let (runtime, told) = (async_runtime()?, stop.clone());
+    let mut terminated = runtime.block_on(async { signal(SignalKind::terminate()) })?;
     std::thread::spawn(move || {
         runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
+            loop {
+                tokio::select! {
+                    pressed = tokio::signal::ctrl_c() => if pressed.is_err() { break },
+                    _ = terminated.recv() => {}
+                }
                 if told.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
+                    std::process::exit(INTERRUPTED);
                 }
             }
         });

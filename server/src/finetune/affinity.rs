@@ -4,14 +4,10 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context, Result};
-use cadre_engine::{
-    compute::Compute,
-    nn::Decoder,
-    train::{RouterLossOptions, Trainer, affinity::most_used, parameters::Parameters, places::Place, trained::Trained},
-};
+use cadre_engine::train::{Trainer, affinity::most_used, places::Place};
 use serde::{Deserialize, Serialize};
 
-use super::data::{Data, TOKENS_AT_ONCE, batches};
+use super::data::{Data, StepSize, expert_loads};
 
 /// The file in the output directory.
 const FILE: &str = "expert_cfg.json";
@@ -27,28 +23,12 @@ pub struct ChosenExperts {
 }
 
 impl ChosenExperts {
-    /// Those that `data` use most in `decoder`: of each layer the fewest that make up `share` of its choices.
+    /// Those that `data` use most in `trainer`'s decoder: of each layer the fewest that make up `share` of its choices.
     ///
     /// # Errors
     /// When an expert can't be read.
-    pub fn measure(compute: &Compute, decoder: Decoder, data: &Data, share: f64) -> Result<Self> {
-        let (nothing, none) = (Trained::default(), Parameters::default());
-        let trainer = Trainer::new(compute.clone(), decoder, nothing, none, RouterLossOptions::default())?;
-        let (mut sums, mut tokens) = (Vec::<Vec<u64>>::new(), 0);
-        for numbers in data.chunks(TOKENS_AT_ONCE) {
-            for batch in batches(data.examples(), &numbers, 1)? {
-                tokens += batch.tokens();
-                let loads = trainer.loads(&batch)?;
-                sums.resize(loads.len(), Vec::new());
-                for (sum, load) in sums.iter_mut().zip(loads) {
-                    sum.resize(load.len(), 0);
-                    sum.iter_mut().zip(load).for_each(|(sum, count)| *sum += count);
-                }
-            }
-            if tokens >= TOKENS {
-                break;
-            }
-        }
+    pub fn measure(trainer: &Trainer, data: &Data, size: StepSize, share: f64) -> Result<Self> {
+        let sums = expert_loads(trainer, data, TOKENS, size)?;
         let experts = most_used(&sums, share).into_iter().enumerate().filter(|(_, experts)| !experts.is_empty());
         Ok(Self { experts: experts.collect(), shared_experts: false, non_expert_modules: false })
     }

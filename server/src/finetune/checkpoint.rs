@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use cadre_engine::train::{
     LogitMoments,
     guard::{GuardState, KeptBatch, Running},
@@ -147,7 +147,8 @@ impl StateFile {
     }
 }
 
-/// Writes `checkpoint-N` into `output`, there whole or not at all, and removes all but the latest `keep`.
+/// Writes `checkpoint-N` into `output`, there whole or not at all, and removes all but the latest `keep`. One that is there is
+/// of the same run and step: it stays.
 ///
 /// # Errors
 /// When the system refuses.
@@ -161,6 +162,9 @@ pub fn save(
     keep: usize,
 ) -> Result<()> {
     let folder = folder(output, position.step);
+    if folder.exists() {
+        return remove_old(output, keep);
+    }
     let unfinished = output.join(format!("{PREFIX}{}{UNFINISHED}", position.step));
     let failed = || format!("cannot save {}", folder.display());
     remove(&unfinished)?;
@@ -169,9 +173,13 @@ pub fn save(
     training_state::write(&unfinished, parameters, optimizer)?;
     let state = StateFile::new(position, optimizer.updates, settings.clone());
     write_synced(&unfinished.join(STATE_FILE), &serde_json::to_vec_pretty(&state)?).with_context(failed)?;
-    remove(&folder)?;
     fs::rename(&unfinished, &folder).with_context(failed)?;
     fs::File::open(output).and_then(|output| output.sync_all()).with_context(failed)?;
+    remove_old(output, keep)
+}
+
+/// Removes all checkpoints but the latest `keep`.
+fn remove_old(output: &Path, keep: usize) -> Result<()> {
     let all = found(output)?;
     all.iter().rev().skip(keep).try_for_each(|(_, folder)| remove(folder))
 }
@@ -224,25 +232,62 @@ pub fn is_there(output: &Path) -> Result<bool> {
     Ok(!found(output)?.is_empty())
 }
 
-/// Reads the latest checkpoint in `output`: the numbers that are trained into `parameters`.
+/// Reads the checkpoint in `folder`: the numbers that are trained into `parameters`.
 ///
 /// # Errors
-/// When there is none, it is broken, or of a run with other settings.
-pub fn resume(output: &Path, parameters: &mut Parameters, settings: &Value) -> Result<(Position, AdamWState)> {
-    let shown = output.display();
-    let Some((_, folder)) = found(output)?.pop() else {
-        bail!("--resume: {shown} has no checkpoint: start without it");
-    };
-    let path = folder.join(STATE_FILE);
-    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let state: StateFile = serde_json::from_slice(&bytes).with_context(|| format!("{} is broken", path.display()))?;
+/// When it is broken, or of a run with other settings.
+pub fn read(folder: &Path, parameters: &mut Parameters, settings: &Value) -> Result<(Position, AdamWState)> {
+    let state = read_state(folder)?;
     for (name, value) in settings.as_object().into_iter().flatten() {
         let before = state.settings.get(name).unwrap_or(&Value::Null);
         ensure!(
             before == value,
-            "--resume: the run in {shown} had {name} {before}, now it is {value}: give the same, or another --output"
+            "--resume: the run in {} had {name} {before}, now it is {value}: give the same, or another --output",
+            folder.display()
         );
     }
-    let optimizer = training_state::read(&folder, parameters, state.optimizer_updates)?;
+    let optimizer = training_state::read(folder, parameters, state.optimizer_updates)?;
     Ok((state.position(), optimizer))
+}
+
+/// The fingerprint of the model that the run of the checkpoint in `folder` began from.
+///
+/// # Errors
+/// When the checkpoint is broken.
+pub fn model_fingerprint(folder: &Path) -> Result<String> {
+    let state = read_state(folder)?;
+    let found = state.settings.get("model_fingerprint").and_then(Value::as_str);
+    Ok(found.with_context(|| format!("{} names no model", folder.display()))?.to_owned())
+}
+
+fn read_state(folder: &Path) -> Result<StateFile> {
+    let path = folder.join(STATE_FILE);
+    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is broken", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use cadre_engine::train::guard::{Guard, GuardOptions};
+
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_that_is_there_is_never_taken_away_to_be_saved_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let guard = Guard::new(GuardOptions::default()).state().clone();
+        let state = AdamWState { updates: 0, first_moments: Vec::new(), second_moments: Vec::new() };
+        let save = |step| {
+            let position = Position { step, drawn: 0, guard: guard.clone(), logits: Vec::new() };
+            save(directory.path(), &position, None, &Parameters::default(), &state, &Value::Null, 1).unwrap();
+            let all = found(directory.path()).unwrap();
+            assert_eq!(all.len(), 1, "as many as are to be kept");
+            (all[0].0, fs::metadata(&all[0].1).unwrap().ino())
+        };
+        let first = save(3);
+        assert_eq!(save(3), first);
+        assert_eq!(save(5).0, 5);
+    }
 }

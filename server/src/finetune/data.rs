@@ -3,16 +3,26 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use cadre_engine::train::{Batch, order::shuffled};
+use cadre_engine::train::{Batch, Trainer, order::shuffled};
 use cadre_models::{
     ChatTemplate, Tokenizer,
-    dataset::{self, Dataset, DatasetOptions, Example},
+    dataset::{self, BadLine, Dataset, DatasetOptions, Example},
 };
 
 use super::settings::Settings;
 
-/// Tokens that go through the model at once where no step says how many.
-pub const TOKENS_AT_ONCE: usize = 4096;
+/// How many tokens go through the model together at most: in a step, and in looking at data by the same memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSize {
+    /// Those of a step.
+    pub tokens: usize,
+    /// The batches of a step.
+    pub batches: usize,
+    /// Those of one batch.
+    pub batch_tokens: usize,
+    /// Those of an example.
+    pub longest: usize,
+}
 
 /// Examples, and what counts as one in a batch.
 pub struct Data {
@@ -26,19 +36,20 @@ pub struct Data {
 }
 
 impl Data {
-    /// Reads `files`.
+    /// Reads `files`; `on_bad` is told of each broken line.
     ///
     /// # Errors
-    /// When lines are broken, all of them are told.
+    /// When lines are broken, and aren't to be skipped.
     pub fn read(
         files: &[PathBuf],
         settings: &Settings,
         max_length: usize,
         tokenizer: &Tokenizer,
         template: Option<&ChatTemplate>,
+        on_bad: &mut dyn FnMut(&BadLine),
     ) -> Result<Self> {
         let options = DatasetOptions { max_length, loss_on: settings.loss_on, skip_bad: settings.skip_bad };
-        let dataset = dataset::read(files, tokenizer, template, &options)?;
+        let dataset = dataset::read(files, tokenizer, template, &options, on_bad)?;
         let lengths: Vec<usize> = dataset.examples.iter().map(|example| example.tokens.len()).collect();
         let units = if settings.packing {
             dataset::pack(&lengths, max_length)
@@ -78,31 +89,62 @@ impl Data {
         units.iter().flat_map(|unit| &self.units[*unit]).map(|index| *index as u64).collect()
     }
 
-    /// The numbers of all examples in order, in groups of at most `tokens` tokens; a longer example is one by itself.
-    pub fn chunks(&self, tokens: usize) -> Vec<Vec<u64>> {
-        let (mut chunks, mut taken) = (Vec::<Vec<u64>>::new(), 0);
-        for (number, example) in (0..).zip(self.examples()) {
+    /// How many of the first examples have at most so many tokens together; at least one.
+    pub fn first(&self, tokens: usize) -> usize {
+        let mut taken = 0;
+        let fits = |example: &&Example| {
             taken += example.tokens.len();
-            match chunks.last_mut() {
-                Some(chunk) if taken <= tokens => chunk.push(number),
+            taken <= tokens
+        };
+        self.examples().iter().take_while(fits).count().max(1)
+    }
+
+    /// The first `count` examples in order, as the batches of steps of that size; a longer example is a step by itself.
+    pub fn steps_of_first(&self, count: usize, size: StepSize) -> impl Iterator<Item = Result<Vec<Batch>>> {
+        let (mut groups, mut taken) = (Vec::<Vec<u64>>::new(), 0);
+        for (number, example) in (0..).zip(self.examples().iter().take(count)) {
+            taken += example.tokens.len();
+            match groups.last_mut() {
+                Some(group) if taken <= size.tokens => group.push(number),
                 _ => {
-                    chunks.push(vec![number]);
+                    groups.push(vec![number]);
                     taken = example.tokens.len();
                 }
             }
         }
-        chunks
+        groups.into_iter().map(move |numbers| batches(self.examples(), &numbers, size.batches))
     }
 
-    /// The most tokens that a step may have, those of one of its `parts`, and those of an example.
-    pub fn most_tokens(&self, parts: usize) -> [usize; 3] {
+    /// The most tokens that go through the model together in steps of `parts` batches, and in looking at the examples of
+    /// `eval`.
+    pub fn step_size(&self, parts: usize, eval: Option<&Self>) -> StepSize {
         let tokens = |unit: &Vec<usize>| unit.iter().map(|index| self.examples()[*index].tokens.len()).sum::<usize>();
         let mut sizes: Vec<usize> = self.units.iter().map(tokens).collect();
         sizes.sort_unstable_by(|one, other| other.cmp(one));
-        let longest = self.examples().iter().map(|example| example.tokens.len()).max().unwrap_or(0);
-        let step: usize = sizes.iter().take(self.per_step).sum();
-        [step, (step.div_ceil(parts) + longest).min(step), longest]
+        let examples = self.examples().iter().chain(eval.into_iter().flat_map(Self::examples));
+        let longest = examples.map(|example| example.tokens.len()).max().unwrap_or(0);
+        let tokens = sizes.iter().take(self.per_step).sum::<usize>().max(longest);
+        let batch_tokens = (tokens.div_ceil(parts) + longest).min(tokens);
+        StepSize { tokens, batches: parts, batch_tokens, longest }
     }
+}
+
+/// How often each expert of each layer is chosen for the first examples of `data` with up to so many tokens; empty for layers
+/// without a router.
+///
+/// # Errors
+/// When an expert can't be read.
+pub fn expert_loads(trainer: &Trainer, data: &Data, tokens: usize, size: StepSize) -> Result<Vec<Vec<u64>>> {
+    let mut sums = Vec::<Vec<u64>>::new();
+    for batches in data.steps_of_first(data.first(tokens), size) {
+        let loads = trainer.loads(&batches?)?;
+        sums.resize(loads.len(), Vec::new());
+        for (sum, load) in sums.iter_mut().zip(loads) {
+            sum.resize(load.len(), 0);
+            sum.iter_mut().zip(load).for_each(|(sum, count)| *sum += count);
+        }
+    }
+    Ok(sums)
 }
 
 /// The examples of these numbers in `parts` batches of about as many tokens each.
@@ -126,4 +168,44 @@ pub fn batches(examples: &[Example], numbers: &[u64], parts: usize) -> Result<Ve
     }
     ensure!(batches.iter().any(|batch| !batch.targets.is_empty()), "a batch without a target token");
     Ok(batches)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// Data of examples of these lengths, two of which make a step.
+    fn data(lengths: &[usize]) -> Data {
+        let example = |length: &usize| Example {
+            tokens: vec![7; *length],
+            targets: (0..*length).map(|index| index > 0).collect(),
+            file: Arc::from("a.jsonl"),
+            line: 1,
+            cut_tokens: 0,
+        };
+        let examples: Vec<Example> = lengths.iter().map(example).collect();
+        let units = (0..examples.len()).map(|index| vec![index]).collect();
+        Data { dataset: Dataset { examples, ..Dataset::default() }, units, per_step: 2, seed: 1 }
+    }
+
+    #[test]
+    fn what_is_looked_at_goes_through_in_pieces_of_a_step() {
+        let (train, held_out) = (data(&[4, 3, 5, 2, 2]), data(&[3, 3, 3, 12, 3, 2, 2, 9, 2]));
+        assert_eq!(train.step_size(2, None), StepSize { tokens: 9, batches: 2, batch_tokens: 9, longest: 5 });
+        let size = train.step_size(2, Some(&held_out));
+        assert_eq!(size, StepSize { tokens: 12, batches: 2, batch_tokens: 12, longest: 12 });
+        let size = StepSize { tokens: 9, batches: 2, batch_tokens: 9, longest: 5 };
+        let pieces: Vec<Vec<Batch>> = held_out.steps_of_first(9, size).collect::<Result<_>>().unwrap();
+        let sizes: Vec<Vec<usize>> = pieces.iter().map(|piece| piece.iter().map(Batch::tokens).collect()).collect();
+        assert_eq!(sizes, [vec![6, 3], vec![12], vec![5, 2], vec![9], vec![2]]);
+        assert_eq!(held_out.steps_of_first(2, size).count(), 1);
+    }
+
+    #[test]
+    fn the_first_examples_are_as_many_as_have_so_many_tokens() {
+        let data = data(&[4, 3, 5, 2]);
+        assert_eq!([3, 4, 7, 11, 12, 99].map(|tokens| data.first(tokens)), [1, 1, 2, 2, 3, 4]);
+    }
 }

@@ -1,75 +1,65 @@
 //! Fine-tuning jobs of a server: one at a time, on the weights that are served, on threads that give way to serving.
 //!
 //! What happens to a job is written to the [`Storage`] before anybody is told, so a server that is killed goes on where
-//! the job's latest checkpoint is. A job that ends serves its adapter, and so does each of its latest checkpoints.
+//! the job's latest checkpoint is. A job that succeeds serves its adapter, and it serves its latest checkpoints, also once it
+//! is cancelled. A job that fails leaves nothing.
+//!
+//! One thread looks at the data of new jobs, another one trains. A job that panics fails; where the storage fails, the thread
+//! tries again later.
 
 use std::{
+    any::Any,
     fmt::Write as _,
-    fs,
+    fs, io,
+    panic::{self, AssertUnwindSafe},
     path::Path,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use cadre_models::DatasetError;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Ended, Prepared, Watcher, Weights, checkpoint,
+    Ended, FinetuneArgs, Prepared, Watcher, Weights, checkpoint, hyperparameters,
     prepare::EVAL_FLAG,
     run::{self, LOG_FILE},
     settings::Settings,
     step_log::{EvaluationLine, Line, StepLine, StepLog},
 };
 use crate::{
-    adapters::{AdapterSource, Adapters},
-    cli::finetune::FinetuneArgs,
+    adapters::{self, AdapterSource, Adapters},
     metrics,
-    storage::{EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError},
+    storage::{EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError, Upload},
 };
 
 /// What model names have in the place of OpenAI's organization.
 const ORGANIZATION: &str = "cadre";
-/// The learning rate that a multiplier of 1 stands for.
-const LEARNING_RATE: f64 = 2e-4;
 /// Steps between checkpoints at most: what a killed server loses.
 const MOST_STEPS_UNSAVED: u64 = 100;
+/// Checkpoints in the course of a job, if that leaves no more steps than those unsaved.
+const CHECKPOINTS: u64 = 20;
 /// Steps that are told of in the course of a job, if that leaves out no more than so many in a row.
 const STEPS_TOLD: u64 = 200;
 const MOST_STEPS_UNTOLD: u64 = 10;
-/// Settings that a job may give besides OpenAI's, by the names of `cadre finetune`'s flags with underscores.
-const SETTINGS: [&str; 20] = [
-    "rank",
-    "alpha",
-    "rslora",
-    "dropout",
-    "targets",
-    "adapter_layout",
-    "learning_rate",
-    "scheduler",
-    "warmup_ratio",
-    "max_steps",
-    "grad_accum",
-    "weight_decay",
-    "clip",
-    "spike_threshold",
-    "max_length",
-    "packing",
-    "loss_on",
-    "aux_loss_coef",
-    "z_loss_coef",
-    "routing_warmup_steps",
-];
+/// What events and checkpoints call the losses of the training and of the validation data.
+const TRAIN_LOSS: &str = "train_loss";
+const VALID_LOSS: &str = "full_valid_loss";
+/// How long jobs wait at first, and at most, where the storage has failed.
+const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
 /// What jobs train on top of.
 #[derive(Clone)]
 pub struct Base {
     /// As it was opened for serving.
     pub model: Option<String>,
+    /// What tells its weights from others.
+    pub fingerprint: String,
     /// The names that it is served under.
     pub names: Vec<String>,
     /// Its weights.
@@ -98,6 +88,14 @@ pub enum JobsError {
         /// What was asked for.
         wanted: &'static str,
     },
+    /// A model that a job goes on from.
+    #[error("the model `{model}` is needed by the fine-tuning job `{job}`, which is not done")]
+    Needed {
+        /// The model.
+        model: String,
+        /// The job.
+        job: String,
+    },
     /// The storage.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -118,6 +116,26 @@ struct State {
     current: Option<(String, Arc<AtomicBool>)>,
     /// The server ends.
     is_ending: bool,
+}
+
+impl State {
+    /// Lets a job stop after its step if it is the one that trains; whether it is.
+    fn stop(&self, id: &str) -> bool {
+        let current = self.current.as_ref().filter(|(current, _)| current == id);
+        current.inspect(|(_, stop)| stop.store(true, Ordering::Relaxed)).is_some()
+    }
+}
+
+/// A job's turn: while it lives, that job is the one that trains.
+struct Turn<'a> {
+    jobs: &'a Jobs,
+    stop: Arc<AtomicBool>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.jobs.state().current = None;
+    }
 }
 
 /// The thread that jobs train on.
@@ -149,17 +167,28 @@ impl Jobs {
     /// When the storage can't be read.
     pub fn start(storage: Arc<Storage>, base: Base) -> Result<(Arc<Self>, Runner)> {
         let jobs = Arc::new(Self { storage, base, state: Mutex::default(), changed: Condvar::new() });
-        for status in JobStatus::ALL {
-            for job in jobs.storage.jobs_that_are(status)? {
-                jobs.serve_again(&job)?;
-                if job.status == JobStatus::ValidatingFiles {
-                    jobs.clone().validate(job);
-                }
+        for job in jobs.storage.jobs_with_models(&jobs.base.fingerprint)? {
+            jobs.serve_again(&job)?;
+        }
+        for job in jobs.storage.jobs_of_others(&jobs.base.fingerprint)? {
+            const OTHER: &str =
+                "The job belongs to another model than this server's: it waits for a server with that one";
+            tracing::warn!(
+                job = job.id,
+                model = job.asked.model,
+                "a fine-tuning job of another model: nothing of it is served"
+            );
+            if !job.status.is_final() {
+                jobs.storage.set_status(&job.id, &[JobStatus::Running], JobStatus::Queued)?;
+                jobs.storage.add_event(&job.id, Level::Warn, OTHER, EventKind::Message)?;
             }
         }
         jobs.show_counts();
-        let worker = jobs.clone();
-        let thread = thread::Builder::new().name("finetune".into()).spawn(move || worker.work())?;
+        let [looker, trainer] = [(); 2].map(|()| jobs.clone());
+        let look = move || looker.work(Storage::next_to_validate, Self::validate);
+        thread::Builder::new().name("validate".into()).spawn(look)?;
+        let train = move || trainer.work(Storage::next_to_train, Self::train);
+        let thread = thread::Builder::new().name("finetune".into()).spawn(train)?;
         Ok((jobs.clone(), Runner { jobs, thread }))
     }
 
@@ -171,61 +200,16 @@ impl Jobs {
     /// Adds a job, whose data are looked at meanwhile.
     ///
     /// # Errors
-    /// When the storage fails.
-    pub fn create(self: &Arc<Self>, asked: NewJob) -> Result<Job, StorageError> {
-        let job = self.storage.add_job(asked)?;
-        let id = &job.id;
-        self.storage.add_event(id, Level::Info, &format!("Created fine-tuning job: {id}"), EventKind::Message)?;
-        self.clone().validate(job.clone());
+    /// When a file isn't there, or the storage fails.
+    pub fn create(&self, asked: NewJob) -> Result<Job, StorageError> {
+        let job = self.storage.add_job(asked, &self.base.fingerprint)?;
+        self.wake();
         self.show_counts();
         Ok(job)
     }
 
-    /// The settings of a job with these hyperparameters, which are completed by what OpenAI's own default to.
-    ///
-    /// # Errors
-    /// When one is unknown, of another type, or out of its range.
-    pub fn check(&self, hyperparameters: &mut Map<String, Value>) -> Result<()> {
-        for (name, default) in
-            [("n_epochs", json!(3)), ("batch_size", json!(4)), ("learning_rate_multiplier", json!(1))]
-        {
-            let value = hyperparameters.entry(name).or_insert(Value::Null);
-            if value.is_null() || value == "auto" {
-                *value = default;
-            }
-        }
-        let nowhere = NewJob {
-            model: String::new(),
-            training_file: String::new(),
-            validation_file: None,
-            suffix: None,
-            seed: 0,
-            metadata: Map::new(),
-            hyperparameters: hyperparameters.clone(),
-        };
-        self.settings("", &nowhere).map(|_| ())
-    }
-
     fn settings(&self, id: &str, asked: &NewJob) -> Result<Settings> {
-        let mut fields = Map::new();
-        for (name, value) in &asked.hyperparameters {
-            let (name, value) = match name.as_str() {
-                "n_epochs" if asked.hyperparameters.contains_key("max_steps") => continue,
-                "n_epochs" => ("epochs".to_owned(), value.clone()),
-                "batch_size" => ("batch-size".to_owned(), value.clone()),
-                "learning_rate_multiplier" if asked.hyperparameters.contains_key("learning_rate") => continue,
-                "learning_rate_multiplier" => {
-                    let factor = value.as_f64().with_context(|| format!("{name} must be a number, got {value}"))?;
-                    ("learning-rate".to_owned(), json!(LEARNING_RATE * factor))
-                }
-                known if SETTINGS.contains(&known) => (known.replace('_', "-"), value.clone()),
-                _ => bail!(
-                    "`{name}` is not a hyperparameter: n_epochs, batch_size, learning_rate_multiplier, {}",
-                    SETTINGS.join(", ")
-                ),
-            };
-            fields.insert(name, value);
-        }
+        let mut fields = hyperparameters::fields(&asked.hyperparameters)?;
         let path = |file: &str| json!([self.storage.file_path(file, Purpose::FineTune)]);
         fields.insert("model".to_owned(), json!(self.base.model));
         fields.insert("data".to_owned(), path(&asked.training_file));
@@ -247,11 +231,15 @@ impl Jobs {
     /// When it is, or there is no such job.
     pub fn cancel(&self, id: &str) -> Result<Job, JobsError> {
         let open = [JobStatus::ValidatingFiles, JobStatus::Queued, JobStatus::Running];
+        let state = self.state();
         if !self.storage.set_status(id, &open, JobStatus::Cancelled)? {
             return Err(self.refuse(id, "cancelled"));
         }
         self.storage.add_event(id, Level::Info, "The job was cancelled", EventKind::Message)?;
-        self.stop(id);
+        if !state.stop(id) {
+            self.storage.remove_run_of_no_model(id)?;
+        }
+        drop(state);
         self.show_counts();
         self.job(id)
     }
@@ -261,13 +249,14 @@ impl Jobs {
     /// # Errors
     /// When it is done or paused, or there is no such job.
     pub fn pause(&self, id: &str) -> Result<Job, JobsError> {
+        let state = self.state();
         let job = self.job(id)?;
         if job.status.is_final() || job.is_paused {
             return Err(self.refuse(id, "paused"));
         }
         self.storage.set_paused(id, true)?;
         self.storage.add_event(id, Level::Info, "The job was paused", EventKind::Message)?;
-        self.stop(id);
+        state.stop(id);
         self.job(id)
     }
 
@@ -282,7 +271,7 @@ impl Jobs {
         }
         self.storage.set_paused(id, false)?;
         self.storage.add_event(id, Level::Info, "The job was resumed", EventKind::Message)?;
-        self.changed.notify_all();
+        self.wake();
         self.job(id)
     }
 
@@ -298,15 +287,16 @@ impl Jobs {
         }
     }
 
-    fn stop(&self, id: &str) {
-        if let Some((_, stop)) = self.state().current.as_ref().filter(|(current, _)| current == id) {
-            stop.store(true, Ordering::Relaxed);
-        }
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing under the lock can leave it half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There may be something to do.
+    fn wake(&self) {
+        // Who is about to wait has either seen what there is to do, or waits by now.
+        let _state = self.state();
+        self.changed.notify_all();
     }
 
     fn show_counts(&self) {
@@ -317,153 +307,174 @@ impl Jobs {
         }
     }
 
-    /// Looks at a job's data on a thread of its own; then it waits for its turn, or has failed.
-    fn validate(self: Arc<Self>, job: Job) {
-        let id = job.id.clone();
-        let jobs = self.clone();
-        let spawned = thread::Builder::new().name("validate".into()).spawn(move || {
-            give_way();
-            if let Err(error) = jobs.validated(&job) {
-                tracing::error!(job = job.id, %error, "a fine-tuning job could not be validated");
-            }
-            jobs.show_counts();
-            jobs.changed.notify_all();
-        });
-        if let Err(error) = spawned {
-            tracing::error!(job = id, %error, "a fine-tuning job is validated at the next start");
-        }
-    }
-
-    fn validated(&self, job: &Job) -> Result<(), StorageError> {
-        let id = &job.id;
-        let files = [
-            ("training_file", Some(&job.asked.training_file)),
-            ("validation_file", job.asked.validation_file.as_ref()),
-        ];
-        for (param, file) in files.into_iter().filter_map(|(param, file)| Some((param, file?))) {
-            let what = param.replace('_', " ");
-            self.storage.add_event(id, Level::Info, &format!("Validating {what}: {file}"), EventKind::Message)?;
-        }
-        let prepared = self
-            .settings(id, &job.asked)
-            .and_then(|settings| Prepared::new(&settings, Some(self.base.weights.clone())));
-        if let Err(error) = prepared {
-            if let (Some(found), Some(flag)) = (error.downcast_ref::<DatasetError>(), error.downcast_ref::<&str>()) {
-                let (param, file) = files[usize::from(*flag == EVAL_FLAG)];
-                let file = file.map_or("", String::as_str);
-                // A client knows its file by its id.
-                let path = self.storage.file_path(file, Purpose::FineTune);
-                let message = found.to_string().replace(&path.display().to_string(), file);
-                return self.fail(id, &format!("invalid_{param}"), &message, Some(param));
-            }
-            return self.fail(id, "invalid_hyperparameters", &format!("{error:#}"), Some("hyperparameters"));
-        }
-        if self.storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued)? {
-            let message = "Files validated, moving job to queued state";
-            self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
-        }
-        Ok(())
-    }
-
-    fn fail(&self, id: &str, code: &str, message: &str, param: Option<&str>) -> Result<(), StorageError> {
-        tracing::warn!(job = id, message, "a fine-tuning job has failed");
-        let error = JobError { code: code.to_owned(), message: message.to_owned(), param: param.map(str::to_owned) };
-        self.storage.add_event(id, Level::Error, &format!("The job failed: {message}"), EventKind::Message)?;
-        self.storage.fail_job(id, &error)
-    }
-
-    /// Trains one job after the other until the server ends.
-    fn work(&self) {
+    /// Does a `part` of one job after the other until the server ends; `next` says which one's.
+    fn work(
+        &self,
+        next: fn(&Storage, &str) -> Result<Option<Job>, StorageError>,
+        part: fn(&Self, &Job) -> Result<(), StorageError>,
+    ) {
         give_way();
-        while let Some((job, stop)) = self.wait() {
-            if let Err(error) = self.turn(&job, &stop) {
-                tracing::error!(job = job.id, %error, "a fine-tuning job can't be kept up with");
-                let _ = self.fail(&job.id, "server_error", &error.to_string(), None);
-            }
-            self.state().current = None;
+        let mut pause = Duration::ZERO;
+        while let Some(next) = self.wait(pause, next) {
+            pause = match next.and_then(|job| self.guarded(&job, part)) {
+                Ok(()) => Duration::ZERO,
+                Err(error) => {
+                    let pause = longer(pause);
+                    tracing::error!(%error, seconds = pause.as_secs(), "fine-tuning jobs wait for the storage");
+                    pause
+                }
+            };
             self.show_counts();
         }
     }
 
-    /// The next job; `None` when the server ends.
-    fn wait(&self) -> Option<(Job, Arc<AtomicBool>)> {
-        let mut state = self.state();
+    /// The next job after a pause, or why it isn't known; `None` when the server ends.
+    fn wait(
+        &self,
+        pause: Duration,
+        next: fn(&Storage, &str) -> Result<Option<Job>, StorageError>,
+    ) -> Option<Result<Job, StorageError>> {
+        let paused = self.changed.wait_timeout_while(self.state(), pause, |state| !state.is_ending);
+        let (mut state, _) = paused.unwrap_or_else(PoisonError::into_inner);
         loop {
             if state.is_ending {
                 return None;
             }
-            match self.storage.next_job() {
-                Ok(Some(job)) => {
-                    let stop = Arc::new(AtomicBool::new(false));
-                    state.current = Some((job.id.clone(), stop.clone()));
-                    return Some((job, stop));
-                }
-                Ok(None) => {}
-                Err(error) => tracing::error!(%error, "the next fine-tuning job is unknown"),
+            if let Some(found) = next(&self.storage, &self.base.fingerprint).transpose() {
+                return Some(found);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Trains a job until it ends or is stopped.
-    fn turn(&self, job: &Job, stop: &AtomicBool) -> Result<(), StorageError> {
+    /// Does a `part` of a job, which fails if that panics.
+    fn guarded(&self, job: &Job, part: fn(&Self, &Job) -> Result<(), StorageError>) -> Result<(), StorageError> {
+        panic::catch_unwind(AssertUnwindSafe(|| part(self, job))).unwrap_or_else(|panic| {
+            let message = format!("the server failed while it worked on the job: {}", said(&*panic));
+            self.fail(&job.id, "server_error", &message, None)
+        })
+    }
+
+    /// Looks at a job's data; then it waits for its turn, or has failed.
+    fn validate(&self, job: &Job) -> Result<(), StorageError> {
         let id = &job.id;
-        if !self.storage.set_status(id, &[JobStatus::Queued, JobStatus::Running], JobStatus::Running)? {
-            return Ok(());
+        for (param, file) in job.asked.files() {
+            let message = format!("Validating {}: {file}", param.replace('_', " "));
+            self.storage.add_event(id, Level::Info, &message, EventKind::Message)?;
         }
+        let fits = self.settings(id, &job.asked).and_then(|settings| {
+            let prepared = Prepared::new(&settings, Some(self.base.weights.clone()), &mut |_| {})?;
+            let bytes = prepared.trainee.numbers().saturating_mul(size_of::<f32>() as u64);
+            Ok(self.base.adapters.check_size(&self.model_name(job), bytes)?)
+        });
+        if let Err(error) = fits {
+            if let (Some(found), Some(flag)) = (error.downcast_ref::<DatasetError>(), error.downcast_ref::<&str>()) {
+                let mut files = job.asked.files();
+                let (param, file) = if *flag == EVAL_FLAG { files.last() } else { files.next() }.unwrap_or_default();
+                // A client knows its file by its id.
+                let path = self.storage.file_path(file, Purpose::FineTune);
+                let message = found.to_string().replace(&path.display().to_string(), file);
+                return self.fail(id, &format!("invalid_{param}"), &message, Some(param));
+            }
+            let message = hyperparameters::by_names(&format!("{error:#}"));
+            return self.fail(id, "invalid_hyperparameters", &message, Some("hyperparameters"));
+        }
+        if self.storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued)? {
+            let message = "Files validated, moving job to queued state";
+            self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
+            self.wake();
+        }
+        Ok(())
+    }
+
+    fn fail(&self, id: &str, code: &str, message: &str, param: Option<&str>) -> Result<(), StorageError> {
+        let error = JobError { code: code.to_owned(), message: message.to_owned(), param: param.map(str::to_owned) };
+        let _state = self.state();
+        let Some(models) = self.storage.fail_job(id, &error)? else { return Ok(()) };
+        tracing::warn!(job = id, message, "a fine-tuning job has failed");
+        models.iter().for_each(|model| _ = self.base.adapters.unload(model));
+        self.storage.remove_run_of_no_model(id)
+    }
+
+    /// The turn of a job that waits for it.
+    fn begin(&self, id: &str) -> Result<Option<Turn<'_>>, StorageError> {
+        let mut state = self.state();
+        if state.is_ending || !self.storage.begin_job(id)? {
+            return Ok(None);
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        state.current = Some((id.to_owned(), stop.clone()));
+        drop(state);
+        Ok(Some(Turn { jobs: self, stop }))
+    }
+
+    /// Trains a job until it ends or is stopped.
+    fn train(&self, job: &Job) -> Result<(), StorageError> {
+        let id = &job.id;
+        let Some(turn) = self.begin(id)? else { return Ok(()) };
         self.show_counts();
         let message =
             if self.storage.job_folder(id).exists() { "Fine-tuning job goes on" } else { "Fine-tuning job started" };
         self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
-        match self.train(job, stop) {
-            Ok(true) => self.publish(job)?,
-            Ok(false) if self.state().is_ending => {}
+        match self.make_steps(job, &turn.stop) {
+            Ok(Ended::Finished { .. }) => {}
+            Ok(Ended::Stopped { .. }) if self.state().is_ending => {}
             // It was cancelled, or paused; it may have been resumed since.
-            Ok(false) => {
+            Ok(Ended::Stopped { .. }) => {
                 self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued)?;
             }
-            Err(error) => self.fail(id, "training_failed", &format!("{error:#}"), None)?,
+            Err(error) => match error.downcast::<StorageError>() {
+                Ok(error) => return Err(error),
+                Err(error) if lacks_space(&error) => {
+                    let message = format!(
+                        "The job was paused: {error:#}. Make room and resume it: it goes on from its latest checkpoint"
+                    );
+                    self.storage.set_paused(id, true)?;
+                    self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued)?;
+                    self.storage.add_event(id, Level::Warn, &message, EventKind::Message)?;
+                }
+                Err(error) => self.fail(id, "training_failed", &format!("{error:#}"), None)?,
+            },
         }
-        Ok(())
+        drop(turn);
+        self.storage.remove_run_of_no_model(id)
     }
 
-    /// Whether the job made all its steps.
-    fn train(&self, job: &Job, stop: &AtomicBool) -> Result<bool> {
+    /// Makes the steps that a job has not yet made; if those are all, it has succeeded.
+    fn make_steps(&self, job: &Job, stop: &AtomicBool) -> Result<Ended> {
         let mut settings = self.settings(&job.id, &job.asked)?;
-        let prepared = Prepared::new(&settings, Some(self.base.weights.clone()))?;
+        let prepared = Prepared::new(&settings, Some(self.base.weights.clone()), &mut |_| {})?;
         // As the same job would be whenever it is gone on with.
-        let epoch = prepared.data.steps(1.0).clamp(1, MOST_STEPS_UNSAVED);
-        (settings.save_every, settings.eval_every) = (epoch, epoch);
-        let resume = checkpoint::is_there(&settings.output)?;
-        let mut watcher =
-            JobWatcher { jobs: self, job, steps: 0, tokens: 0, first: None, trained: None, held_out: None };
-        let ended = run::run(&settings, prepared, resume, stop, &mut watcher)?;
-        Ok(matches!(ended, Ended::Finished { .. }))
-    }
-
-    /// Serves what a job has made.
-    fn publish(&self, job: &Job) -> Result<(), StorageError> {
-        let (id, model) = (&job.id, self.model_name(job));
-        let folder = self.storage.job_folder(id);
-        let made = self.serve(&model, &folder).and_then(|()| self.keep_results(id, &folder));
-        let results = match made {
-            Ok(results) => results,
-            Err(error) => return self.fail(id, "server_error", &format!("{error:#}"), None),
+        let each = steps_between_checkpoints(prepared.data.steps(1.0), prepared.steps);
+        (settings.save_every, settings.eval_every) = (each, each);
+        let resume = run::has_begun(&settings.output)?;
+        let mut watcher = JobWatcher {
+            jobs: self,
+            job,
+            steps: 0,
+            told: [0; 2],
+            tokens: 0,
+            first: None,
+            trained: None,
+            held_out: None,
         };
-        if self.storage.finish_job(id, &model, &results)? {
-            let message = format!("New fine-tuned model created: {model}");
-            self.storage.add_event(id, Level::Info, &message, EventKind::Message)?;
-            let message = "The job has successfully completed";
-            self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
+        let ended = run::run(&settings, prepared, resume, stop, &mut watcher)?;
+        if let Ended::Finished { .. } = ended {
+            let model = self.model_name(job);
+            let results = self.write_results(&job.id)?;
+            // Nobody deletes a model that isn't served yet.
+            let _state = self.state();
+            if self.storage.finish_job(&job.id, &model, results)? {
+                self.serve(&model, &settings.output);
+            }
         }
-        Ok(())
+        Ok(ended)
     }
 
-    /// Writes the CSV file of a job's results, and returns its id.
-    fn keep_results(&self, id: &str, folder: &Path) -> Result<String> {
+    /// Writes the CSV file of a job's results.
+    fn write_results(&self, id: &str) -> Result<Upload> {
         let mut text = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n".to_owned();
-        let lines = StepLog::read(&folder.join(LOG_FILE))?;
-        for line in &lines {
+        for line in StepLog::read(&self.storage.job_folder(id).join(LOG_FILE))? {
             match line {
                 Line::Step(StepLine { step, loss, accuracy, .. }) => {
                     writeln!(text, "{},{loss},{accuracy},,", step + 1)?
@@ -474,9 +485,9 @@ impl Jobs {
                 Line::Guard(_) | Line::Routing(_) => {}
             }
         }
-        let upload = self.storage.new_upload();
-        fs::write(&upload.path, text).with_context(|| format!("cannot write {}", upload.path.display()))?;
-        Ok(self.storage.add_file(upload, &format!("step_metrics-{id}.csv"), Purpose::FineTuneResults)?.id)
+        let results = self.storage.new_results(id);
+        fs::write(&results.path, text).with_context(|| format!("cannot write {}", results.path.display()))?;
+        Ok(results)
     }
 
     /// `ft:BASE:ORGANIZATION:SUFFIX:ID`
@@ -486,9 +497,8 @@ impl Jobs {
         format!("ft:{}:{ORGANIZATION}:{suffix}:{id}", job.asked.model)
     }
 
-    fn serve(&self, name: &str, folder: &Path) -> Result<()> {
-        let source = AdapterSource { name: name.to_owned(), directory: folder.to_owned() };
-        Ok(self.base.adapters.load(&source, true)?)
+    fn serve(&self, name: &str, folder: &Path) {
+        self.base.adapters.add(AdapterSource { name: name.to_owned(), directory: folder.to_owned() });
     }
 
     /// Serves what a job had made when the server ended.
@@ -497,24 +507,69 @@ impl Jobs {
         let checkpoints = self.storage.checkpoints(&job.id, None, u32::MAX as usize)?.data;
         let checkpoints = checkpoints.into_iter().map(|one| (one.model, checkpoint::folder(&folder, one.step)));
         for (name, folder) in checkpoints.chain(job.fine_tuned_model.clone().map(|name| (name, folder.clone()))) {
-            if let Err(error) = self.serve(&name, &folder) {
-                tracing::warn!(model = name, error = format!("{error:#}"), "a fine-tuned model isn't served");
+            if adapters::is_in(&folder) {
+                self.serve(&name, &folder);
+            } else {
+                tracing::warn!(model = name, folder = %folder.display(), "a fine-tuned model is gone: it isn't served");
             }
         }
         Ok(())
     }
 
-    /// Forgets a model that a job has made, with its checkpoints; whether there was one.
+    /// Removes what a job has made: a checkpoint, or by the name of its model everything; whether there was one of that name.
     ///
     /// # Errors
-    /// When the storage fails.
-    pub fn delete_model(&self, name: &str) -> Result<bool, StorageError> {
-        let Some(checkpoints) = self.storage.forget_model(name)? else { return Ok(false) };
-        for model in checkpoints.iter().map(String::as_str).chain([name]) {
-            self.base.adapters.unload(model);
+    /// When a job that isn't done needs it, or the storage fails.
+    pub fn delete_model(&self, name: &str) -> Result<bool, JobsError> {
+        let state = self.state();
+        let Some((job, step)) = self.storage.maker_of(name)? else { return Ok(false) };
+        let is_current = state.current.as_ref().is_some_and(|(current, _)| *current == job.id);
+        if !job.status.is_final() || job.status == JobStatus::Cancelled && is_current {
+            return Err(JobsError::Needed { model: name.to_owned(), job: job.id });
         }
+        // What is not served any more may stay, but not the other way round.
+        self.base.adapters.unload(name);
+        match step {
+            Some(step) => {
+                self.storage.remove_checkpoint(&job.id, step)?;
+                let folder = checkpoint::folder(&self.storage.job_folder(&job.id), step);
+                if let Err(error) = fs::remove_dir_all(&folder) {
+                    tracing::warn!(folder = %folder.display(), %error, "a checkpoint can't be removed");
+                }
+            }
+            None => {
+                let checkpoints = self.storage.forget_models(&job.id)?;
+                checkpoints.iter().for_each(|model| _ = self.base.adapters.unload(model));
+            }
+        }
+        self.storage.remove_run_of_no_model(&job.id)?;
         Ok(true)
     }
+}
+
+/// Steps between checkpoints of a job of so many `steps`: whole epochs, but for long ones.
+fn steps_between_checkpoints(epoch: u64, steps: u64) -> u64 {
+    let epoch = epoch.clamp(1, MOST_STEPS_UNSAVED);
+    let apart = steps.div_ceil(CHECKPOINTS).min(MOST_STEPS_UNSAVED);
+    epoch * (apart / epoch).max(1)
+}
+
+/// How long jobs wait after a failure of the storage that follows a pause of this length.
+fn longer(pause: Duration) -> Duration {
+    let [shortest, longest] = PAUSES;
+    (2 * pause).clamp(shortest, longest)
+}
+
+/// Whether something could not be written for lack of space.
+fn lacks_space(error: &anyhow::Error) -> bool {
+    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+    kinds.into_iter().any(|kind| matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+}
+
+/// What a panic said.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let owned = panic.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("its log says why")
 }
 
 /// Writes down what happens to a job.
@@ -522,10 +577,12 @@ struct JobWatcher<'a> {
     jobs: &'a Jobs,
     job: &'a Job,
     steps: u64,
+    /// The last steps whose training loss and whose validation loss were told of.
+    told: [u64; 2],
     /// Tokens that went through the model, in all steps.
     tokens: u64,
     /// The first step that this process makes.
-    first: Option<(u64, std::time::Instant)>,
+    first: Option<(u64, Instant)>,
     /// What the latest step found.
     trained: Option<(f64, f64)>,
     /// What the latest evaluation found.
@@ -548,8 +605,10 @@ fn note(result: Result<(), StorageError>) {
 impl Watcher for JobWatcher<'_> {
     fn begins(&mut self, step: u64, steps: u64) {
         self.steps = steps;
-        self.first = Some((step, std::time::Instant::now()));
-        note(self.jobs.storage.forget_metrics_after(&self.job.id, step));
+        self.first = Some((step, Instant::now()));
+        // Steps that are made again after a kill are told once.
+        self.told = [TRAIN_LOSS, VALID_LOSS]
+            .map(|number| self.jobs.storage.last_step_with(&self.job.id, number).unwrap_or_default());
         let lines = StepLog::read(&self.jobs.storage.job_folder(&self.job.id).join(LOG_FILE)).unwrap_or_default();
         let tokens = lines.iter().map(|line| if let Line::Step(step) = line { step.tokens } else { 0 });
         self.tokens = tokens.sum();
@@ -563,11 +622,13 @@ impl Watcher for JobWatcher<'_> {
         if done.is_multiple_of(self.steps.div_ceil(STEPS_TOLD).clamp(1, MOST_STEPS_UNTOLD)) || done == self.steps {
             let message = format!("Step {done}/{}: training loss={:.4}", self.steps, line.loss);
             let data = json!({
-                "step": done, "total_steps": self.steps, "train_loss": line.loss,
+                "step": done, "total_steps": self.steps, TRAIN_LOSS: line.loss,
                 "train_mean_token_accuracy": line.accuracy, "learning_rate": line.learning_rate,
             });
-            self.event(Level::Info, &message, EventKind::Metrics(object(data)));
-            let (first, since) = self.first.unwrap_or((line.step, std::time::Instant::now()));
+            if done > self.told[0] {
+                self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+            }
+            let (first, since) = self.first.unwrap_or((line.step, Instant::now()));
             let each = since.elapsed().as_secs_f64() / (done - first).max(1) as f64;
             let left = each * (self.steps - done) as f64;
             note(self.jobs.storage.set_progress(&self.job.id, self.tokens, left));
@@ -575,16 +636,21 @@ impl Watcher for JobWatcher<'_> {
     }
 
     fn guard(&mut self, step: u64, decision: &str) {
+        if step < self.told[0] {
+            return;
+        }
         self.event(Level::Warn, &format!("Step {}: {decision}", step + 1), EventKind::Message);
     }
 
     fn evaluated(&mut self, line: &EvaluationLine) {
         let message = format!("Step {}/{}: validation loss={:.4}", line.step, self.steps, line.loss);
         let data = json!({
-            "step": line.step, "total_steps": self.steps, "full_valid_loss": line.loss,
+            "step": line.step, "total_steps": self.steps, VALID_LOSS: line.loss,
             "full_valid_mean_token_accuracy": line.accuracy,
         });
-        self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+        if line.step > self.told[1] {
+            self.event(Level::Info, &message, EventKind::Metrics(object(data)));
+        }
         self.held_out = Some(line.clone());
     }
 
@@ -595,19 +661,17 @@ impl Watcher for JobWatcher<'_> {
         let mut found = Map::from_iter([("step".to_owned(), step.into())]);
         if let Some((loss, accuracy)) = self.trained {
             found.extend([
-                ("train_loss".to_owned(), loss.into()),
+                (TRAIN_LOSS.to_owned(), loss.into()),
                 ("train_mean_token_accuracy".to_owned(), accuracy.into()),
             ]);
         }
         if let Some(EvaluationLine { loss, accuracy, .. }) = self.held_out.as_ref().filter(|line| line.step == step) {
-            let values = [("full_valid_loss", *loss), ("full_valid_mean_token_accuracy", *accuracy)];
+            let values = [(VALID_LOSS, *loss), ("full_valid_mean_token_accuracy", *accuracy)];
             found.extend(values.map(|(name, value)| (name.to_owned(), value.into())));
         }
-        if let Err(error) = self.jobs.serve(&model, &checkpoint::folder(&folder, step)) {
-            tracing::warn!(model, error = format!("{error:#}"), "a checkpoint isn't served");
-            return;
-        }
+        let _state = self.jobs.state();
         note(self.jobs.storage.add_checkpoint(id, step, &model, &found.into()));
+        self.jobs.serve(&model, &checkpoint::folder(&folder, step));
         let known =
             self.jobs.storage.checkpoints(id, None, u32::MAX as usize).map(|page| page.data).unwrap_or_default();
         for old in known.into_iter().filter(|one| !checkpoint::folder(&folder, one.step).exists()) {
@@ -631,3 +695,6 @@ fn give_way() {
         tracing::warn!(%error, "fine-tuning jobs share the processor with serving as equals");
     }
 }
+
+#[cfg(test)]
+mod tests;

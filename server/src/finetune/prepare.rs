@@ -1,6 +1,6 @@
 //! What is there before the first step: the model's sizes, the data, what is trained, and how the memory is divided.
 
-use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
+use std::{collections::BTreeSet, fmt::Write as _, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
@@ -8,18 +8,22 @@ use cadre_engine::{
     experts::ExpertStore,
     model::{Model, ModelInfo},
     nn::{Decoder, Format},
-    train::{TrainableModule, memory::StepMemory, places::Place, trainable_modules},
+    train::{
+        RouterLossOptions, TrainableModule, Trainer, memory::StepMemory, parameters::Parameters, places::Place,
+        trainable_modules, trained::Trained,
+    },
 };
 use cadre_models::{
     Checkpoint, FormatOptions, LoadedModel, Outline, Placement, Tokenizer,
-    adapter::{AdapterLayout, Lora, LoraOptions},
+    adapter::{AdapterLayout, LoraOptions, LoraPlan},
+    dataset::BadLine,
     rewrite, targets,
 };
 
 use super::{
     affinity::ChosenExperts,
     checkpoint::is_there,
-    data::Data,
+    data::{Data, StepSize},
     settings::{Method, Settings},
 };
 use crate::{
@@ -49,6 +53,7 @@ pub struct Prepared {
     pub data: Data,
     pub eval: Option<Data>,
     pub steps: u64,
+    pub size: StepSize,
     pub trainee: Trainee,
     pub memory: MemoryPlan,
     pub formats: FormatOptions,
@@ -59,7 +64,7 @@ pub struct Prepared {
 /// What is trained.
 pub enum Trainee {
     /// Adapters of frozen weights.
-    Adapters(Box<Lora>),
+    Adapters(Box<LoraPlan>),
     /// The weights of these modules.
     Weights {
         modules: Vec<TrainableModule>,
@@ -70,20 +75,24 @@ pub enum Trainee {
 
 impl Trainee {
     /// How many numbers.
-    fn numbers(&self) -> usize {
+    pub fn numbers(&self) -> u64 {
         match self {
-            Self::Adapters(lora) => lora.parameters.count(),
-            Self::Weights { modules, .. } => modules.iter().map(|module| module.numbers).sum(),
+            Self::Adapters(plan) => plan.numbers(),
+            Self::Weights { modules, .. } => modules.iter().map(|module| module.numbers as u64).sum(),
+        }
+    }
+
+    /// The matrices of which something is trained; `None` for what is no matrix.
+    fn places(&self) -> Vec<Option<Place>> {
+        match self {
+            Self::Adapters(plan) => plan.places().into_iter().map(Some).collect(),
+            Self::Weights { modules, .. } => modules.iter().map(|module| module.place).collect(),
         }
     }
 
     /// Whether routers change.
     fn changes_routers(&self) -> bool {
-        let is_router = |place: Option<Place>| matches!(place, Some(Place::Router { .. }));
-        match self {
-            Self::Adapters(lora) => lora.trained.matrices().any(|(place, _)| is_router(Some(place))),
-            Self::Weights { modules, .. } => modules.iter().any(|module| is_router(module.place)),
-        }
+        self.places().iter().any(|place| matches!(place, Some(Place::Router { .. })))
     }
 
     /// Whether the weights of routed experts change.
@@ -119,8 +128,8 @@ impl MemoryPlan {
         let base = host::rss_bytes().unwrap_or(0) + BASE_BYTES;
         let routed = info.routed_bytes();
         let weights = info.weight_bytes - routed;
-        let taken = base + weights + step.least();
-        let least = taken + experts.map_or(routed, ExpertMemory::least_bytes);
+        let taken = (base + weights).saturating_add(step.least());
+        let least = taken.saturating_add(experts.map_or(routed, ExpertMemory::least_bytes));
         ensure!(
             least <= budget,
             "the memory that may be used (--memory) is {}, but this run needs at least {}: allow more, or use a smaller \
@@ -191,12 +200,12 @@ impl MemoryPlan {
 
 impl Prepared {
     /// Opens what the settings name. Beside weights that are `served`, which have to be those of the model that they name,
-    /// the memory of the settings is the run's own.
+    /// the memory of the settings is the run's own. `on_bad` is told of each broken line of the data.
     ///
     /// # Errors
     /// When something is missing or broken, a target matches nothing, or the memory is too small.
-    pub fn new(settings: &Settings, served: Option<Weights>) -> Result<Self> {
-        let compute = Compute::new(settings.threads.unwrap_or_else(host::physical_cores).max(1));
+    pub fn new(settings: &Settings, served: Option<Weights>, on_bad: &mut dyn FnMut(&BadLine)) -> Result<Self> {
+        let compute = Compute::new(settings.threads.unwrap_or_else(host::physical_cores));
         let checkpoint = engine::open(settings.model.as_deref())?;
         let (tokenizer, template) = (checkpoint.tokenizer()?, checkpoint.chat_template()?);
         let formats = FormatOptions { format: settings.format, experts: None, dense: None };
@@ -208,13 +217,15 @@ impl Prepared {
         let longest = info.max_position_embeddings;
         let max_length = settings.max_length.unwrap_or(MAX_LENGTH.min(longest));
         ensure!(max_length <= longest, "--max-length is {max_length}, but the model was made for {longest} tokens");
-        let read =
-            |files: &[std::path::PathBuf]| Data::read(files, settings, max_length, &tokenizer, template.as_ref());
-        let data = read(&settings.data).context("--data")?;
-        let eval = if settings.eval.is_empty() { None } else { Some(read(&settings.eval).context(EVAL_FLAG)?) };
+        let mut read =
+            |files: &[PathBuf]| Data::read(files, settings, max_length, &tokenizer, template.as_ref(), on_bad);
+        // All broken lines are told, whichever file they are in.
+        let data = read(&settings.data).context("--data");
+        let eval = if settings.eval.is_empty() { Ok(None) } else { read(&settings.eval).context(EVAL_FLAG).map(Some) };
+        let (data, eval) = (data?, eval?);
         let steps = settings.max_steps.unwrap_or_else(|| data.steps(settings.epochs));
-        let [step_tokens, batch_tokens, longest] = data.most_tokens(settings.grad_accum);
-        let step = |numbers| StepMemory::new(&decoder, numbers, step_tokens, batch_tokens, longest);
+        let size = data.step_size(settings.grad_accum, eval.as_ref());
+        let step = |numbers| StepMemory::new(&decoder, numbers, size.tokens, size.batch_tokens, size.longest);
         let free = || host::free_memory_bytes().map_or(u64::MAX / 2, |free| (free as f64 * SHARE_OF_FREE) as u64);
         let budget = settings.memory.unwrap_or_else(free);
         let trainee = match settings.method {
@@ -228,9 +239,12 @@ impl Prepared {
                     ChosenExperts::read(&settings.output)?
                 } else {
                     // Trained experts have to be in memory.
-                    MemoryPlan::new(budget, info, None, step(0))?;
+                    let plan = MemoryPlan::new(budget, info, None, step(0))?;
                     let loaded = load(&checkpoint, &formats, Placement::Resident, &compute)?.decoder;
-                    ChosenExperts::measure(&compute, loaded, &data, settings.expert_share)?
+                    let (nothing, none) = (Trained::default(), Parameters::default());
+                    let trainer = Trainer::new(compute.clone(), loaded, nothing, none, RouterLossOptions::default())?;
+                    trainer.limit_memory(plan.room());
+                    ChosenExperts::measure(&trainer, &data, size, settings.expert_share)?
                 };
                 weights(&checkpoint, modules_that(&decoder, |place| chosen.has(place)), Some(chosen))?
             }
@@ -261,7 +275,12 @@ impl Prepared {
                 MemoryPlan::new(budget, info, Some(memory), step)?
             }
         };
-        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, trainee, memory, formats, served })
+        Ok(Self { compute, checkpoint, tokenizer, data, eval, steps, size, trainee, memory, formats, served })
+    }
+
+    /// What a run would do, and its first example.
+    pub fn dry_run(&self, settings: &Settings) -> Result<String> {
+        Ok(self.describe(settings)? + &self.first_example()?)
     }
 
     /// What will be done.
@@ -277,8 +296,8 @@ impl Prepared {
             let (count, cut) = (self.data.dataset.truncated_examples(), self.data.dataset.cut_tokens());
             writeln!(text, "         {count} examples are too long: {cut} tokens are cut off")?;
         }
-        if !self.data.dataset.skipped.0.is_empty() {
-            writeln!(text, "         {} broken lines are left out", self.data.dataset.skipped.0.len())?;
+        if self.data.dataset.skipped.count() > 0 {
+            writeln!(text, "         {} broken lines are left out", self.data.dataset.skipped.count())?;
         }
         if self.data.dataset.rewritten_answers > 0 {
             let count = self.data.dataset.rewritten_answers;
@@ -304,13 +323,10 @@ impl Prepared {
 
     /// `experts: 64 x 16 adapted, …`
     fn trained(&self) -> String {
-        let (places, verb): (Vec<Option<Place>>, _) = match &self.trainee {
-            Trainee::Adapters(lora) => (lora.trained.matrices().map(|(place, _)| Some(place)).collect(), "adapted"),
-            Trainee::Weights { modules, .. } => (modules.iter().map(|module| module.place).collect(), "trained"),
-        };
+        let verb = if matches!(self.trainee, Trainee::Adapters(_)) { "adapted" } else { "trained" };
         let (mut attention, mut shared, mut head, mut routers, mut others) = (0, 0, 0, 0, 0);
         let mut experts = BTreeSet::new();
-        for place in places {
+        for place in self.trainee.places() {
             match place {
                 Some(Place::Qkv { .. } | Place::AttentionOutput { .. }) => attention += 1,
                 Some(Place::Router { .. }) => routers += 1,
@@ -359,7 +375,7 @@ impl Prepared {
 }
 
 /// New adapters.
-fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<Lora> {
+fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> Result<LoraPlan> {
     let own = if checkpoint.stacks_experts() { AdapterLayout::Fused } else { AdapterLayout::PerExpert };
     let options = LoraOptions {
         rank: settings.rank,
@@ -370,7 +386,7 @@ fn adapters(settings: &Settings, checkpoint: &Checkpoint, decoder: &Decoder) -> 
         layout: settings.layout.unwrap_or(own),
         seed: settings.seed,
     };
-    Ok(Lora::new(decoder, checkpoint.name(), &options)?)
+    Ok(LoraPlan::new(decoder, checkpoint.name(), &options)?)
 }
 
 fn modules_that(decoder: &Decoder, is_meant: impl Fn(Place) -> bool) -> Vec<TrainableModule> {
@@ -412,14 +428,4 @@ pub fn load(
     Ok(progress::weights("loading weights", |report| {
         cadre_models::load(checkpoint, formats, placement, compute, report)
     })?)
-}
-
-/// Shows what a run would do.
-///
-/// # Errors
-/// As the run itself would, before its first step.
-pub fn dry_run(settings: &Settings) -> Result<()> {
-    let prepared = Prepared::new(settings, None)?;
-    print!("{}{}", prepared.describe(settings)?, prepared.first_example()?);
-    Ok(())
 }

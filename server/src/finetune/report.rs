@@ -14,13 +14,13 @@ pub struct Report<'a> {
     /// What was trained on what.
     pub title: &'a str,
     /// The run's settings, in the order of their table.
-    pub settings: &'a [(String, String)],
+    pub settings: &'a [(&'a str, String)],
     /// The step log.
     pub lines: &'a [Line],
     /// The experts' load, where there are experts.
     pub expert_load: Option<ExpertLoad>,
-    /// What the machine costs, if it was told.
-    pub price: Option<Price<'a>>,
+    /// What the machine costs an hour, if it was told.
+    pub price_per_hour: Option<f64>,
 }
 
 /// How often each layer's experts were chosen on the same text, before and after training: a row a layer with routed
@@ -33,15 +33,6 @@ pub struct ExpertLoad {
     pub before: Vec<Vec<u64>>,
     /// After.
     pub after: Vec<Vec<u64>>,
-}
-
-/// What the machine costs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Price<'a> {
-    /// Of an hour.
-    pub per_hour: f64,
-    /// In what.
-    pub currency: &'a str,
 }
 
 /// Text in which nothing is markup.
@@ -100,8 +91,9 @@ fn grouped(value: f64) -> String {
     text
 }
 
-/// What all steps together come to.
+/// What all steps together come to; a line has what has come since the one before.
 struct Totals {
+    steps: u64,
     tokens: u64,
     seconds: f64,
     peak_memory_bytes: u64,
@@ -113,6 +105,7 @@ impl Totals {
     fn of(steps: &[&StepLine]) -> Self {
         let sum = |of: fn(&StepLine) -> u64| steps.iter().map(|step| of(step)).sum();
         Self {
+            steps: steps.last().map_or(0, |step| step.step + 1),
             tokens: sum(|step| step.tokens),
             seconds: steps.iter().map(|step| step.seconds).sum(),
             peak_memory_bytes: steps.iter().map(|step| step.peak_memory_bytes).max().unwrap_or(0),
@@ -146,8 +139,7 @@ impl Display for Report<'_> {
             heat::write(f, load)?;
         }
         self.decisions(f)?;
-        let settings = self.settings.iter().map(|(name, value)| (name.as_str(), value.clone()));
-        table(f, "Settings", settings)?;
+        table(f, "Settings", self.settings.iter().cloned())?;
         f.write_str("</body>\n</html>\n")
     }
 }
@@ -162,7 +154,7 @@ impl Report<'_> {
     }
 
     fn summary(&self, f: &mut Formatter<'_>, steps: &[&StepLine], totals: &Totals) -> fmt::Result {
-        let mut rows = vec![("Steps", grouped(steps.len() as f64)), ("Tokens", grouped(totals.tokens as f64))];
+        let mut rows = vec![("Steps", grouped(totals.steps as f64)), ("Tokens", grouped(totals.tokens as f64))];
         rows.push(("Time in steps", format!("{} s", Number(totals.seconds))));
         if let (Some(first), Some(last)) = (steps.first(), steps.last()) {
             rows.push(("Training loss, first to last step", from_to(first.loss, last.loss)));
@@ -210,13 +202,11 @@ impl Report<'_> {
         let per_hour_text = grouped(per_hour);
         writeln!(f, "<h2>Cost</h2>")?;
         writeln!(f, "<p>{tokens} tokens ÷ {seconds} s × 3,600 s/h = <b>{per_hour_text} tokens per hour</b></p>")?;
-        if let Some(Price { per_hour: price, currency }) = self.price {
-            let currency = Escaped(currency);
+        if let Some(price) = self.price_per_hour {
             let per_million = Number(price / per_hour * 1e6);
             writeln!(
                 f,
-                "<p>{price} {currency}/h ÷ {per_hour_text} tokens/h × 1,000,000 = <b>{per_million} {currency} per million \
-                 tokens</b></p>"
+                "<p>{price}/h ÷ {per_hour_text} tokens/h × 1,000,000 = <b>{per_million} per million tokens</b></p>"
             )?;
         }
         writeln!(f, "<p>The time is that of the steps: loading, evaluations and checkpoints come on top.</p>")

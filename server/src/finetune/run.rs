@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    fs,
+    fs::{self, File, TryLockError},
     path::Path,
     sync::{
         Arc,
@@ -16,7 +16,7 @@ use cadre_engine::{
     experts::ExpertStore,
     train::{
         Dropout, LogitMoments, RouterLossOptions, RoutingNoise, Trainer,
-        guard::{Event, Guard, GuardOptions, Observed, Verdict},
+        guard::{Event, Guard, GuardOptions, KeptBatch, Observed, Verdict},
         optimizer::{AdamW, AdamWOptions},
         parameters::Parameters,
         schedule::Schedule,
@@ -25,24 +25,28 @@ use cadre_engine::{
 };
 use cadre_models::{
     Checkpoint, LoadedModel, Placement,
-    adapter::{AdapterFiles, Lora},
+    adapter::{AdapterFiles, Lora, WEIGHTS_FILE},
     rewrite::{self, Rewriting},
 };
 use serde_json::Value;
 
 use super::{
     checkpoint::{self, Position},
-    data::{Data, TOKENS_AT_ONCE, batches},
+    data::{Data, StepSize, batches, expert_loads},
     prepare::{Prepared, Trainee, Weights, load},
-    report::{ExpertLoad, Price, Report},
-    settings::{ReportTo, Settings},
+    report::{ExpertLoad, Report},
+    settings::{Method, ReportTo, Settings},
     step_log::{EvaluationLine, GuardLine, Line, RoutingLine, StepLine, StepLog},
     tensorboard::EventFile,
 };
-use crate::{host, progress};
+use crate::{host, memory::mebibytes, progress};
 
 pub const LOG_FILE: &str = "train_log.jsonl";
 const REPORT_FILE: &str = "report.html";
+/// It is locked as long as a run goes on.
+const LOCK_FILE: &str = ".lock";
+/// Tokens in which the experts' load is counted before and after a run.
+const LOAD_TOKENS: usize = 4096;
 /// The directory of a checkpoint with trained weights, in the output directory.
 const MODEL_DIRECTORY: &str = "model";
 
@@ -78,7 +82,8 @@ pub enum Ended {
 /// Trains what `prepared` says, from the start or from the latest checkpoint; `stop` ends it after the step that is running.
 ///
 /// # Errors
-/// When the checkpoint is of another run, the system refuses, or the losses don't recover from spikes.
+/// When another run is in the output directory, the checkpoint is of another one, the system refuses, or the losses don't
+/// recover from spikes.
 pub fn run(
     settings: &Settings,
     prepared: Prepared,
@@ -88,7 +93,9 @@ pub fn run(
 ) -> Result<Ended> {
     let output = &settings.output;
     fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
-    let mut run = Run::new(settings, prepared, resume, watcher)?;
+    let _lock = lock(output)?;
+    check_output(settings, resume)?;
+    let mut run = Run::new(settings, prepared, watcher)?;
     if run.steps(stop)? {
         return Ok(Ended::Finished { made: run.finish(stop)? });
     }
@@ -96,18 +103,43 @@ pub fn run(
     Ok(Ended::Stopped { step: run.position.step })
 }
 
-/// Whether a run is to go on from a checkpoint, as was asked for.
+/// Keeps other runs out of `output` until the file is closed.
+fn lock(output: &Path) -> Result<File> {
+    let path = output.join(LOCK_FILE);
+    let failed = || format!("cannot lock {}", path.display());
+    let file = File::create(&path).with_context(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another run is in {}: wait until it has ended, or give another --output", output.display())
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(failed),
+    }
+}
+
+/// Whether a run was begun in `output`.
 ///
 /// # Errors
-/// When there is none, or there are some and it isn't.
-pub fn check_output(output: &Path, resume: bool) -> Result<()> {
-    let shown = output.display();
-    let is_there = checkpoint::is_there(output)?;
+/// When the system refuses to tell.
+pub fn has_begun(output: &Path) -> Result<bool> {
+    Ok(checkpoint::is_there(output)? || output.join(LOG_FILE).exists())
+}
+
+/// Whether the run can begin in its output directory, or go on there if it is to `resume`: from the latest checkpoint, or from
+/// its start if it was ended before the first.
+///
+/// # Errors
+/// When there is a run and it isn't to be gone on with, or none and it is; or when a run's result would be written over.
+pub fn check_output(settings: &Settings, resume: bool) -> Result<()> {
+    let (output, shown) = (&settings.output, settings.output.display());
+    let result = if settings.method == Method::Lora { WEIGHTS_FILE } else { MODEL_DIRECTORY };
     ensure!(
-        resume || !is_there,
-        "{shown} has the checkpoints of a run: go on with it by --resume, or give another --output"
+        checkpoint::is_there(output)? || !output.join(result).exists(),
+        "{shown} has {result}, and no checkpoint of the run that made it: give another --output"
     );
-    ensure!(!resume || is_there, "--resume: {shown} has no checkpoint: start without it");
+    let has_begun = has_begun(output)?;
+    ensure!(resume || !has_begun, "{shown} has a run: go on with it by --resume, or give another --output");
+    ensure!(!resume || has_begun, "--resume: {shown} has no checkpoint and no log of a run: start without it");
     Ok(())
 }
 
@@ -117,6 +149,7 @@ struct Run<'a> {
     data: Data,
     eval: Option<Data>,
     steps: u64,
+    size: StepSize,
     trainer: Trainer,
     /// How the adapter is saved; `None`: weights are trained, and a checkpoint in the layout of this one is made.
     files: Option<AdapterFiles>,
@@ -127,9 +160,13 @@ struct Run<'a> {
     guard: Guard,
     position: Position,
     log: StepLog,
+    /// The steps since the last line of the log, as a line.
+    unlogged: Option<StepLine>,
     events: Option<EventFile>,
     watcher: &'a mut dyn Watcher,
     planned_peak: u64,
+    /// What the process may use; `None` beside a server, of which a run is only a part.
+    budget: Option<u64>,
     /// How often each expert was chosen in the first examples, before training.
     load_before: Vec<Vec<u64>>,
     compute: cadre_engine::compute::Compute,
@@ -137,8 +174,9 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(settings: &'a Settings, prepared: Prepared, resume: bool, watcher: &'a mut dyn Watcher) -> Result<Self> {
-        let Prepared { compute, checkpoint, data, eval, steps, trainee, memory, formats, served, .. } = prepared;
+    fn new(settings: &'a Settings, prepared: Prepared, watcher: &'a mut dyn Watcher) -> Result<Self> {
+        let Prepared { compute, checkpoint, data, eval, steps, size, trainee, memory, formats, served, .. } = prepared;
+        let budget = served.is_none().then_some(memory.budget);
         let Weights { decoder, store } = match served {
             Some(served) => served,
             None => {
@@ -149,8 +187,8 @@ impl<'a> Run<'a> {
             }
         };
         let (trained, mut parameters, files) = match trainee {
-            Trainee::Adapters(lora) => {
-                let Lora { trained, parameters, files } = *lora;
+            Trainee::Adapters(plan) => {
+                let Lora { trained, parameters, files } = plan.build()?;
                 (trained, parameters, Some(files))
             }
             Trainee::Weights { modules, chosen } => {
@@ -163,22 +201,26 @@ impl<'a> Run<'a> {
                 (trained, parameters, None)
             }
         };
-        let deciding = settings.deciding();
+        let deciding = settings.deciding(&checkpoint.fingerprint()?, &data.dataset.fingerprint());
         let options = AdamWOptions { weight_decay: settings.weight_decay, ..AdamWOptions::default() };
         let guard_options =
             GuardOptions { threshold: settings.spike_threshold, seed: settings.seed, ..GuardOptions::default() };
-        let (position, optimizer, guard) = if resume {
-            let (position, state) = checkpoint::resume(&settings.output, &mut parameters, &deciding)?;
-            let guard = Guard::from_state(guard_options, position.guard.clone());
-            (position, AdamW::from_state(options, &parameters, state)?, guard)
-        } else {
-            let guard = Guard::new(guard_options);
-            let position = Position { step: 0, drawn: 0, guard: guard.state().clone(), logits: Vec::new() };
-            (position, AdamW::new(options, &parameters), guard)
+        let saved = checkpoint::found(&settings.output)?.pop();
+        let (position, optimizer, guard) = match &saved {
+            Some((_, folder)) => {
+                let (position, state) = checkpoint::read(folder, &mut parameters, &deciding)?;
+                let guard = Guard::from_state(guard_options, position.guard.clone());
+                (position, AdamW::from_state(options, &parameters, state)?, guard)
+            }
+            None => {
+                let guard = Guard::new(guard_options);
+                let position = Position { step: 0, drawn: 0, guard: guard.state().clone(), logits: Vec::new() };
+                (position, AdamW::new(options, &parameters), guard)
+            }
         };
         let router = RouterLossOptions { balance: settings.aux_loss_coef, z: settings.z_loss_coef };
         let mut trainer = Trainer::new(compute.clone(), decoder, trained, parameters, router)?;
-        if resume {
+        if saved.is_some() {
             trainer.write_back()?;
         }
         trainer.keep_from(memory.keep_from);
@@ -186,7 +228,7 @@ impl<'a> Run<'a> {
         let schedule = Schedule {
             shape: settings.scheduler.into(),
             peak: settings.learning_rate,
-            warmup_ratio: settings.warmup_ratio,
+            warmup_ratio: settings.warmup_ratio(steps),
             steps,
         };
         let log = StepLog::open(&settings.output.join(LOG_FILE), position.step)?;
@@ -202,6 +244,7 @@ impl<'a> Run<'a> {
             data,
             eval,
             steps,
+            size,
             trainer,
             files,
             checkpoint,
@@ -211,9 +254,11 @@ impl<'a> Run<'a> {
             guard,
             position,
             log,
+            unlogged: None,
             events,
             watcher,
             planned_peak: memory.peak(),
+            budget,
             load_before: Vec::new(),
             compute,
             title,
@@ -296,6 +341,7 @@ impl<'a> Run<'a> {
             expert_hits: reads.as_ref().map_or(0, |reads| reads.hits()),
             expert_misses: reads.as_ref().map_or(0, |reads| reads.misses()),
             expert_entropy: entropies(&losses.loads),
+            busiest_expert: busiest(&losses.loads),
             idle_experts: idle(&losses.loads),
         };
         self.report_step(line)?;
@@ -310,9 +356,15 @@ impl<'a> Run<'a> {
 
     fn report_step(&mut self, line: StepLine) -> Result<()> {
         self.watcher.step(&line);
-        if !line.step.is_multiple_of(self.settings.log_every) {
-            return Ok(());
-        }
+        let step = line.step;
+        let before = self.unlogged.take();
+        self.unlogged = Some(before.map_or(line.clone(), |before| line.with(&before)));
+        if step.is_multiple_of(self.settings.log_every) || step + 1 == self.steps { self.log_steps() } else { Ok(()) }
+    }
+
+    /// Logs the steps since the last line.
+    fn log_steps(&mut self) -> Result<()> {
+        let Some(line) = self.unlogged.take() else { return Ok(()) };
         if let Some(events) = &mut self.events {
             let scalars = [
                 ("train/loss", line.loss),
@@ -323,6 +375,7 @@ impl<'a> Run<'a> {
                 ("train/aux_loss", line.aux_loss),
                 ("train/z_loss", line.z_loss),
                 ("train/expert_entropy", mean(&line.expert_entropy)),
+                ("train/busiest_expert", mean(&line.busiest_expert)),
                 ("train/idle_experts", line.idle_experts.iter().sum::<u64>() as f64),
             ];
             events.write(line.step, SystemTime::now(), &scalars)?;
@@ -337,16 +390,19 @@ impl<'a> Run<'a> {
             }
             Event::LearningRateLowered { .. } | Event::LearningRateRestored => Vec::new(),
         };
-        let decision = event.to_string();
+        self.decided(step, event.to_string(), examples)
+    }
+
+    fn decided(&mut self, step: u64, decision: String, examples: Vec<u64>) -> Result<()> {
         self.watcher.guard(step, &decision);
         self.log.append(&Line::Guard(GuardLine { step, decision, examples }))
     }
 
-    fn evaluate(&mut self) -> Result<Option<f64>> {
-        let Some(eval) = &self.eval else { return Ok(None) };
+    fn evaluate(&mut self) -> Result<()> {
+        let Some(eval) = &self.eval else { return Ok(()) };
         let (mut loss, mut targets, mut correct) = (0.0, 0, 0);
-        for numbers in eval.chunks(TOKENS_AT_ONCE) {
-            let found = self.trainer.losses(&batches(eval.examples(), &numbers, 1)?)?;
+        for batches in eval.steps_of_first(eval.examples().len(), self.size) {
+            let found = self.trainer.losses(&batches?)?;
             loss += found.cross_entropy * found.targets as f64;
             (targets, correct) = (targets + found.targets, correct + found.correct);
         }
@@ -358,11 +414,12 @@ impl<'a> Run<'a> {
             let scalars = [("eval/loss", loss), ("eval/accuracy", accuracy)];
             events.write(step, SystemTime::now(), &scalars)?;
         }
-        self.log.append(&Line::Evaluation(line))?;
-        Ok(Some(loss))
+        self.log.append(&Line::Evaluation(line))
     }
 
     fn save(&mut self) -> Result<()> {
+        // What a checkpoint's steps took is then in the log that a resumed run goes on with.
+        self.log_steps()?;
         let (output, keep) = (&self.settings.output, self.settings.keep);
         let state = self.optimizer.state();
         let files = self.files.as_ref();
@@ -373,26 +430,44 @@ impl<'a> Run<'a> {
 
     /// How often each expert was chosen in the first examples before the run's first step.
     fn load_before(&mut self) -> Result<Vec<Vec<u64>>> {
-        let lines = StepLog::read(&self.settings.output.join(LOG_FILE))?;
-        if let Some(Line::Routing(first)) = lines.into_iter().find(|line| matches!(line, Line::Routing(_))) {
-            return Ok(first.loads);
-        }
-        let loads = self.expert_load()?;
+        let first =
+            self.lines()?.into_iter().find_map(|line| if let Line::Routing(line) = line { Some(line) } else { None });
+        first.map_or_else(|| self.log_expert_load(), |line| Ok(line.loads))
+    }
+
+    /// Logs how often each expert is chosen now in the first examples, and returns it.
+    fn log_expert_load(&mut self) -> Result<Vec<Vec<u64>>> {
+        let data = self.eval.as_ref().unwrap_or(&self.data);
+        let loads = expert_loads(&self.trainer, data, LOAD_TOKENS, self.size)?;
         self.log.append(&Line::Routing(RoutingLine { step: self.position.step, loads: loads.clone() }))?;
         Ok(loads)
     }
 
-    /// How often each expert is chosen in the first examples.
-    fn expert_load(&self) -> Result<Vec<Vec<u64>>> {
-        let data = self.eval.as_ref().unwrap_or(&self.data);
-        let numbers = data.chunks(TOKENS_AT_ONCE).into_iter().next().unwrap_or_default();
-        let batches = batches(data.examples(), &numbers, 1)?;
-        Ok(self.trainer.loads(batches.first().context("a batch")?)?)
+    /// The lines of the log.
+    fn lines(&self) -> Result<Vec<Line>> {
+        StepLog::read(&self.settings.output.join(LOG_FILE))
     }
 
+    /// Leaves what was made; of a run that had ended before, what is missing.
     fn finish(mut self, stop: &AtomicBool) -> Result<String> {
-        self.evaluate()?;
+        let step = self.position.step;
+        let (mut is_evaluated, mut after) = (false, None);
+        for line in self.lines()? {
+            match line {
+                Line::Evaluation(line) if line.step == step => is_evaluated = true,
+                Line::Routing(line) if line.step == step => after = Some(line.loads),
+                _ => {}
+            }
+        }
+        if !is_evaluated {
+            self.evaluate()?;
+        }
         self.save()?;
+        let after = after.map_or_else(|| self.log_expert_load(), Ok)?;
+        for KeptBatch { examples, .. } in self.position.guard.kept.clone() {
+            let decision = format!("the run has ended: examples {examples:?} were skipped, and not tried again");
+            self.decided(step, decision, examples)?;
+        }
         let output = &self.settings.output;
         let parameters = &self.trainer.parameters;
         let what = match &self.files {
@@ -403,33 +478,24 @@ impl<'a> Run<'a> {
             }
             None => write_model(&self.checkpoint, parameters, &output.join(MODEL_DIRECTORY), stop)?,
         };
-        let after = self.expert_load()?;
-        self.log.append(&Line::Routing(RoutingLine { step: self.position.step, loads: after.clone() }))?;
         self.write_report(after)?;
         let peak = host::peak_rss_bytes().unwrap_or(0);
+        let beyond = match self.budget {
+            Some(budget) if peak > budget => format!(", which is more than the {} allowed", mebibytes(budget)),
+            _ => String::new(),
+        };
         Ok(format!(
-            "{what}; peak memory {} MiB, planned {} MiB; {} tells the rest",
-            peak >> 20,
-            self.planned_peak >> 20,
+            "{what}; peak memory {}, planned {}{beyond}; {} tells the rest",
+            mebibytes(peak),
+            mebibytes(self.planned_peak),
             output.join(REPORT_FILE).display()
         ))
     }
 
     fn write_report(&self, after: Vec<Vec<u64>>) -> Result<()> {
         let output = &self.settings.output;
-        let lines = StepLog::read(&output.join(LOG_FILE))?;
-        let text = |value: &Value| match value {
-            Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
-        let settings: Vec<(String, String)> = self
-            .deciding
-            .as_object()
-            .into_iter()
-            .flatten()
-            .filter(|(_, value)| !value.is_null())
-            .map(|(name, value)| (name.replace('_', "-"), text(value)))
-            .collect();
+        let lines = self.lines()?;
+        let settings = self.settings.table(self.checkpoint.name());
         let layers: Vec<usize> = (0..after.len()).filter(|&layer| !after[layer].is_empty()).collect();
         let of = |loads: &[Vec<u64>]| layers.iter().map(|&layer| loads[layer].clone()).collect();
         let expert_load = (!layers.is_empty() && self.load_before.len() == after.len()).then(|| ExpertLoad {
@@ -437,8 +503,8 @@ impl<'a> Run<'a> {
             after: of(&after),
             layers: layers.clone(),
         });
-        let price = self.settings.price_per_hour.map(|per_hour| Price { per_hour, currency: "" });
-        let report = Report { title: &self.title, settings: &settings, lines: &lines, expert_load, price };
+        let price_per_hour = self.settings.price_per_hour;
+        let report = Report { title: &self.title, settings: &settings, lines: &lines, expert_load, price_per_hour };
         let path = output.join(REPORT_FILE);
         fs::write(&path, report.to_string()).with_context(|| format!("cannot write {}", path.display()))
     }
@@ -487,6 +553,15 @@ fn entropies(loads: &[Vec<u64>]) -> Vec<f64> {
         let total = load.iter().sum::<u64>() as f64;
         let shares = load.iter().filter(|count| **count > 0).map(|count| *count as f64 / total);
         -shares.map(|share| share * share.ln()).sum::<f64>() / (load.len() as f64).ln()
+    };
+    loads.iter().filter(|load| load.len() > 1).map(of_layer).collect()
+}
+
+/// The part of the choices that the most used expert got, for each layer with a router.
+fn busiest(loads: &[Vec<u64>]) -> Vec<f64> {
+    let of_layer = |load: &Vec<u64>| {
+        let total = load.iter().sum::<u64>() as f64;
+        load.iter().max().map_or(0.0, |most| *most as f64 / total)
     };
     loads.iter().filter(|load| load.len() > 1).map(of_layer).collect()
 }

@@ -23,7 +23,8 @@ pub enum Line {
     Guard(GuardLine),
 }
 
-/// A step of training. What isn't finite is `null` in the file.
+/// A step of training; tokens, times and experts are those of all steps since the line before. What isn't finite is `null` in
+/// the file.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct StepLine {
     /// The step's number, from 0.
@@ -48,7 +49,7 @@ pub struct StepLine {
     pub learning_rate: f64,
     /// Tokens that went through the model.
     pub tokens: u64,
-    /// The step's wall time.
+    /// The wall time.
     pub seconds: f64,
     /// Tokens by wall time.
     pub tokens_per_second: f64,
@@ -64,8 +65,27 @@ pub struct StepLine {
     pub expert_misses: u64,
     /// The entropy of the experts' load as a part of the greatest possible, for each layer with a router.
     pub expert_entropy: Vec<f64>,
+    /// The part of the choices that the most used expert got, for each layer with a router.
+    pub busiest_expert: Vec<f64>,
     /// Experts without a token, for each layer with a router.
     pub idle_experts: Vec<u64>,
+}
+
+impl StepLine {
+    /// This step with what the steps since the last line took.
+    pub fn with(self, before: &Self) -> Self {
+        let (tokens, seconds) = (self.tokens + before.tokens, self.seconds + before.seconds);
+        Self {
+            tokens,
+            seconds,
+            tokens_per_second: tokens as f64 / seconds,
+            compute_ms: self.compute_ms + before.compute_ms,
+            read_ms: self.read_ms + before.read_ms,
+            expert_hits: self.expert_hits + before.expert_hits,
+            expert_misses: self.expert_misses + before.expert_misses,
+            ..self
+        }
+    }
 }
 
 /// The loss on held-out examples.
@@ -219,7 +239,7 @@ mod tests {
             r#"{"type":"step","step":0,"epoch":0.25,"loss":2.5,"accuracy":0.0,"aux_loss":0.0,"z_loss":0.0,"#,
             r#""grad_norm":0.0,"learning_rate":0.0001,"tokens":512,"seconds":0.0,"tokens_per_second":0.0,"#,
             r#""compute_ms":0.0,"read_ms":0.0,"peak_memory_bytes":0,"expert_hits":0,"expert_misses":0,"#,
-            r#""expert_entropy":[],"idle_experts":[]}"#,
+            r#""expert_entropy":[],"busiest_expert":[],"idle_experts":[]}"#,
             "\n"
         );
         assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);

@@ -63,12 +63,13 @@ impl From<AdapterError> for ApiError {
     fn from(error: AdapterError) -> Self {
         let (kind, param) = match &error {
             AdapterError::NotFound(_) => (Kind::ModelNotFound, "lora_path"),
-            AdapterError::Duplicate(_) | AdapterError::ModelsName(_) | AdapterError::Unnamed => {
+            AdapterError::Duplicate(_) | AdapterError::ModelsName(_) | AdapterError::Name(_) => {
                 (Kind::InvalidRequest, "lora_name")
             }
-            AdapterError::Outside(_) | AdapterError::Read(_) | AdapterError::Fit(_) => {
+            AdapterError::Outside(_) | AdapterError::TooLarge { .. } | AdapterError::Read(_) | AdapterError::Fit(_) => {
                 (Kind::InvalidRequest, "lora_path")
             }
+            AdapterError::NoRoom(_) => (Kind::AdaptersBusy, "lora_path"),
         };
         Self::new(kind, sentence(&error.to_string())).or_param(param)
     }

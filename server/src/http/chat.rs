@@ -38,7 +38,7 @@ const REASONING_EFFORTS: &[&str] = &["none", "minimal", "low", "medium", "high",
 /// When the request is at fault, or the engine fails.
 pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let unknown = params::admit(&body, Endpoint::Chat, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?)?;
+    let served = app.served_as(Fields::new(&body).string("model")?).await?;
     let prepared = app.prepare(move || Prepared::new(&served, &body)).await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);

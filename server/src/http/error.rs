@@ -33,6 +33,8 @@ pub enum Kind {
     UnsupportedMediaType,
     /// The model is still being loaded.
     ModelLoading,
+    /// Requests for other adapters hold the memory that this one's needs.
+    AdaptersBusy,
     /// The server is about to end.
     ShuttingDown,
     /// A defect in cadre.
@@ -68,6 +70,7 @@ impl Kind {
                 (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", Some("unsupported_media_type"), None)
             }
             Self::ModelLoading => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("model_loading"), Some(2)),
+            Self::AdaptersBusy => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("adapters_busy"), Some(2)),
             Self::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), Some(1)),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, None),
         };

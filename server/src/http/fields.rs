@@ -43,6 +43,18 @@ impl<'a> Fields<'a> {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
+    /// Refuses fields that aren't among `known`: what they ask for would be dropped.
+    ///
+    /// # Errors
+    /// When there is one that isn't null.
+    pub fn has_only(&self, known: &[&str]) -> Result<(), ApiError> {
+        let mut others = self.map.iter().filter(|(name, value)| !value.is_null() && !known.contains(&name.as_str()));
+        let Some((name, _)) = others.next() else { return Ok(()) };
+        let path = self.path(name);
+        let message = format!("`{path}` is not supported: only {} is, in {}.", known.join(", "), self.path);
+        Err(ApiError::invalid(path, message))
+    }
+
     /// A boolean.
     ///
     /// # Errors

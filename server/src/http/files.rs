@@ -12,14 +12,14 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{fs, io::AsyncWriteExt};
 
 use super::{
-    App, blocking,
+    App, answer, blocking,
     error::{ApiError, Kind, sentence},
     messages::required,
+    params,
     query::Parameters,
 };
 use crate::storage::{FileQuery, Page, Purpose, StorageError, StoredFile, Upload};
@@ -38,10 +38,10 @@ const MAX_FIELD_BYTES: usize = 1 << 10;
 pub async fn upload(
     State(app): State<Arc<App>>,
     form: Result<Multipart, MultipartRejection>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Response, ApiError> {
     let storage = app.storage()?.clone();
     let mut form = form.map_err(bad_form)?;
-    let (mut file, mut purpose) = (None, None);
+    let (mut file, mut purpose, mut others) = (None, None, Vec::new());
     while let Some(field) = form.next_field().await.map_err(bad_form)? {
         match field.name() {
             Some("file") => {
@@ -51,10 +51,12 @@ pub async fn upload(
                 file = Some((name, upload));
             }
             Some("purpose") => purpose = Some(text(field).await?),
-            // Files that expire aren't kept track of: this one lives until it is deleted.
-            _ => {}
+            // `expires_after[anchor]` is a part of `expires_after`.
+            other => others.push(other.and_then(|name| name.split('[').next()).unwrap_or_default().to_owned()),
         }
     }
+    others.dedup();
+    params::check_unknown(&others, app.options.strict_params)?;
     let (name, upload) = file.ok_or_else(|| required("file"))?;
     let purpose = purpose.ok_or_else(|| required("purpose"))?;
     if purpose != Purpose::FineTune.name() {
@@ -62,10 +64,15 @@ pub async fn upload(
         return Err(ApiError::invalid("purpose", message));
     }
     let file = blocking(move || Ok(storage.add_file(upload, &name, Purpose::FineTune)?)).await?;
-    Ok(Json(object(&file)))
+    let mut response = Json(object(&file)).into_response();
+    answer::name_ignored(&mut response, &others);
+    Ok(response)
 }
 
 /// Writes a form's file to the disk as it comes.
+///
+/// # Errors
+/// When it is empty or too large, or cut off.
 async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
     let mut file = fs::File::create(&upload.path).await.map_err(ApiError::internal)?;
     let mut bytes = 0;
@@ -76,6 +83,9 @@ async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
             return Err(ApiError::new(Kind::BodyTooLarge, message).or_param("file"));
         }
         file.write_all(&piece).await.map_err(ApiError::internal)?;
+    }
+    if bytes == 0 {
+        return Err(ApiError::invalid("file", "The file is empty."));
     }
     file.flush().await.map_err(ApiError::internal)
 }
@@ -96,33 +106,21 @@ fn bad_form(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(Kind::InvalidRequest, format!("The body must be a form (multipart/form-data): {error}."))
 }
 
-/// What a list of files may ask for.
-#[derive(Debug, Deserialize)]
-pub struct ListQuery {
-    after: Option<String>,
-    limit: Option<usize>,
-    order: Option<String>,
-    purpose: Option<String>,
-}
-
 /// All files, the latest first.
 ///
 /// # Errors
 /// When a parameter is out of range.
-pub async fn list(
-    State(app): State<Arc<App>>,
-    Parameters(query): Parameters<ListQuery>,
-) -> Result<Json<Value>, ApiError> {
+pub async fn list(State(app): State<Arc<App>>, query: Parameters) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
-    let ListQuery { after, limit, order, purpose } = query;
-    let ascending = match order.as_deref() {
+    let ascending = match query.get("order") {
         None | Some("desc") => false,
         Some("asc") => true,
         Some(other) => {
             return Err(ApiError::invalid("order", format!("order must be \"asc\" or \"desc\", got \"{other}\".")));
         }
     };
-    let query = FileQuery { purpose, after, limit: limit_of(limit, MAX_LIMIT, MAX_LIMIT)?, ascending };
+    let purpose = query.get("purpose").map(str::to_owned);
+    let query = FileQuery { purpose, after: query.after(), limit: query.limit(MAX_LIMIT, MAX_LIMIT)?, ascending };
     let page = blocking(move || Ok(storage.files(&query)?)).await?;
     Ok(Json(list_of(&page, object)))
 }
@@ -135,18 +133,6 @@ pub fn list_of<T>(page: &Page<T>, object: impl Fn(&T) -> Value) -> Value {
         "object": "list", "first_id": id(data.first()), "last_id": id(data.last()), "has_more": page.has_more,
         "data": data,
     })
-}
-
-/// How many rows a page may have.
-///
-/// # Errors
-/// When more than `most` are asked for, or none.
-pub fn limit_of(asked: Option<usize>, default: usize, most: usize) -> Result<usize, ApiError> {
-    match asked {
-        None => Ok(default),
-        Some(limit) if (1..=most).contains(&limit) => Ok(limit),
-        Some(limit) => Err(ApiError::invalid("limit", format!("limit must be from 1 to {most}, got {limit}."))),
-    }
 }
 
 /// What is known of a file.
@@ -199,8 +185,7 @@ async fn find(app: &App, id: String) -> Result<StoredFile, ApiError> {
     blocking(move || storage.file(&id)?.ok_or_else(|| no_file(&id))).await
 }
 
-/// There is no such file.
-pub fn no_file(id: &str) -> ApiError {
+fn no_file(id: &str) -> ApiError {
     ApiError::new(Kind::ObjectNotFound, format!("No such File object: {id}")).or_param("id")
 }
 
@@ -215,6 +200,10 @@ impl From<StorageError> for ApiError {
     fn from(error: StorageError) -> Self {
         match error {
             StorageError::FileInUse { .. } => Self::new(Kind::Conflict, sentence(&error.to_string())),
+            StorageError::NoFile { role, .. } => {
+                Self::new(Kind::ObjectNotFound, sentence(&error.to_string())).or_param(role)
+            }
+            StorageError::NothingToComeAfter(_) => Self::invalid("after", sentence(&error.to_string())),
             other => Self::internal(other),
         }
     }

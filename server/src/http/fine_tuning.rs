@@ -14,15 +14,19 @@ use super::{
     body::JsonBody,
     error::{ApiError, Kind, sentence},
     fields::{Fields, wrong},
-    files::{limit_of, list_of, no_file},
+    files::list_of,
     messages::required,
     params::{self, Endpoint},
     query::Parameters,
 };
 use crate::{
-    finetune::jobs::{Jobs, JobsError},
+    adapters::fits_names,
+    finetune::{
+        hyperparameters::{self, HyperparameterError},
+        jobs::{Jobs, JobsError},
+    },
     random::random_seed,
-    storage::{Checkpoint, Event, Job, JobStatus, NewJob, Purpose},
+    storage::{Checkpoint, Event, Job, JobStatus, NewJob},
 };
 
 /// Of a suffix, in characters.
@@ -39,20 +43,7 @@ pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Re
     let unknown = params::admit(&body, Endpoint::FineTuning, app.options.strict_params)?;
     let jobs = app.jobs()?.clone();
     let asked = asked(&jobs, &body)?;
-    let storage = app.storage()?.clone();
-    let job = blocking(move || {
-        let files =
-            [("training_file", Some(&asked.training_file)), ("validation_file", asked.validation_file.as_ref())];
-        for (param, file) in files.into_iter().filter_map(|(param, file)| Some((param, file?))) {
-            let found =
-                storage.file(file)?.ok_or_else(|| ApiError { param: Some(param.to_owned()), ..no_file(file) })?;
-            if found.purpose != Purpose::FineTune {
-                let message = format!("File {file} has the purpose {}, not fine-tune.", found.purpose.name());
-                return Err(ApiError::invalid(param, message));
-            }
-        }
-        Ok(jobs.create(asked)?)
-    });
+    let job = blocking(move || Ok(jobs.create(asked)?));
     let mut response = Json(object(&job.await?)).into_response();
     answer::name_ignored(&mut response, &unknown);
     Ok(response)
@@ -67,10 +58,18 @@ fn asked(jobs: &Jobs, body: &Map<String, Value>) -> Result<NewJob, ApiError> {
         return Err(ApiError::new(Kind::ModelNotFound, message).or_param("model"));
     }
     let (mut hyperparameters, path) = hyperparameters(fields)?;
-    jobs.check(&mut hyperparameters).map_err(|error| ApiError::invalid(path, sentence(&format!("{error:#}"))))?;
+    hyperparameters::complete(&mut hyperparameters).map_err(|HyperparameterError { name, message }| {
+        let path = name.map_or_else(|| path.to_owned(), |name| format!("{path}.{name}"));
+        ApiError::invalid(path, sentence(&message))
+    })?;
     let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
     if let Some(suffix) = suffix.filter(|suffix| suffix.chars().count() > MAX_SUFFIX) {
         let message = format!("suffix must have at most {MAX_SUFFIX} characters, got {}.", suffix.chars().count());
+        return Err(ApiError::invalid("suffix", message));
+    }
+    if suffix.is_some_and(|suffix| !suffix.chars().all(fits_names)) {
+        let message =
+            "suffix may hold neither a comma, a slash nor a control character: it is a part of the model's name.";
         return Err(ApiError::invalid("suffix", message));
     }
     let seed = fields.integer("seed", 0, i64::from(u32::MAX))?.map(i64::cast_unsigned);
@@ -87,9 +86,13 @@ fn asked(jobs: &Jobs, body: &Map<String, Value>) -> Result<NewJob, ApiError> {
 
 /// Those of the method, or of the body itself as in older versions of the API, and where they lie.
 fn hyperparameters(fields: Fields<'_>) -> Result<(Map<String, Value>, &'static str), ApiError> {
-    let Some(method) = fields.get("method") else {
-        return Ok((fields.object("hyperparameters")?.cloned().unwrap_or_default(), "hyperparameters"));
-    };
+    const BESIDE: &str = "hyperparameters";
+    const WITHIN: &str = "method.supervised.hyperparameters";
+    let beside = fields.object(BESIDE)?;
+    let Some(method) = fields.get("method") else { return Ok((beside.cloned().unwrap_or_default(), BESIDE)) };
+    if beside.is_some_and(|beside| !beside.is_empty()) {
+        return Err(ApiError::invalid(BESIDE, format!("Give the hyperparameters in {WITHIN} only, not beside it.")));
+    }
     let method = Fields::nested(method, "method")?;
     match method.string("type")? {
         None | Some("supervised") => {}
@@ -99,10 +102,11 @@ fn hyperparameters(fields: Fields<'_>) -> Result<(Map<String, Value>, &'static s
             return Err(ApiError::invalid("method.type", message));
         }
     }
-    const PATH: &str = "method.supervised.hyperparameters";
-    let Some(supervised) = method.get("supervised") else { return Ok((Map::new(), PATH)) };
-    let found = Fields::nested(supervised, "method.supervised")?.object("hyperparameters")?;
-    Ok((found.cloned().unwrap_or_default(), PATH))
+    method.has_only(&["type", "supervised"])?;
+    let Some(supervised) = method.get("supervised") else { return Ok((Map::new(), WITHIN)) };
+    let supervised = Fields::nested(supervised, "method.supervised")?;
+    supervised.has_only(&["hyperparameters"])?;
+    Ok((supervised.object("hyperparameters")?.cloned().unwrap_or_default(), WITHIN))
 }
 
 fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
@@ -124,39 +128,13 @@ fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
     Ok(map)
 }
 
-/// Pages of lists: `after`, `limit`, and pairs such as `metadata[key]`.
-type ListQuery = Parameters<Vec<(String, String)>>;
-
-struct Paging {
-    after: Option<String>,
-    limit: usize,
-    metadata: Vec<(String, String)>,
-}
-
-fn paging(query: Vec<(String, String)>, default: usize) -> Result<Paging, ApiError> {
-    let mut paging = Paging { after: None, limit: default, metadata: Vec::new() };
-    for (name, value) in query {
-        let key = name.strip_prefix("metadata[").and_then(|rest| rest.strip_suffix(']'));
-        match (name.as_str(), key) {
-            ("after", _) => paging.after = Some(value),
-            ("limit", _) => {
-                let limit = value.parse().map_err(|_| wrong("limit", "a whole number", &value.as_str().into()))?;
-                paging.limit = limit_of(Some(limit), default, MAX_LIMIT)?;
-            }
-            (_, Some(key)) => paging.metadata.push((key.to_owned(), value)),
-            _ => {}
-        }
-    }
-    Ok(paging)
-}
-
 /// All jobs, the latest first.
 ///
 /// # Errors
 /// When a parameter is out of range.
-pub async fn list(State(app): State<Arc<App>>, Parameters(query): ListQuery) -> Result<Json<Value>, ApiError> {
+pub async fn list(State(app): State<Arc<App>>, query: Parameters) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
-    let Paging { after, limit, metadata } = paging(query, 20)?;
+    let (after, limit, metadata) = (query.after(), query.limit(20, MAX_LIMIT)?, query.below("metadata"));
     let page = blocking(move || Ok(storage.jobs(after.as_deref(), limit, &metadata)?)).await?;
     Ok(Json(list_of(&page, object)))
 }
@@ -210,10 +188,10 @@ async fn change(
 pub async fn events(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
-    Parameters(query): ListQuery,
+    query: Parameters,
 ) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
-    let Paging { after, limit, .. } = paging(query, 20)?;
+    let (after, limit) = (query.after(), query.limit(20, MAX_LIMIT)?);
     let page = blocking(move || {
         let job = storage.job(&id)?.ok_or(JobsError::NotFound(id))?;
         Ok(storage.events(&job.id, after.as_deref(), limit)?)
@@ -228,10 +206,10 @@ pub async fn events(
 pub async fn checkpoints(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
-    Parameters(query): ListQuery,
+    query: Parameters,
 ) -> Result<Json<Value>, ApiError> {
     let storage = app.storage()?.clone();
-    let Paging { after, limit, .. } = paging(query, 10)?;
+    let (after, limit) = (query.after(), query.limit(10, MAX_LIMIT)?);
     let job = id.clone();
     let page = blocking(move || {
         let job = storage.job(&job)?.ok_or(JobsError::NotFound(job))?;
@@ -274,7 +252,7 @@ impl From<JobsError> for ApiError {
     fn from(error: JobsError) -> Self {
         let kind = match error {
             JobsError::NotFound(_) => Kind::ObjectNotFound,
-            JobsError::Status { .. } => Kind::Conflict,
+            JobsError::Status { .. } | JobsError::Needed { .. } => Kind::Conflict,
             JobsError::Storage(error) => return error.into(),
         };
         Self::new(kind, sentence(&error.to_string()))

@@ -54,7 +54,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{engine::Served, finetune::jobs::Jobs, metrics, storage::Storage};
+use crate::{adapters::AdapterError, engine::Served, finetune::jobs::Jobs, metrics, storage::Storage};
 use error::{ApiError, Kind};
 
 /// How long answered connections may take to be read to their end when the server ends.
@@ -172,19 +172,22 @@ impl App {
     /// The same, if `model` is one of its names, or with the adapter of that name. No name is as good as the right one.
     ///
     /// # Errors
-    /// Also when no model of that name is served.
-    pub fn served_as(&self, model: Option<&str>) -> Result<Arc<Served>, ApiError> {
-        let served = self.served()?;
+    /// Also when no model of that name is served, or there is no memory for its adapter.
+    pub async fn served_as(&self, model: Option<&str>) -> Result<Arc<Served>, ApiError> {
+        let served = self.served()?.clone();
         let Some(name) = model.filter(|name| !served.names.iter().any(|known| known == name)) else {
-            return Ok(served.clone());
+            return Ok(served);
         };
-        served.adapted(name).map(Arc::new).ok_or_else(|| {
-            let adapters = served.adapters.list();
-            let known = served.names.iter().map(String::as_str).chain(adapters.iter().map(|one| one.adapter.name()));
-            let known = known.collect::<Vec<_>>().join("`, `");
-            let message = format!("The model `{name}` does not exist. This server has `{known}`.");
-            ApiError::new(Kind::ModelNotFound, message).or_param("model")
+        let name = name.to_owned();
+        blocking(move || match served.adapted(&name) {
+            Ok(Some(adapted)) => Ok(Arc::new(adapted)),
+            Ok(None) => Err(models::no_model(&served, &name)),
+            Err(error @ (AdapterError::NoRoom(_) | AdapterError::TooLarge { .. })) => {
+                Err(ApiError { param: Some("model".to_owned()), ..error.into() })
+            }
+            Err(error) => Err(ApiError::internal(format_args!("{name}: {error}"))),
         })
+        .await
     }
 
     /// Resolves when requests under way have to end.

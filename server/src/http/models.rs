@@ -12,7 +12,7 @@ use super::{
     App, blocking,
     error::{ApiError, Kind},
 };
-use crate::engine::Served;
+use crate::{adapters::ServedAdapter, engine::Served};
 
 /// The served model under each of its names, and its adapters.
 ///
@@ -20,12 +20,8 @@ use crate::engine::Served;
 /// While there is no model.
 pub async fn list(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let served = app.served()?;
-    let mut data: Vec<Value> = served.names.iter().map(|name| card(served, name, None)).collect();
-    for adapter in served.adapters.list() {
-        // It may have been unloaded meanwhile.
-        let name = adapter.adapter.name();
-        data.extend(served.adapted(name).map(|adapted| card(&adapted, name, Some(served.name()))));
-    }
+    let mut data: Vec<Value> = served.names.iter().map(|name| own_card(served, name)).collect();
+    data.extend(served.adapters.list().iter().map(|adapter| adapter_card(served, adapter)));
     Ok(Json(json!({"object": "list", "data": data})))
 }
 
@@ -34,9 +30,12 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> 
 /// # Errors
 /// When no model of that name is served.
 pub async fn retrieve(State(app): State<Arc<App>>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
-    let served = app.served_as(Some(&model))?;
-    let parent = served.adapter.is_some().then_some(app.served()?.name());
-    Ok(Json(card(&served, &model, parent)))
+    let served = app.served()?;
+    if served.names.contains(&model) {
+        return Ok(Json(own_card(served, &model)));
+    }
+    let adapter = served.adapters.find(&model).ok_or_else(|| no_model(served, &model))?;
+    Ok(Json(adapter_card(served, &adapter)))
 }
 
 /// Removes a model that a fine-tuning job has made, with its checkpoints; requests that use it are answered to their end.
@@ -53,14 +52,36 @@ pub async fn delete(State(app): State<Arc<App>>, Path(model): Path<String>) -> R
     Ok(Json(json!({"id": model, "object": "model", "deleted": true})))
 }
 
-fn card(served: &Served, name: &str, parent: Option<&str>) -> Value {
+/// No model of this name is served; some that are.
+pub fn no_model(served: &Served, name: &str) -> ApiError {
+    const TOLD: usize = 5;
+    let adapters = served.adapters.list();
+    let told = adapters.iter().take(TOLD).map(|adapter| adapter.name.as_str());
+    let known = served.names.iter().map(String::as_str).chain(told).collect::<Vec<_>>().join("`, `");
+    let others = match adapters.len().saturating_sub(TOLD) {
+        0 => String::new(),
+        count => format!(" and {count} others: see /v1/models"),
+    };
+    let message = format!("The model `{name}` does not exist. This server has `{known}`{others}.");
+    ApiError::new(Kind::ModelNotFound, message).or_param("model")
+}
+
+fn own_card(served: &Served, name: &str) -> Value {
+    card(name, served.created, &served.root, None, served.max_model_len)
+}
+
+fn adapter_card(served: &Served, adapter: &ServedAdapter) -> Value {
+    card(&adapter.name, adapter.created, &adapter.root, Some(served.name()), served.max_model_len)
+}
+
+fn card(name: &str, created: u64, root: &str, parent: Option<&str>, max_model_len: usize) -> Value {
     json!({
         "id": name,
         "object": "model",
-        "created": served.created,
+        "created": created,
         "owned_by": "cadre",
-        "root": served.root,
+        "root": root,
         "parent": parent,
-        "max_model_len": served.max_model_len,
+        "max_model_len": max_model_len,
     })
 }

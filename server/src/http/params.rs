@@ -81,7 +81,7 @@ const HONOURED_ADAPTERS: &[&str] = &["load_inplace", "lora_name", "lora_path"];
 
 /// Honoured where fine-tuning jobs are created.
 const HONOURED_FINE_TUNING: &[&str] =
-    &["hyperparameters", "metadata", "method", "suffix", "training_file", "validation_file"];
+    &["hyperparameters", "metadata", "method", "model", "seed", "suffix", "training_file", "validation_file"];
 
 /// Accepted without effect: they don't change what is generated.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -172,6 +172,10 @@ const REFUSED_COMPLETIONS: &[Refusal] = &[
     refuse("top_logprobs", never, "give the number in `logprobs`"),
 ];
 
+/// Refused where fine-tuning jobs are created.
+const REFUSED_FINE_TUNING: &[Refusal] =
+    &[refuse("integrations", is_empty, "this server tells nobody else of its jobs; leave it out")];
+
 fn never(_: &Value) -> bool {
     false
 }
@@ -225,26 +229,37 @@ pub fn is_honoured(name: &str) -> bool {
 /// # Errors
 /// When a refused parameter asks for something, or, if `strict`, when there is a field that nobody knows.
 pub fn admit(body: &Map<String, Value>, endpoint: Endpoint, strict: bool) -> Result<Vec<String>, ApiError> {
-    let (honoured, refused): (&[&[&str]], &[Refusal]) = match endpoint {
-        Endpoint::Chat => (&[HONOURED_CHAT], REFUSED_CHAT),
-        Endpoint::Completions => (&[HONOURED_COMPLETIONS], REFUSED_COMPLETIONS),
+    let (honoured, refused): (&[&[&str]], &[&[Refusal]]) = match endpoint {
+        Endpoint::Chat => (&[HONOURED, HONOURED_CHAT, WITHOUT_EFFECT], &[REFUSED, REFUSED_CHAT]),
+        Endpoint::Completions => (&[HONOURED, HONOURED_COMPLETIONS, WITHOUT_EFFECT], &[REFUSED, REFUSED_COMPLETIONS]),
         // What shapes the prompt; what shapes the answer is without effect here.
-        Endpoint::Tokenize => (&[HONOURED_TOKENIZE, HONOURED_CHAT, HONOURED_COMPLETIONS], &[]),
+        Endpoint::Tokenize => {
+            (&[HONOURED, HONOURED_TOKENIZE, HONOURED_CHAT, HONOURED_COMPLETIONS, WITHOUT_EFFECT], &[REFUSED])
+        }
         Endpoint::Adapters => (&[HONOURED_ADAPTERS], &[]),
-        Endpoint::FineTuning => (&[HONOURED_FINE_TUNING], &[]),
+        Endpoint::FineTuning => (&[HONOURED_FINE_TUNING], &[REFUSED_FINE_TUNING]),
     };
     let mut unknown = Vec::new();
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
         let name = name.as_str();
-        if let Some(refusal) = REFUSED.iter().chain(refused).find(|refusal| refusal.name == name) {
+        if let Some(refusal) = refused.iter().copied().flatten().find(|refusal| refusal.name == name) {
             refusal.check(value)?;
-        } else if !honoured.iter().chain(&[HONOURED, WITHOUT_EFFECT]).any(|list| list.contains(&name)) {
+        } else if !honoured.iter().any(|list| list.contains(&name)) {
             unknown.push(name.to_owned());
         }
     }
+    check_unknown(&unknown, strict)?;
+    Ok(unknown)
+}
+
+/// Refuses fields that nobody knows, if that was asked for.
+///
+/// # Errors
+/// When there is one.
+pub fn check_unknown(unknown: &[String], strict: bool) -> Result<(), ApiError> {
     match unknown.first() {
         Some(name) if strict => Err(ApiError::invalid(name, format!("`{name}` is not a known parameter."))),
-        _ => Ok(unknown),
+        _ => Ok(()),
     }
 }
 

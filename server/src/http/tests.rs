@@ -200,6 +200,22 @@ fn models_are_listed_under_all_their_names() {
 }
 
 #[test]
+fn few_of_many_models_are_told_to_one_who_asks_for_another() {
+    let server = Server::saying("hello");
+    let adapters = &server.app.served().unwrap().adapters;
+    for number in 0..40 {
+        adapters.add(crate::adapters::AdapterSource { name: format!("tuned-{number}"), directory: "none".into() });
+    }
+    let missing = server.chat(json!({"model": "gpt-9"}));
+    let message = missing.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(missing.status, 404);
+    assert!(message.contains("`fake`") && message.contains("`tuned-0`") && message.contains("35 others"), "{message}");
+    assert!(message.len() < 200, "{message}");
+    // One whose files are gone is a defect, not a request's fault.
+    assert_eq!(server.chat(json!({"model": "tuned-0"})).status, 500);
+}
+
+#[test]
 fn a_chat_answer() {
     let server = Server::saying("Hello!");
     let answer = server.chat(json!({})).ok();

@@ -35,7 +35,7 @@ async fn admitted(
     make: fn(&Served, &Map<String, Value>) -> Result<Value, ApiError>,
 ) -> Result<Response, ApiError> {
     let unknown = params::admit(&body, Endpoint::Tokenize, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?)?;
+    let served = app.served_as(Fields::new(&body).string("model")?).await?;
     let mut response = Json(app.prepare(move || make(&served, &body)).await?).into_response();
     answer::name_ignored(&mut response, &unknown);
     Ok(response)

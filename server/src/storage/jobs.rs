@@ -2,10 +2,13 @@
 
 use std::fs;
 
-use rusqlite::{OptionalExtension, Row, ToSql, params, types::FromSqlError};
+use rusqlite::{Connection, OptionalExtension, Row, params, types::FromSqlError};
 use serde_json::{Map, Value};
 
-use super::{Page, Storage, StorageError, new_id, now, page, unreadable};
+use super::{
+    Page, Purpose, Storage, StorageError, Upload, entries, files::insert, is_id, new_id, now, page, place_of,
+    swept_later, unreadable,
+};
 
 /// How far a job is, in OpenAI's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +78,14 @@ pub struct NewJob {
     pub metadata: Map<String, Value>,
     /// Its settings, by the names of `cadre finetune`'s flags.
     pub hyperparameters: Map<String, Value>,
+}
+
+impl NewJob {
+    /// Its files, each with the field that names it.
+    pub fn files(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let held_out = self.validation_file.as_deref().map(|file| ("validation_file", file));
+        std::iter::once(("training_file", self.training_file.as_str())).chain(held_out)
+    }
 }
 
 /// A job.
@@ -166,18 +177,24 @@ pub struct Checkpoint {
     pub metrics: Value,
 }
 
+/// Of a job's row: it isn't done.
+const IS_OPEN: &str = "status IN ('validating_files', 'queued', 'running')";
+/// Of a job's row: it has made models that are served.
+const HAS_MODELS: &str = "(fine_tuned_model IS NOT NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE job = jobs.id))";
+/// What a job's id begins with.
+pub(super) const JOB_PREFIX: &str = "ftjob-";
 const JOB: &str =
     "SELECT id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters, status,
                    paused, fine_tuned_model, result_file, trained_tokens, finished, estimated_finish, error FROM jobs";
 
 impl Storage {
-    /// Adds a job, whose files are to be looked at.
+    /// Adds a job, whose files are to be looked at; `base` is the fingerprint of the weights that it begins from.
     ///
     /// # Errors
-    /// When the database fails.
-    pub fn add_job(&self, asked: NewJob) -> Result<Job, StorageError> {
+    /// When a file isn't there, or the database fails.
+    pub fn add_job(&self, asked: NewJob, base: &str) -> Result<Job, StorageError> {
         let job = Job {
-            id: new_id("ftjob-"),
+            id: new_id(JOB_PREFIX),
             created: now(),
             asked,
             status: JobStatus::ValidatingFiles,
@@ -191,9 +208,18 @@ impl Storage {
         };
         let NewJob { model, training_file, validation_file, suffix, seed, metadata, hyperparameters } = &job.asked;
         let [metadata, hyperparameters] = [metadata, hyperparameters].map(|map| Value::from(map.clone()).to_string());
-        self.database().execute(
+        let mut database = self.database();
+        let transaction = database.transaction()?;
+        for (role, file) in job.asked.files() {
+            let query = "SELECT COUNT(*) FROM files WHERE id = ? AND purpose = ?";
+            let count: i64 = transaction.query_row(query, [file, Purpose::FineTune.name()], |row| row.get(0))?;
+            if count == 0 {
+                return Err(StorageError::NoFile { role, file: file.to_owned() });
+            }
+        }
+        transaction.execute(
             "INSERT INTO jobs (id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters,
-             status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+             status, base) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             params![
                 job.id,
                 job.created,
@@ -204,9 +230,13 @@ impl Storage {
                 seed.cast_signed(),
                 metadata,
                 hyperparameters,
-                job.status.name()
+                job.status.name(),
+                base
             ],
         )?;
+        let message = format!("Created fine-tuning job: {}", job.id);
+        insert_event(&transaction, &job.id, Level::Info, &message, EventKind::Message)?;
+        transaction.commit()?;
         Ok(job)
     }
 
@@ -228,11 +258,10 @@ impl Storage {
         limit: usize,
         metadata: &[(String, String)],
     ) -> Result<Page<Job>, StorageError> {
-        let text = format!(
-            "{JOB} WHERE (?1 IS NULL OR number < (SELECT number FROM jobs WHERE id = ?1)) ORDER BY number DESC"
-        );
         let database = self.database();
-        let mut statement = database.prepare(&text)?;
+        let after = place_of(&database, "SELECT number FROM jobs WHERE id = ?1", after, &[])?;
+        let mut statement =
+            database.prepare(&format!("{JOB} WHERE (?1 IS NULL OR number < ?1) ORDER BY number DESC"))?;
         let has =
             |job: &Job, (name, value): &(String, String)| job.asked.metadata.get(name) == Some(&value.as_str().into());
         let is_meant =
@@ -241,14 +270,26 @@ impl Storage {
         Ok(page(rows.collect::<Result<_, _>>()?, limit))
     }
 
-    /// The jobs of a status, the first one first.
+    /// The jobs on the weights `base` whose models are served, the first one first.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn jobs_that_are(&self, status: JobStatus) -> Result<Vec<Job>, StorageError> {
+    pub fn jobs_with_models(&self, base: &str) -> Result<Vec<Job>, StorageError> {
+        self.jobs_where(&format!("base = ? AND {HAS_MODELS}"), base)
+    }
+
+    /// The jobs on other weights than `base` that aren't done, or whose models are served with those, the first one first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn jobs_of_others(&self, base: &str) -> Result<Vec<Job>, StorageError> {
+        self.jobs_where(&format!("base != ? AND ({IS_OPEN} OR {HAS_MODELS})"), base)
+    }
+
+    fn jobs_where(&self, condition: &str, base: &str) -> Result<Vec<Job>, StorageError> {
         let database = self.database();
-        let mut statement = database.prepare(&format!("{JOB} WHERE status = ? ORDER BY number"))?;
-        Ok(statement.query_map([status.name()], read)?.collect::<Result<_, _>>()?)
+        let mut statement = database.prepare(&format!("{JOB} WHERE {condition} ORDER BY number"))?;
+        Ok(statement.query_map([base], read)?.collect::<Result<_, _>>()?)
     }
 
     /// How many jobs have a status.
@@ -260,15 +301,25 @@ impl Storage {
         Ok(self.database().query_row(query, [status.name()], |row| row.get(0))?)
     }
 
-    /// The job whose turn it is: one that was interrupted, or the first that waits.
+    /// The job on the weights `base` whose files are looked at next.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn next_job(&self) -> Result<Option<Job>, StorageError> {
+    pub fn next_to_validate(&self, base: &str) -> Result<Option<Job>, StorageError> {
+        let query = format!("{JOB} WHERE base = ? AND status = 'validating_files' ORDER BY number LIMIT 1");
+        Ok(self.database().query_row(&query, [base], read).optional()?)
+    }
+
+    /// The job on the weights `base` whose turn to train it is: one that was interrupted, or the first that waits.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn next_to_train(&self, base: &str) -> Result<Option<Job>, StorageError> {
         let query = format!(
-            "{JOB} WHERE status IN ('running', 'queued') AND paused = 0 ORDER BY status = 'running' DESC, number LIMIT 1"
+            "{JOB} WHERE base = ? AND status IN ('running', 'queued') AND paused = 0
+             ORDER BY status = 'running' DESC, number LIMIT 1"
         );
-        Ok(self.database().query_row(&query, [], read).optional()?)
+        Ok(self.database().query_row(&query, [base], read).optional()?)
     }
 
     /// A job's status becomes `to` if it is one of `from`; whether it was.
@@ -282,6 +333,16 @@ impl Storage {
         Ok(self.database().execute(&query, params![to.name(), finished, id])? > 0)
     }
 
+    /// A job that waits for its turn, or was interrupted in it, is running; whether it is.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn begin_job(&self, id: &str) -> Result<bool, StorageError> {
+        let query =
+            "UPDATE jobs SET status = 'running' WHERE id = ? AND status IN ('queued', 'running') AND paused = 0";
+        Ok(self.database().execute(query, [id])? > 0)
+    }
+
     /// Whether a job waits until it is resumed.
     ///
     /// # Errors
@@ -291,19 +352,27 @@ impl Storage {
         Ok(())
     }
 
-    /// A job that isn't done has failed.
+    /// A job has failed if it wasn't done, and forgets its checkpoints, whose models' names are returned; `None` if it was.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn fail_job(&self, id: &str, error: &JobError) -> Result<(), StorageError> {
+    pub fn fail_job(&self, id: &str, error: &JobError) -> Result<Option<Vec<String>>, StorageError> {
         let JobError { code, message, param } = error;
         let text = serde_json::json!({"code": code, "message": message, "param": param}).to_string();
-        self.database().execute(
+        let mut database = self.database();
+        let transaction = database.transaction()?;
+        let changed = transaction.execute(
             "UPDATE jobs SET status = 'failed', finished = ?, estimated_finish = NULL, error = ?
-             WHERE id = ? AND status NOT IN ('succeeded', 'failed', 'cancelled')",
+             WHERE id = ? AND status IN ('validating_files', 'queued', 'running')",
             params![now(), text, id],
         )?;
-        Ok(())
+        if changed == 0 {
+            return Ok(None);
+        }
+        let models = forget_checkpoints(&transaction, id)?;
+        insert_event(&transaction, id, Level::Error, &format!("The job failed: {message}"), EventKind::Message)?;
+        transaction.commit()?;
+        Ok(Some(models))
     }
 
     /// How far a running job is.
@@ -318,40 +387,87 @@ impl Storage {
         Ok(())
     }
 
-    /// A running job has succeeded: its model is served as `model`, its results are in the file `result_file`.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub fn finish_job(&self, id: &str, model: &str, result_file: &str) -> Result<bool, StorageError> {
-        let changed = self.database().execute(
-            "UPDATE jobs SET status = 'succeeded', finished = ?, estimated_finish = NULL, fine_tuned_model = ?, result_file = ?
-             WHERE id = ? AND status = 'running'",
-            params![now(), model, result_file, id],
-        )?;
-        Ok(changed > 0)
-    }
-
-    /// The job whose model has this name forgets it with all checkpoints, whose names are returned, and its run is removed;
-    /// `None` if there is no such job.
+    /// A running job has succeeded: its model is served as `model`, its results were written to `results`. Whether it was
+    /// running.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn forget_model(&self, model: &str) -> Result<Option<Vec<String>>, StorageError> {
+    pub fn finish_job(&self, id: &str, model: &str, results: Upload) -> Result<bool, StorageError> {
+        let file = self.settle(results, &format!("step_metrics-{id}.csv"), Purpose::FineTuneResults)?;
+        let mut database = self.database();
+        let transaction = database.transaction()?;
+        let changed = transaction.execute(
+            "UPDATE jobs SET status = 'succeeded', finished = ?, estimated_finish = NULL, fine_tuned_model = ?, result_file = ?
+             WHERE id = ? AND status = 'running'",
+            params![now(), model, file.id, id],
+        )?;
+        if changed == 0 {
+            let path = self.file_path(&file.id, file.purpose);
+            swept_later(&path, fs::remove_file(&path));
+            return Ok(false);
+        }
+        insert(&transaction, &file)?;
+        for message in [&format!("New fine-tuned model created: {model}"), "The job has successfully completed"] {
+            insert_event(&transaction, id, Level::Info, message, EventKind::Message)?;
+        }
+        transaction.commit()?;
+        Ok(true)
+    }
+
+    /// The job that has made the model of this name, and after which step if it is a checkpoint's.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn maker_of(&self, model: &str) -> Result<Option<(Job, Option<u64>)>, StorageError> {
         let database = self.database();
-        let query = "SELECT id FROM jobs WHERE fine_tuned_model = ?";
-        let Some(job) = database.query_row(query, [model], |row| row.get::<_, String>(0)).optional()? else {
-            return Ok(None);
-        };
-        let mut statement = database.prepare("SELECT model FROM checkpoints WHERE job = ?")?;
-        let checkpoints = statement.query_map([&job], |row| row.get(0))?.collect::<Result<_, _>>()?;
-        drop(statement);
-        database.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", [&job])?;
-        database.execute("DELETE FROM checkpoints WHERE job = ?", [&job])?;
-        drop(database);
-        let folder = self.job_folder(&job);
-        fs::remove_dir_all(&folder)
-            .map_err(|source| StorageError::Io { path: folder.display().to_string(), source })?;
-        Ok(Some(checkpoints))
+        let whole = format!("{JOB} WHERE fine_tuned_model = ?");
+        if let Some(job) = database.query_row(&whole, [model], read).optional()? {
+            return Ok(Some((job, None)));
+        }
+        let query = "SELECT job, step FROM checkpoints WHERE model = ?";
+        let found = database.query_row(query, [model], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?)));
+        let Some((id, step)) = found.optional()? else { return Ok(None) };
+        let job = database.query_row(&format!("{JOB} WHERE id = ?"), [id], read).optional()?;
+        Ok(job.map(|job| (job, Some(step.cast_unsigned()))))
+    }
+
+    /// A job forgets its model with all checkpoints, whose models' names are returned.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn forget_models(&self, id: &str) -> Result<Vec<String>, StorageError> {
+        let mut database = self.database();
+        let transaction = database.transaction()?;
+        transaction.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", [id])?;
+        let models = forget_checkpoints(&transaction, id)?;
+        transaction.commit()?;
+        Ok(models)
+    }
+
+    /// Removes the run of a job that is done if none of its models is left.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn remove_run_of_no_model(&self, id: &str) -> Result<(), StorageError> {
+        // A job that is made meanwhile has another id.
+        let query = format!("SELECT COUNT(*) FROM jobs WHERE id = ? AND ({IS_OPEN} OR {HAS_MODELS})");
+        let needed: i64 = self.database().query_row(&query, [id], |row| row.get(0))?;
+        if needed == 0 {
+            let folder = self.job_folder(id);
+            swept_later(&folder, fs::remove_dir_all(&folder));
+        }
+        Ok(())
+    }
+
+    /// Removes runs that nothing needs, and ends the turn of a job that was about to pause when the process died.
+    pub(super) fn sweep_jobs(&self) -> Result<(), StorageError> {
+        self.database().execute("UPDATE jobs SET status = 'queued' WHERE status = 'running' AND paused = 1", [])?;
+        for (_, name, kind) in entries(&self.folder.join("jobs"))? {
+            if is_id(JOB_PREFIX, &name) && kind.is_dir() {
+                self.remove_run_of_no_model(&name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Something has happened to a job.
@@ -359,27 +475,18 @@ impl Storage {
     /// # Errors
     /// When the database fails.
     pub fn add_event(&self, job: &str, level: Level, message: &str, kind: EventKind) -> Result<(), StorageError> {
-        let (kind, data) = match kind {
-            EventKind::Message => ("message", Value::Null),
-            EventKind::Metrics(data) => ("metrics", data.into()),
-        };
-        self.database().execute(
-            "INSERT INTO events (id, job, created, level, message, kind, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            params![new_id("ft-event-"), job, now(), level.name(), message, kind, data.to_string()],
-        )?;
-        Ok(())
+        insert_event(&self.database(), job, level, message, kind)
     }
 
-    /// Forgets what was told of a job's steps after the first `step`: they are made again.
+    /// The last step of a job of which an event tells this number; 0 if there is none.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn forget_metrics_after(&self, job: &str, step: u64) -> Result<(), StorageError> {
-        self.database().execute(
-            "DELETE FROM events WHERE job = ? AND kind = 'metrics' AND json_extract(data, '$.step') > ?",
-            params![job, step.cast_signed()],
-        )?;
-        Ok(())
+    pub fn last_step_with(&self, job: &str, number: &str) -> Result<u64, StorageError> {
+        let query = "SELECT MAX(json_extract(data, '$.step')) FROM events
+                     WHERE job = ? AND kind = 'metrics' AND json_extract(data, '$.' || ?) IS NOT NULL";
+        let step: Option<i64> = self.database().query_row(query, [job, number], |row| row.get(0))?;
+        Ok(step.unwrap_or(0).cast_unsigned())
     }
 
     /// A job's events, the latest first, from the one that comes after `after` on.
@@ -388,7 +495,7 @@ impl Storage {
     /// When the database fails.
     pub fn events(&self, job: &str, after: Option<&str>, limit: usize) -> Result<Page<Event>, StorageError> {
         let query = "SELECT id, created, level, message, kind, data FROM events WHERE job = ?1
-                     AND (?2 IS NULL OR number < (SELECT number FROM events WHERE id = ?2)) ORDER BY number DESC LIMIT ?3";
+                     AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?3";
         let read = |row: &Row<'_>| {
             Ok(Event {
                 id: row.get(0)?,
@@ -400,18 +507,21 @@ impl Storage {
             })
         };
         let database = self.database();
+        let place = "SELECT number FROM events WHERE id = ?1 AND job = ?2";
+        let after = place_of(&database, place, after, &[&job])?;
         let mut statement = database.prepare(query)?;
         let rows = statement.query_map(params![job, after, limit as i64 + 1], read)?;
         Ok(page(rows.collect::<Result<_, _>>()?, limit))
     }
 
-    /// A job's checkpoint of a step is served as `model`.
+    /// A job's checkpoint of a step is served as `model`. One that is made again after a kill is the one from before.
     ///
     /// # Errors
     /// When the database fails.
     pub fn add_checkpoint(&self, job: &str, step: u64, model: &str, metrics: &Value) -> Result<(), StorageError> {
         self.database().execute(
-            "INSERT OR REPLACE INTO checkpoints (id, job, created, step, model, metrics) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO checkpoints (id, job, created, step, model, metrics) VALUES (?, ?, ?, ?, ?, ?)
+             ON CONFLICT (job, step) DO NOTHING",
             params![new_id("ftckpt_"), job, now(), step.cast_signed(), model, metrics.to_string()],
         )?;
         Ok(())
@@ -422,8 +532,8 @@ impl Storage {
     /// # Errors
     /// When the database fails.
     pub fn remove_checkpoint(&self, job: &str, step: u64) -> Result<(), StorageError> {
-        let parameters: [&dyn ToSql; 2] = [&job, &step.cast_signed()];
-        self.database().execute("DELETE FROM checkpoints WHERE job = ? AND step = ?", parameters)?;
+        let query = "DELETE FROM checkpoints WHERE job = ? AND step = ?";
+        self.database().execute(query, params![job, step.cast_signed()])?;
         Ok(())
     }
 
@@ -433,7 +543,7 @@ impl Storage {
     /// When the database fails.
     pub fn checkpoints(&self, job: &str, after: Option<&str>, limit: usize) -> Result<Page<Checkpoint>, StorageError> {
         let query = "SELECT id, created, step, model, metrics FROM checkpoints WHERE job = ?1
-                     AND (?2 IS NULL OR step < (SELECT step FROM checkpoints WHERE id = ?2)) ORDER BY step DESC LIMIT ?3";
+                     AND (?2 IS NULL OR step < ?2) ORDER BY step DESC LIMIT ?3";
         let read = |row: &Row<'_>| {
             let step: i64 = row.get(2)?;
             Ok(Checkpoint {
@@ -445,10 +555,38 @@ impl Storage {
             })
         };
         let database = self.database();
+        let place = "SELECT step FROM checkpoints WHERE id = ?1 AND job = ?2";
+        let after = place_of(&database, place, after, &[&job])?;
         let mut statement = database.prepare(query)?;
         let rows = statement.query_map(params![job, after, limit as i64 + 1], read)?;
         Ok(page(rows.collect::<Result<_, _>>()?, limit))
     }
+}
+
+fn insert_event(
+    database: &Connection,
+    job: &str,
+    level: Level,
+    message: &str,
+    kind: EventKind,
+) -> Result<(), StorageError> {
+    let (kind, data) = match kind {
+        EventKind::Message => ("message", Value::Null),
+        EventKind::Metrics(data) => ("metrics", data.into()),
+    };
+    database.execute(
+        "INSERT INTO events (id, job, created, level, message, kind, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        params![new_id("ft-event-"), job, now(), level.name(), message, kind, data.to_string()],
+    )?;
+    Ok(())
+}
+
+/// Forgets the checkpoints of a job, whose models' names are returned.
+fn forget_checkpoints(database: &Connection, job: &str) -> Result<Vec<String>, StorageError> {
+    let mut statement = database.prepare("SELECT model FROM checkpoints WHERE job = ?")?;
+    let models = statement.query_map([job], |row| row.get(0))?.collect::<Result<_, _>>()?;
+    database.execute("DELETE FROM checkpoints WHERE job = ?", [job])?;
+    Ok(models)
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Job> {

@@ -7,7 +7,8 @@
 //! | `jobs/` | a folder a job: its run |
 //!
 //! A change is on disk when its call returns. Bytes come before the row that names them, and go after it: a process that
-//! is killed leaves at most files that no row names, which the next start removes.
+//! is killed leaves at most files and runs that no row names, which the next start removes. What has other names than
+//! those that are given here is somebody's own, and stays.
 
 mod files;
 mod jobs;
@@ -22,7 +23,7 @@ use std::{
 };
 
 use rusqlite::{
-    Connection,
+    Connection, OptionalExtension, ToSql,
     types::{FromSqlError, Type},
 };
 
@@ -32,7 +33,7 @@ pub use jobs::{Checkpoint, Event, EventKind, Job, JobError, JobStatus, Level, Ne
 use crate::random::random_seed;
 
 /// The layout of the tables below.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 const SCHEMA: &str = "
     CREATE TABLE files (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, bytes INTEGER NOT NULL, created INTEGER NOT NULL,
@@ -40,7 +41,7 @@ const SCHEMA: &str = "
     );
     CREATE TABLE jobs (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created INTEGER NOT NULL, model TEXT NOT NULL,
-        training_file TEXT NOT NULL, validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, metadata TEXT NOT NULL,
+        base TEXT NOT NULL, training_file TEXT NOT NULL, validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, metadata TEXT NOT NULL,
         hyperparameters TEXT NOT NULL, status TEXT NOT NULL, paused INTEGER NOT NULL DEFAULT 0, fine_tuned_model TEXT,
         result_file TEXT, trained_tokens INTEGER, finished INTEGER, estimated_finish INTEGER, error TEXT
     );
@@ -61,12 +62,12 @@ const PATIENCE: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
     /// The folder, or something in it.
-    #[error("{path}: {source}")]
+    #[error("{path}: {reason}")]
     Io {
         /// Where.
         path: String,
         /// Why.
-        source: io::Error,
+        reason: io::Error,
     },
     /// Another process has it open.
     #[error("{0} is in use by another process: stop that one, or give another --storage")]
@@ -83,7 +84,18 @@ pub enum StorageError {
     },
     /// The database.
     #[error("the database of --storage: {0}")]
-    Database(#[from] rusqlite::Error),
+    Database(rusqlite::Error),
+    /// There is no such file, or it is for something else.
+    #[error("there is no file `{file}` of the purpose fine-tune")]
+    NoFile {
+        /// What the job needs it for.
+        role: &'static str,
+        /// The file.
+        file: String,
+    },
+    /// A page is to come after what isn't in the list.
+    #[error("nothing in this list has the id `{0}`, after which a page was asked for")]
+    NothingToComeAfter(String),
     /// A file is needed by a job that isn't done.
     #[error("file `{file}` is used by the fine-tuning job `{job}`, which is not done")]
     FileInUse {
@@ -92,6 +104,13 @@ pub enum StorageError {
         /// The job.
         job: String,
     },
+}
+
+// The texts above say why: a source as well would be told twice.
+impl From<rusqlite::Error> for StorageError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Database(error)
+    }
 }
 
 /// A page of a list, and whether there is more of it.
@@ -118,7 +137,7 @@ impl Storage {
     pub fn open(folder: &Path) -> Result<Self, StorageError> {
         let failed = |path: &Path| {
             let path = path.display().to_string();
-            move |source| StorageError::Io { path, source }
+            move |reason| StorageError::Io { path, reason }
         };
         for directory in [folder.to_owned(), folder.join("files"), folder.join("jobs")] {
             fs::create_dir_all(&directory).map_err(failed(&directory))?;
@@ -133,7 +152,8 @@ impl Storage {
             other => other,
         })?;
         let storage = Self { folder, database: Mutex::new(database) };
-        storage.sweep()?;
+        storage.sweep_files()?;
+        storage.sweep_jobs()?;
         Ok(storage)
     }
 
@@ -167,9 +187,47 @@ fn new_id(prefix: &str) -> String {
     format!("{prefix}{:016x}{:08x}", random_seed(), random_seed() as u32)
 }
 
+/// Whether [`new_id`] could have given this.
+fn is_id(prefix: &str, text: &str) -> bool {
+    let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    text.strip_prefix(prefix).is_some_and(|digits| digits.len() == 24 && digits.bytes().all(is_digit))
+}
+
+/// What a folder holds, each with its name and what it is: a link is neither file nor folder.
+fn entries(folder: &Path) -> Result<Vec<(PathBuf, String, fs::FileType)>, StorageError> {
+    let failed = |reason| StorageError::Io { path: folder.display().to_string(), reason };
+    let read = |entry: io::Result<fs::DirEntry>| {
+        let entry = entry?;
+        Ok((entry.path(), entry.file_name().to_string_lossy().into_owned(), entry.file_type()?))
+    };
+    fs::read_dir(folder).map_err(failed)?.map(read).collect::<io::Result<_>>().map_err(failed)
+}
+
+/// What no row names may stay until the next start, if it can't be removed now.
+fn swept_later(path: &Path, removed: io::Result<()>) {
+    if let Err(error) =
+        removed.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+    {
+        tracing::warn!(path = %path.display(), %error, "what nothing needs any more can't be removed");
+    }
+}
+
 /// Seconds since 1970.
 fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().cast_signed())
+}
+
+/// The value by which a list is in order, of the row that a page is to come after: what `query` finds.
+fn place_of(
+    database: &Connection,
+    query: &str,
+    after: Option<&str>,
+    more: &[&dyn ToSql],
+) -> Result<Option<i64>, StorageError> {
+    let Some(after) = after else { return Ok(None) };
+    let parameters: Vec<&dyn ToSql> = [&after as &dyn ToSql].iter().chain(more).copied().collect();
+    let found = database.query_row(query, &parameters[..], |row| row.get(0)).optional()?;
+    found.map(Some).ok_or_else(|| StorageError::NothingToComeAfter(after.to_owned()))
 }
 
 /// The rows of a query that asked for one more than `limit`.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use cadre_tests::{binary::output, source::root};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -27,7 +27,7 @@ fn changed(folder: &Path) -> BTreeSet<String> {
     let after = read(&folder.join("model/model.safetensors"));
     assert_eq!(before.len(), after.len());
     let is_same = |name: &str| {
-        let [before, after] = [&before, &after].map(|all| all[name].to_dtype(candle_core::DType::F32).unwrap());
+        let [before, after] = [&before, &after].map(|all| all[name].to_dtype(DType::F32).unwrap());
         assert_eq!(before.dims(), after.dims());
         let difference = (before - after).unwrap().abs().unwrap().sum_all().unwrap();
         difference.to_scalar::<f32>().unwrap() == 0.0
@@ -115,6 +115,37 @@ fn a_killed_run_ends_with_the_same_model() {
 }
 
 #[test]
+fn the_last_checkpoints_of_trained_weights_become_one_model() {
+    let (directory, folder) = train(&["--method", "router", "--scheduler", "constant", "--save-every", "4"]);
+    let mean = directory.path().join("mean");
+    let flags = ["merge", "--last", "2", "--input", path(&folder), "--output", path(&mean)];
+    let told = output(&flags);
+    assert!(told.contains("the mean of the weights of steps 8, 12"), "{told}");
+    let read = |path: &Path| -> HashMap<String, Tensor> { candle_core::safetensors::load(path, &Device::Cpu).unwrap() };
+    let [first, second] = [8, 12].map(|step| read(&folder.join(format!("checkpoint-{step}/optimizer.safetensors"))));
+    let (before, after) =
+        (read(&root().join("models/embedded/model.safetensors")), read(&mean.join("model.safetensors")));
+    let values =
+        |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+    let mut routers = 0;
+    for (name, tensor) in &after {
+        let Some([one, other]) =
+            first.get(&format!("value.{name}")).map(|one| [one, &second[&format!("value.{name}")]])
+        else {
+            assert_eq!(values(tensor), values(&before[name]), "{name}");
+            continue;
+        };
+        routers += 1;
+        let expected = ((one + other).unwrap() * 0.5).unwrap().to_dtype(tensor.dtype()).unwrap();
+        assert_eq!(values(tensor), values(&expected), "{name}");
+        assert_ne!(values(tensor), values(&before[name]), "{name}");
+    }
+    assert_eq!(routers, 3);
+    let error = refused(&[&flags[..6], &[path(&directory.path().join("other")), "--model", path(&mean)]].concat());
+    assert!(error.contains("is not the model that"), "{error}");
+}
+
+#[test]
 fn noise_in_the_choice_gives_all_experts_tokens() {
     let entropy = |flags: &[&str]| {
         let (_directory, folder) = train(&[&["--method", "router"][..], flags].concat());
@@ -153,4 +184,8 @@ fn what_a_method_cannot_do_is_told() {
         assert!(error.contains(word), "{word} is missing in {error}");
     }
     assert!(!folder.exists());
+    // A result of another run is found before the training, not after it.
+    fs::create_dir_all(folder.join("model")).unwrap();
+    let error = refused(&["finetune", "--data", path(&lines), "--output", path(&folder), "--method", "full"]);
+    assert!(error.contains("has model") && error.contains("another --output"), "{error}");
 }

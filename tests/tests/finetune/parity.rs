@@ -20,7 +20,7 @@ use cadre_engine::{
 };
 use cadre_models::{
     FormatOptions, Placement,
-    adapter::{AdapterFiles, AdapterLayout, Lora, LoraOptions},
+    adapter::{AdapterFiles, AdapterLayout, Lora, LoraOptions, LoraPlan},
     load, open,
 };
 use candle_core::{DType, Device, Tensor};
@@ -301,7 +301,7 @@ fn dropout_changes_no_expectation() -> Result<()> {
         layout: AdapterLayout::Fused,
         seed: 1,
     };
-    let Lora { trained, parameters, .. } = Lora::new(&decoder, "tiny", &options)?;
+    let Lora { trained, parameters, .. } = LoraPlan::new(&decoder, "tiny", &options)?.build()?;
     let mut trainer = Trainer::new(Compute::new(2), decoder, trained, parameters, RouterLossOptions::default())?;
     let batch = batches(&case.steps()?[0], false)?;
     let (_, expected) = trainer.gradients(&batch)?;

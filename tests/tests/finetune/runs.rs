@@ -9,7 +9,7 @@ use std::{
 
 use cadre_tests::{
     binary::{self, Run, output, run},
-    checkpoint::Qwen3Moe,
+    checkpoint::{Qwen3Moe, copy_embedded},
     peak::peak_of,
     wait_for,
 };
@@ -58,7 +58,7 @@ fn flags<'a>(data: &'a str, output: &'a str) -> Vec<&'a str> {
     let steps = ["--max-steps", "12", "--batch-size", "3", "--save-every", "2", "--rank", "4", "--grad-accum", "2"];
     let losses =
         ["--aux-loss-coef", "0.01", "--z-loss-coef", "0.001", "--targets", "all-linear,lm_head", "--dropout", "0.1"];
-    [&["finetune", "--data", data, "--output", output][..], &steps, &losses].concat()
+    [&["finetune", "--data", data, "--output", output, "--eval", data][..], &steps, &losses].concat()
 }
 
 /// Kills `cadre` once `ready` says so, or after it has ended by itself.
@@ -100,37 +100,207 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         assert!(entropy.len() == 3 && entropy.iter().all(|share| (0.1..=1.0).contains(share)), "{line}");
         assert_eq!(line["idle_experts"].as_array().unwrap().len(), 3);
     }
-    // What follows the end is nothing.
+    // What follows the end is nothing: no further evaluation, and no further line.
+    let ended = fs::read_to_string(broken.join("train_log.jsonl")).unwrap();
     output(&resumed);
     assert!(result(&whole) == result(&broken));
+    assert_eq!(fs::read_to_string(broken.join("train_log.jsonl")).unwrap(), ended);
+    assert_eq!(log(&broken, "evaluation").len(), 1);
     assert!(whole.join("report.html").exists() && !whole.join("checkpoint-2").exists(), "the latest three are kept");
 }
 
 #[test]
-fn ctrl_c_saves_and_ends() {
+fn another_model_of_the_same_shape_is_not_gone_on_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let [model, lines, folder] = ["model", "train.jsonl", "run"].map(|name| directory.path().join(name));
+    fs::create_dir(&model).unwrap();
+    copy_embedded(&model, &[]);
+    data(&lines, 4);
+    let fixed = ["finetune", "--model", path(&model), "--data", path(&lines), "--output", path(&folder)];
+    let arguments = [&fixed[..], &["--max-steps", "2", "--rank", "2"]].concat();
+    output(&arguments);
+    let resumed = [&arguments[..], &["--resume"]].concat();
+    output(&resumed);
+    let weights = model.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let error = refused(&resumed);
+    assert!(error.contains("had model") && error.contains("fingerprint"), "{error}");
+}
+
+/// Arguments for a run that doesn't end by itself.
+fn endless<'a>(data: &'a str, output: &'a str) -> Vec<&'a str> {
+    let steps = ["--max-steps", "100000", "--batch-size", "2", "--rank", "2", "--save-every", "0"];
+    [&["finetune", "--data", data, "--output", output][..], &steps].concat()
+}
+
+#[test]
+fn a_signal_saves_and_ends() {
     let directory = tempfile::tempdir().unwrap();
     let lines = directory.path().join("train.jsonl");
     data(&lines, 20);
-    let folder = directory.path().join("run");
-    let arguments = [&flags(path(&lines), path(&folder))[..], &["--save-every", "0", "--max-steps", "5000"]].concat();
-    let arguments: Vec<&str> = arguments.into_iter().collect();
-    let mut command = binary::command(&[]);
-    // The later of two flags would be refused.
-    let once = arguments.iter().enumerate().filter(|(index, _)| !(9..=10).contains(index) && !(5..=6).contains(index));
-    command.args(once.map(|(_, argument)| argument)).stdout(Stdio::null()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    wait_for("the first step", 120, || {
-        fs::read_to_string(folder.join("train_log.jsonl")).is_ok_and(|log| !log.is_empty())
-    });
-    let signalled = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(signalled.success());
-    let start = Instant::now();
+    for signal in ["-INT", "-TERM"] {
+        let folder = directory.path().join(signal);
+        let mut command = binary::command(&endless(path(&lines), path(&folder)));
+        let child = command.args(["--log-every", "1000"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for("the first step", 120, || !log_if_there(&folder).is_empty());
+        let signalled = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(signalled.success());
+        let start = Instant::now();
+        let ended = child.wait_with_output().unwrap();
+        assert!(ended.status.code() == Some(130) && start.elapsed() < Duration::from_secs(30), "{}", ended.status);
+        let told = String::from_utf8(ended.stderr).unwrap();
+        assert!(told.contains("--resume"), "{told}");
+        // What was made since the last line is in one more.
+        let steps = log(&folder, "step").last().unwrap()["step"].as_u64().unwrap() + 1;
+        assert!(folder.join(format!("checkpoint-{steps}")).join("trainer_state.json").exists());
+    }
+}
+
+/// The step log of a run that may not have begun.
+fn log_if_there(output: &Path) -> String {
+    let log = fs::read_to_string(output.join("train_log.jsonl")).unwrap_or_default();
+    log.lines().filter(|line| line.contains(r#""type":"step""#)).collect()
+}
+
+#[test]
+fn one_run_at_a_time_is_in_a_directory_and_nothing_is_written_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, folder] = ["train.jsonl", "run"].map(|name| directory.path().join(name));
+    data(&lines, 8);
+    let arguments = endless(path(&lines), path(&folder));
+    let resumed = [&arguments[..], &["--resume"]].concat();
+    assert!(refused(&resumed).contains("no checkpoint and no log"));
+    let mut child = binary::command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the first step", 120, || !log_if_there(&folder).is_empty());
+    let error = refused(&resumed);
+    assert!(error.contains("another run is in"), "{error}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // It was killed before its first checkpoint: with --resume it begins again, without it nothing is lost.
+    let error = refused(&arguments);
+    assert!(error.contains("has a run") && error.contains("--resume"), "{error}");
+    let short: Vec<&str> = resumed.iter().map(|word| if *word == "100000" { "2" } else { word }).collect();
+    output(&short);
+    assert_eq!(found(&folder).len(), 2);
+    // Its result stays, also when its checkpoints are gone.
+    fs::remove_dir_all(folder.join("checkpoint-2")).unwrap();
+    for arguments in [&short, &arguments] {
+        let error = refused(arguments);
+        assert!(error.contains("has adapter_model.safetensors") && error.contains("another --output"), "{error}");
+    }
+}
+
+#[test]
+fn a_log_with_some_of_the_steps_counts_all_of_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, whole, thinned] = ["train.jsonl", "whole", "thinned"].map(|name| directory.path().join(name));
+    data(&lines, 20);
+    let train = |folder: &Path, more: &[&str]| {
+        let fixed =
+            ["--max-steps", "8", "--batch-size", "3", "--rank", "2", "--save-every", "0", "--price-per-hour", "2"];
+        output(&[&["finetune", "--data", path(&lines), "--output", path(folder)][..], &fixed, more].concat());
+        log(folder, "step")
+    };
+    let all = train(&whole, &[]);
+    let some = train(&thinned, &["--log-every", "3"]);
+    let steps: Vec<u64> = some.iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [0, 3, 6, 7]);
+    let tokens = |lines: &[Value]| lines.iter().map(|line| line["tokens"].as_u64().unwrap()).sum::<u64>();
+    assert_eq!(tokens(&all), tokens(&some));
+    let report = fs::read_to_string(thinned.join("report.html")).unwrap();
+    assert!(report.contains("<tr><th>Steps</th><td>8</td></tr>"));
+    for row in [
+        "<tr><th>max-steps</th><td>8</td></tr>",
+        "<tr><th>loss-on</th><td>all</td></tr>",
+        "<tr><th>model</th>",
+        "<tr><th>dtype</th><td>auto</td></tr>",
+        "<p>2/h ÷",
+    ] {
+        assert!(report.contains(row), "{row} is missing in\n{report}");
+    }
+    assert!(!report.contains("<th>epochs</th>") && !report.contains("<th>expert-share</th>"), "{report}");
+    let share: Vec<f64> = serde_json::from_value(all[3]["busiest_expert"].clone()).unwrap();
+    assert!(share.len() == 3 && share.iter().all(|share| (1.0 / 16.0..=1.0).contains(share)), "{share:?}");
+}
+
+/// With a rate of nearly 0 half of the losses are above the mean, which this threshold takes for spikes.
+#[test]
+fn examples_that_are_never_tried_again_are_told_at_the_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, folder] = ["train.jsonl", "run"].map(|name| directory.path().join(name));
+    data(&lines, 20);
+    let fixed = ["--max-steps", "40", "--batch-size", "2", "--rank", "2", "--learning-rate", "1e-9"];
+    let arguments = [&["finetune", "--data", path(&lines), "--output", path(&folder)][..], &fixed].concat();
+    let told = run(&[&arguments[..], &["--spike-threshold", "1e-6"]].concat());
+    assert_eq!(told.code, Some(0), "{}", told.stderr);
+    let left: Vec<Value> = log(&folder, "guard").into_iter().filter(|line| line["step"] == 40).collect();
+    assert!(!left.is_empty() && told.stderr.contains("not tried again"), "{}", told.stderr);
+    for line in left {
+        assert_eq!(line["examples"].as_array().unwrap().len(), 2, "{line}");
+        let decision = line["decision"].as_str().unwrap();
+        assert!(fs::read_to_string(folder.join("report.html")).unwrap().contains(decision), "{decision}");
+    }
+}
+
+#[test]
+fn a_run_of_one_step_makes_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, folder] = ["train.jsonl", "run"].map(|name| directory.path().join(name));
+    data(&lines, 4);
+    output(&["finetune", "--data", path(&lines), "--output", path(&folder), "--max-steps", "1"]);
+    assert_eq!(log(&folder, "step")[0]["learning_rate"], 2e-4);
+}
+
+#[test]
+fn broken_lines_are_told_one_by_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, held_out] = ["train.jsonl", "held-out.jsonl"].map(|name| directory.path().join(name));
+    data(&lines, 2);
+    let good = fs::read_to_string(&lines).unwrap();
+    fs::write(&lines, good.clone() + &"broken\n".repeat(30)).unwrap();
+    fs::write(&held_out, good + "broken\n").unwrap();
+    let arguments = ["finetune", "--data", path(&lines), "--eval", path(&held_out), "--dry-run"];
+    let error = refused(&arguments);
+    assert!(
+        error.contains("train.jsonl:32: not valid JSON") && error.contains("held-out.jsonl:3: not valid"),
+        "{error}"
+    );
+    assert!(error.contains("cannot be used: 30") && error.matches("train.jsonl:3: ").count() == 1, "{error}");
+    let skipped = run(&[&arguments[..], &["--skip-bad"]].concat());
+    assert_eq!(skipped.code, Some(0), "{}", skipped.stderr);
+    assert!(skipped.stderr.contains("train.jsonl:32: not valid JSON"), "{}", skipped.stderr);
+    assert!(skipped.stdout.contains("30 broken lines are left out"), "{}", skipped.stdout);
+    // A reader that goes away, as `head` does, is no failure.
+    let mut command = binary::command(&[&arguments[..], &["--skip-bad"]].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
     let ended = child.wait_with_output().unwrap();
-    assert!(ended.status.success() && start.elapsed() < Duration::from_secs(30));
     let told = String::from_utf8(ended.stderr).unwrap();
-    assert!(told.contains("--resume"), "{told}");
-    let steps = log(&folder, "step").len();
-    assert!(folder.join(format!("checkpoint-{steps}")).join("trainer_state.json").exists());
+    assert!(ended.status.success() && !told.contains("panicked"), "{told}");
+}
+
+/// What looks at data beside the steps takes no more memory than a step.
+#[test]
+fn evaluations_stay_within_the_budget() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lines, held_out, folder] = ["train.jsonl", "held-out.jsonl", "run"].map(|name| directory.path().join(name));
+    data(&lines, 400);
+    data(&held_out, 400);
+    let fixed = ["--batch-size", "1", "--max-steps", "3", "--rank", "2", "--report-to", "none", "--memory", "BUDGET"];
+    let arguments =
+        [&["finetune", "--data", path(&lines), "--eval", path(&held_out), "--output", path(&folder)][..], &fixed]
+            .concat();
+    let with = |budget: &'static str| -> Vec<&str> {
+        arguments.iter().map(|word| if *word == "BUDGET" { budget } else { word }).collect()
+    };
+    let needed = refused(&with("1MiB"));
+    let least: u64 = needed.split("needs at least ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    let budget = format!("{}MiB", least + 8);
+    let peak = peak_of(&with(budget.leak()));
+    assert!(peak <= (least + 8) << 20, "{} MiB of {}", peak >> 20, least + 8);
 }
 
 #[test]
@@ -201,17 +371,30 @@ fn what_is_wrong_is_told_before_anything_is_written() {
         let arguments = with(more);
         refused(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
     };
-    fs::write(&lines, "{\"text\": \"a\"}\nnot json\n{\"messages\": []}\n{\"text\": 3}\n").unwrap();
+    fs::write(&lines, "{\"text\": \"ab\"}\nnot json\n{\"messages\": []}\n{\"text\": 3}\n").unwrap();
     let error = told(&[]);
-    for word in ["train.jsonl", "2", "3", "4"] {
+    for word in ["train.jsonl:2: ", "train.jsonl:3: ", "train.jsonl:4: ", "cannot be used: 3"] {
         assert!(error.contains(word), "{word} is missing in {error}");
     }
     data(&lines, 4);
     let error = told(&["--targets", "q_proj"]);
     assert!(error.contains("q_proj") && error.contains("query_key_value"), "{error}");
     for (flags, word) in [
-        (&["--rank", "0"][..], "--rank"),
-        (&["--learning-rate", "0"], "--learning-rate"),
+        (&["--rank", "0"][..], "--rank must be at least 1"),
+        (&["--rank", "100000000000"], "--rank must be at most 65536, found 100000000000"),
+        (&["--rank", "65536", "--memory", "1GiB"], "needs at least"),
+        (&["--batch-size", "4294967296", "--grad-accum", "4294967296"], "--batch-size must be at most"),
+        (&["--batch-size", "65536", "--grad-accum", "65536", "--memory", "1MiB"], "needs at least"),
+        (&["--max-steps", "0"], "--max-steps must be at least 1"),
+        (&["--learning-rate", "0"], "--learning-rate must be above 0"),
+        (&["--learning-rate", "1e300"], "--learning-rate must be above 0 and at most 1"),
+        (&["--alpha", "1e300"], "--alpha must be above 0 and at most"),
+        (&["--clip", "inf"], "--clip must be above 0 and at most"),
+        (&["--weight-decay", "2"], "--weight-decay must be from 0 to 1"),
+        (&["--price-per-hour=-3"], "--price-per-hour must be from 0"),
+        (&["--price-per-hour", "nan"], "--price-per-hour must be from 0"),
+        (&["--keep", "0"], "--keep must be at least 1"),
+        (&["--log-every", "0"], "--log-every must be at least 1"),
         (&["--dtype", "int3"], "int3"),
         (&["--max-length", "1"], "max"),
         (&["--resume"], "no checkpoint"),
@@ -247,7 +430,11 @@ fn a_config_file_has_the_flags_names_and_flags_win() {
     assert!(!folder.exists());
     output(&["finetune", "--config", path(&config)]);
     assert_eq!(found(&folder).len(), 3);
-    // Another rank is another run.
+    // Another rank is another run, and so are other lines in the same file.
+    data(&lines, 5);
+    let error = refused(&["finetune", "--config", path(&config), "--resume"]);
+    assert!(error.contains("data") && error.contains("fingerprint"), "{error}");
+    data(&lines, 4);
     let error = refused(&["finetune", "--config", path(&config), "--resume", "--rank", "4"]);
     assert!(error.contains("rank") && error.contains("--output"), "{error}");
     let error = refused(&["finetune", "--config", path(&config)]);

@@ -151,6 +151,49 @@ fn adapters_come_and_go_while_the_server_runs() {
 }
 
 #[test]
+fn adapters_that_come_and_go_keep_within_their_memory() {
+    const COUNT: u64 = 6;
+    let folder = tempfile::tempdir().unwrap();
+    for seed in 0..COUNT {
+        write(&folder.path().join(seed.to_string()), Adapts::Experts, seed);
+    }
+    write(&folder.path().join("other"), Adapts::Attention, 9);
+    let allowed = ["--allow-runtime-adapters", folder.path().to_str().unwrap()];
+    let say = |server: &Server, model: &str| {
+        let answer = server.complete("The garden", json!({"model": model, "max_tokens": 12, "ignore_eos": true}));
+        answer.ok()["choices"][0]["text"].clone()
+    };
+    let bytes = |server: &Server| server.metrics().value("cadre_memory_bytes", &[("pool", "adapters")]);
+    let unlimited = Server::start(&allowed);
+    let names: Vec<String> = (0..COUNT).map(|seed| format!("adapter-{seed}")).collect();
+    let load_all = |server: &Server| {
+        names.iter().enumerate().for_each(|(seed, name)| assert_eq!(load(server, name, &seed.to_string()).0, 200));
+    };
+    load_all(&unlimited);
+    let all = bytes(&unlimited);
+    let room = (all / COUNT as f64 * 2.5) as u64;
+    let server = Server::start(&[&allowed[..], &["--adapter-memory", &room.to_string()]].concat());
+    load_all(&server);
+    for round in 0..2 {
+        for name in &names {
+            assert_eq!(say(&server, name), say(&unlimited, name), "{name}, round {round}");
+            server.wait_until_idle();
+            assert!(bytes(&server) <= room as f64 && bytes(&server) > 0.0, "{} of {room}", bytes(&server));
+        }
+    }
+    assert_eq!(server.client().get("/v1/models").ok()["data"].as_array().unwrap().len(), 1 + names.len());
+    // One that all the memory doesn't hold is refused, and the others are none the worse for it.
+    let small = Server::start(&[&allowed[..], &["--adapter-memory", &(room / 5).to_string()]].concat());
+    assert_eq!(load(&small, "other", "other").0, 200);
+    let (status, message) = load(&small, "large", "0");
+    assert!(status == 400 && message.contains("--adapter-memory"), "{message}");
+    assert_eq!(say(&small, "other"), {
+        load(&unlimited, "other", "other");
+        say(&unlimited, "other")
+    });
+}
+
+#[test]
 fn adapters_are_loaded_from_below_one_folder_only() {
     let folder = adapters();
     let (allowed, outside) = (folder.path().join("allowed"), folder.path().join("one"));
@@ -177,7 +220,7 @@ fn adapters_are_loaded_from_below_one_folder_only() {
         let (status, message) = told(&server, "/v1/load_lora_adapter", body);
         assert!(status == 400 && message.contains(field), "{message}");
     }
-    for name in [MODEL, ""] {
+    for name in [MODEL, "", "a,b", "a/b", "a\nb"] {
         assert_eq!(load(&server, name, "fine").0, 400, "{name}");
     }
     fs::write(allowed.join("fine/adapter_config.json"), "{}").unwrap();

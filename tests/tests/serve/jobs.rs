@@ -5,7 +5,7 @@ use std::{fs, path::Path, time::Duration};
 use cadre_tests::{
     binary::{output, run},
     checkpoint::Qwen3Moe,
-    client::Client,
+    client::{Answer, Client},
     server::{MODEL, Server},
     wait_for,
 };
@@ -30,13 +30,17 @@ fn upload(client: &Client, examples: usize) -> String {
 }
 
 fn upload_text(client: &Client, text: &str) -> String {
+    post_file(client, text, &[]).ok()["id"].as_str().unwrap().to_owned()
+}
+
+/// Uploads a file, with further fields of the form.
+fn post_file(client: &Client, text: &str, more: &[(&str, &str)]) -> Answer {
     let field = |name: &str, value: &str| {
         format!("--edge\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n")
     };
-    let file = field("file\"; filename=\"train.jsonl", text);
-    let body = field("purpose", "fine-tune") + &file + "--edge--\r\n";
-    let answer = client.post_bytes("/v1/files", "multipart/form-data; boundary=edge", body.as_bytes());
-    answer.ok()["id"].as_str().unwrap().to_owned()
+    let more: String = more.iter().map(|(name, value)| field(name, value)).collect();
+    let body = field("purpose", "fine-tune") + &more + &field("file\"; filename=\"train.jsonl", text) + "--edge--\r\n";
+    client.post_bytes("/v1/files", "multipart/form-data; boundary=edge", body.as_bytes())
 }
 
 fn create(client: &Client, file: &str, hyperparameters: Value) -> String {
@@ -235,7 +239,7 @@ fn what_is_wrong_is_told_at_once_or_in_the_job() {
     let tuned = |parameters: Value| {
         with(json!({"method": {"type": "supervised", "supervised": {"hyperparameters": parameters}}}))
     };
-    let path = "method.supervised.hyperparameters";
+    let path = |name: &str| format!("method.supervised.hyperparameters.{name}");
     refused(json!({"model": MODEL}), 400, "training_file", "training_file");
     refused(json!({"training_file": file}), 400, "model", "model");
     refused(json!({"model": "gpt-4o", "training_file": file}), 404, "model", MODEL);
@@ -244,10 +248,32 @@ fn what_is_wrong_is_told_at_once_or_in_the_job() {
     refused(with(json!({"suffix": "x".repeat(65)})), 400, "suffix", "64");
     refused(with(json!({"metadata": {"a": 1}})), 400, "metadata.a", "string");
     refused(with(json!({"method": {"type": "dpo"}})), 400, "method.type", "supervised");
-    refused(tuned(json!({"rank": 0})), 400, path, "rank");
-    refused(tuned(json!({"n_epochs": "many"})), 400, path, "many");
-    refused(tuned(json!({"learning_rate_multiplier": -1})), 400, path, "learning-rate");
-    refused(tuned(json!({"output": "/etc"})), 400, path, "output");
+    refused(with(json!({"method": {"dpo": {"hyperparameters": {}}}})), 400, "method.dpo", "supervised");
+    refused(with(json!({"method": {"supervised": {"beta": 1}}})), 400, "method.supervised.beta", "hyperparameters");
+    let twice = json!({"hyperparameters": {"n_epochs": 1}, "method": {"type": "supervised"}});
+    refused(with(twice), 400, "hyperparameters", "method.supervised");
+    refused(with(json!({"integrations": [{"type": "wandb"}]})), 400, "integrations", "leave it out");
+    for suffix in ["a\nb", "a,b", "a/b"] {
+        refused(with(json!({"suffix": suffix})), 400, "suffix", "comma");
+    }
+    for (parameters, name) in [
+        (json!({"rank": 0}), "rank"),
+        (json!({"rank": "x"}), "rank"),
+        (json!({"n_epochs": "many"}), "n_epochs"),
+        (json!({"learning_rate_multiplier": -1}), "learning_rate_multiplier"),
+        (json!({"output": "/etc"}), "output"),
+    ] {
+        refused(tuned(parameters), 400, &path(name), name);
+    }
+    refused(with(json!({"hyperparameters": {"rank": 0}})), 400, "hyperparameters.rank", "rank");
+    let ignored = client.post("/v1/fine_tuning/jobs", &with(json!({"temperature": 1, "hyperparameters": TEN_STEPS()})));
+    assert_eq!((ignored.status, ignored.headers["x-cadre-ignored"].as_str()), (200, "temperature"));
+    for list in ["/v1/files", "/v1/fine_tuning/jobs"] {
+        for (query, param) in [("limit=-1", "limit"), ("limit=0", "limit"), ("after=none", "after")] {
+            let answer = client.get(&format!("{list}?{query}"));
+            assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(param)), "{}", answer.text);
+        }
+    }
 
     let failed = |text: &str, hyperparameters: Value, words: &[&str]| {
         let id = create(client, &upload_text(client, text), hyperparameters);
@@ -257,9 +283,9 @@ fn what_is_wrong_is_told_at_once_or_in_the_job() {
         assert!(events[0]["level"] == "error" && events[0]["message"].as_str().unwrap().contains(&error));
     };
     failed("{\"text\": \"some words\"}\nnot json\n{\"messages\": []}\n", json!({}), &["2 lines", ":2:", ":3:"]);
-    failed("", json!({}), &["is empty"]);
+    failed("\n", json!({}), &["is empty"]);
     failed("{\"text\": \"some words\"}\n", json!({"targets": ["q_proj"]}), &["q_proj", "query_key_value"]);
-    failed("{\"text\": \"some words\"}\n", json!({"max_length": 100_000}), &["max-length"]);
+    failed("{\"text\": \"some words\"}\n", json!({"max_length": 100_000}), &["max_length"]);
     // The next one is none the worse for it.
     let id = create(client, &file, TEN_STEPS());
     wait_until(client, &id, "succeeded");
@@ -304,10 +330,122 @@ fn files_are_kept_found_and_removed() {
         "{}",
         answer.text
     );
+    let empty = post_file(client, "", &[]);
+    assert_eq!((empty.status, &empty.json()["error"]["param"]), (400, &json!("file")), "{}", empty.text);
     // What was refused leaves nothing behind.
     assert_eq!(fs::read_dir(storage.path().join("files")).unwrap().count(), 1);
+    let expiring = [("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "3600")];
+    let kept = post_file(client, "three\n", &expiring);
+    assert_eq!((kept.status, kept.headers["x-cadre-ignored"].as_str()), (200, "expires_after"));
+    drop(server);
+    let strict = Server::start(&["--storage", storage.path().to_str().unwrap(), "--strict-params"]);
+    let refused = post_file(strict.client(), "four\n", &expiring);
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("expires_after")));
     // Without a place for them there are no such routes.
     assert_eq!(Server::start(&[]).client().get("/v1/files").status, 404);
+}
+
+/// What is asked of a job that is done, or under way.
+fn change(client: &Client, id: &str, verb: &str) -> Answer {
+    client.post(&format!("/v1/fine_tuning/jobs/{id}/{verb}"), &json!({}))
+}
+
+/// A job that has made some steps, and has saved a checkpoint because it was paused; and the checkpoint's model.
+fn paused_job(client: &Client, file: &str) -> (String, String) {
+    let id = create(client, file, json!({"max_steps": 100_000, "batch_size": 2, "rank": 2}));
+    wait_for("some steps", 120, || !told_steps(client, &id).is_empty());
+    change(client, &id, "pause").ok();
+    wait_until(client, &id, "queued");
+    let checkpoints = all(client, &format!("/v1/fine_tuning/jobs/{id}/checkpoints"));
+    (id, checkpoints[0]["fine_tuned_model_checkpoint"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_cancelled_job_leaves_its_checkpoints_until_they_are_deleted_and_a_failed_one_nothing() {
+    let storage = tempfile::tempdir().unwrap();
+    let run = |id: &str| storage.path().join("jobs").join(id);
+    let server = start(storage.path());
+    let client = server.client();
+    let file = upload(client, 8);
+    let (cancelled, kept) = paused_job(client, &file);
+    let delete = |client: &Client, model: &str| client.delete(&format!("/v1/models/{model}"));
+    assert_eq!(delete(client, &kept).status, 409, "the job goes on from it");
+    change(client, &cancelled, "cancel").ok();
+    // Of one that fails its data are gone.
+    let lost = upload(client, 8);
+    let (failed, gone) = paused_job(client, &lost);
+    assert_eq!(models(client), [MODEL, &kept, &gone]);
+    fs::remove_file(storage.path().join("files").join(format!("{lost}.jsonl"))).unwrap();
+    change(client, &failed, "resume").ok();
+    wait_until(client, &failed, "failed");
+    wait_for("its run to go", 20, || !run(&failed).exists());
+    assert_eq!(models(client), [MODEL, &kept]);
+    assert_eq!(delete(client, &gone).status, 404);
+    drop(server);
+    let server = start(storage.path());
+    let client = server.client();
+    server.chat("stone", json!({"model": kept, "max_tokens": 4})).ok();
+    assert_eq!(delete(client, &kept).ok()["deleted"], true);
+    assert_eq!(delete(client, &kept).status, 404);
+    assert_eq!(models(client), [MODEL]);
+    assert!(!run(&cancelled).exists());
+}
+
+/// The report, which is the last that a run writes, has no room: all before it is done twice.
+#[test]
+fn a_job_without_room_on_the_disk_waits_and_ends_once() {
+    let storage = tempfile::tempdir().unwrap();
+    let server = start(storage.path());
+    let client = server.client();
+    let file = upload(client, 8);
+    let before = create(client, &file, json!({"max_steps": 100_000, "batch_size": 2, "rank": 2}));
+    let body = json!({"model": MODEL, "training_file": file, "validation_file": file, "hyperparameters": TEN_STEPS()});
+    let id = client.post("/v1/fine_tuning/jobs", &body).ok()["id"].as_str().unwrap().to_owned();
+    wait_until(client, &id, "queued");
+    let run = storage.path().join("jobs").join(&id);
+    fs::create_dir(&run).unwrap();
+    std::os::unix::fs::symlink("/dev/full", run.join("report.html")).unwrap();
+    change(client, &before, "cancel").ok();
+    wait_for("a pause", 120, || job(client, &id)["paused"] == true && job(client, &id)["status"] == "queued");
+    let rows = |what: &str| all(client, &format!("/v1/fine_tuning/jobs/{id}/{what}"));
+    assert!(rows("events")[0]["message"].as_str().unwrap().contains("No space left"), "{}", rows("events")[0]);
+    let saved = rows("checkpoints");
+    fs::remove_file(run.join("report.html")).unwrap();
+    change(client, &id, "resume").ok();
+    let done = wait_until(client, &id, "succeeded");
+    assert_eq!(rows("checkpoints"), saved);
+    let metrics = |name: &str| {
+        let told = rows("events");
+        let steps = told.iter().filter(|event| event["data"].get(name).is_some());
+        steps.map(|event| event["data"]["step"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(metrics("full_valid_loss"), [10, 8, 6, 4, 2]);
+    assert_eq!(metrics("train_loss"), (1..=10).rev().collect::<Vec<_>>());
+    let results = client.get("/v1/files?purpose=fine-tune-results").ok();
+    assert_eq!(results["data"].as_array().unwrap().len(), 1);
+    let csv = client.get(&format!("/v1/files/{}/content", done["result_files"][0].as_str().unwrap())).text;
+    assert_eq!(csv.lines().count(), 1 + 10 + 5, "{csv}");
+    assert_eq!(client.delete(&format!("/v1/files/{}", done["result_files"][0].as_str().unwrap())).status, 200);
+    assert_eq!(job(client, &id)["result_files"], json!([]));
+}
+
+#[test]
+fn the_data_of_one_job_are_looked_at_at_a_time() {
+    let storage = tempfile::tempdir().unwrap();
+    let server = start(storage.path());
+    let client = server.client();
+    let file = upload(client, 20_000);
+    let ids: Vec<String> = (0..4).map(|_| create(client, &file, TEN_STEPS())).collect();
+    wait_for("all to be looked at", 120, || {
+        // The latest first: when one of them is looked at, those before it are done.
+        let is_looked_at = |id: &&String| {
+            let has_begun = all(client, &format!("/v1/fine_tuning/jobs/{id}/events")).len() > 1;
+            has_begun && job(client, id)["status"] == "validating_files"
+        };
+        let count = ids.iter().rev().filter(is_looked_at).count();
+        assert!(count <= 1, "{count} at a time");
+        job(client, &ids[3])["status"] != "validating_files"
+    });
 }
 
 #[test]

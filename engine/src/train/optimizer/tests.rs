@@ -159,6 +159,26 @@ fn what_belongs_to_other_parameters_is_refused() {
     assert_eq!(optimizer.state().updates, 0);
 }
 
+#[test]
+fn rates_that_could_make_a_weight_infinite_are_refused_and_none_below_does() {
+    let all = parameters(&[(&[1, 3], &[3e30, -1.0, 0.0])]);
+    for (learning_rate, weight_decay) in [(1e300, 0.1), (1.5, 0.1), (-0.1, 0.1), (f64::NAN, 0.1), (0.1, 1e300)] {
+        let mut optimizer = AdamW::new(AdamWOptions { weight_decay, ..OPTIONS }, &all);
+        let mut changed = all.clone();
+        let gradients = Gradients::zeros_like(&all);
+        assert!(optimizer.update(&Pool::new(1), &mut changed, &gradients, learning_rate).is_err());
+        assert_eq!((&changed, optimizer.state().updates), (&all, 0));
+    }
+    let (mut all, mut optimizer) = (all.clone(), AdamW::new(AdamWOptions { weight_decay: 1.0, ..OPTIONS }, &all));
+    for step in 0..200 {
+        let sign = if step % 3 == 0 { -1.0 } else { 1.0 };
+        let gradients = gradients(&all, &[&[sign * 1e18, 1e-38 * sign, sign * 10f32.powi(step % 19)]]);
+        optimizer.update(&Pool::new(1), &mut all, &gradients, 1.0).unwrap();
+        assert!(values(&all).iter().all(|value| value.is_finite()), "step {step}");
+    }
+    assert!(values(&all).iter().all(|value| value.abs() < 100.0), "{:?}", values(&all));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::{
     FormatOptions, Placement,
-    adapter::{AdapterLayout, Lora, LoraOptions},
+    adapter::{AdapterLayout, Lora, LoraOptions, LoraPlan},
     checkpoint::open_directory,
     load::outline,
     targets::ALL_LINEAR,
@@ -43,7 +43,7 @@ fn options(layout: AdapterLayout, rslora: bool) -> LoraOptions {
 /// `count` checkpoints of a run, with other numbers each.
 fn checkpoints(directory: &TempDir, decoder: &Decoder, options: &LoraOptions, count: usize) -> Vec<PathBuf> {
     let save = |checkpoint: usize| {
-        let mut lora = Lora::new(decoder, "base", options).unwrap();
+        let mut lora = LoraPlan::new(decoder, "base", options).unwrap().build().unwrap();
         for (index, parameter) in lora.parameters.iter_mut().enumerate() {
             let number = |place: usize| ((index * 17 + place * 29 + checkpoint * 41) % 103) as f32 / 50.0 - 1.0;
             parameter.values.iter_mut().enumerate().for_each(|(place, value)| *value = number(place));
@@ -128,7 +128,7 @@ fn what_is_not_of_one_run_is_refused() {
     let all = checkpoints(&directory, &decoder, &fused, 2);
     let output = directory.path().join("mean");
     let save = |options: &LoraOptions| {
-        let lora = Lora::new(&decoder, "base", options).unwrap();
+        let lora = LoraPlan::new(&decoder, "base", options).unwrap().build().unwrap();
         fs::remove_dir_all(&all[1]).unwrap();
         lora.files.write(&all[1], &lora.parameters).unwrap();
     };

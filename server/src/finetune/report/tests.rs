@@ -56,14 +56,14 @@ fn whole_report() -> String {
     lines.insert(4, Line::Evaluation(EvaluationLine { step: 4, loss: 2.75, accuracy: 0.5 }));
     lines.push(Line::Evaluation(EvaluationLine { step: 8, loss: 2.25, accuracy: 0.5 }));
     lines.push(Line::Guard(GuardLine { step: 5, decision: "loss 6 <skipped>".into(), examples: vec![1] }));
-    let settings = [("rank".into(), "8".into()), ("data <b>&'\"\u{1}".into(), "<script>alert(1)</script>".into())];
+    let settings = [("rank", "8".into()), ("data <b>&'\"\u{1}", "<script>alert(1)</script>".into())];
     let expert_load = Some(ExpertLoad {
         layers: vec![1, 2],
         before: vec![vec![10, 10, 10, 10], vec![40, 0, 0, 0]],
         after: vec![vec![20, 10, 10, 0], vec![10, 10, 10, 10]],
     });
-    let price = Some(Price { per_hour: 1.5, currency: "€" });
-    Report { title: "tiny & <mine>", settings: &settings, lines: &lines, expert_load, price }.to_string()
+    let price_per_hour = Some(1.5);
+    Report { title: "tiny & <mine>", settings: &settings, lines: &lines, expert_load, price_per_hour }.to_string()
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn it_has_the_runs_numbers() {
         "<tr><th>Peak memory</th><td>3,072 MiB</td></tr>",
         "<tr><th>Experts found in memory</th><td>90.0 % of 800</td></tr>",
         "8,000 tokens ÷ 16 s × 3,600 s/h = <b>1,800,000 tokens per hour</b>",
-        "1.5 €/h ÷ 1,800,000 tokens/h × 1,000,000 = <b>0.833 € per million tokens</b>",
+        "1.5/h ÷ 1,800,000 tokens/h × 1,000,000 = <b>0.833 per million tokens</b>",
         "<tr><th>1</th><td class=\"number\">1.00</td><td class=\"number\">2.00</td><td class=\"number\">0</td>\
          <td class=\"number\">1</td></tr>",
         "<tr><th>2</th><td class=\"number\">4.00</td><td class=\"number\">1.00</td><td class=\"number\">3</td>\
@@ -87,6 +87,14 @@ fn it_has_the_runs_numbers() {
         "<tr><th>rank</th><td>8</td></tr>",
         "<tr><th>data &lt;b&gt;&amp;&#39;&quot;\u{FFFD}</th><td>&lt;script&gt;alert(1)&lt;/script&gt;</td></tr>",
     ] {
+        assert!(html.contains(expected), "expected {expected} in\n{html}");
+    }
+}
+
+#[test]
+fn lines_that_were_left_out_count_as_steps() {
+    let html = html(&[step(0), step(5), step(7)]);
+    for expected in ["<tr><th>Steps</th><td>8</td></tr>", "<tr><th>Tokens</th><td>3,000</td></tr>"] {
         assert!(html.contains(expected), "expected {expected} in\n{html}");
     }
 }

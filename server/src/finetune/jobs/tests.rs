@@ -1,0 +1,163 @@
+//! What becomes of jobs when something about them goes wrong: on the embedded model, without threads.
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::{
+    engine::{self, EngineOptions},
+    testing::engine_options,
+};
+
+fn jobs() -> (TempDir, Jobs) {
+    let folder = tempfile::tempdir().unwrap();
+    let storage = Arc::new(Storage::open(folder.path()).unwrap());
+    let engine = engine::start(&EngineOptions { finetunes: true, ..engine_options() }).unwrap();
+    let base = Base {
+        model: None,
+        fingerprint: "weights".to_owned(),
+        names: engine.served.names.clone(),
+        weights: Weights { decoder: engine.decoder, store: engine.store },
+        adapters: engine.served.adapters.clone(),
+        threads: 1,
+        memory: None,
+    };
+    (folder, Jobs { storage, base, state: Mutex::default(), changed: Condvar::new() })
+}
+
+fn job(jobs: &Jobs) -> Job {
+    let upload = jobs.storage.new_upload();
+    fs::write(&upload.path, "{\"text\": \"some words\"}\n").unwrap();
+    let file = jobs.storage.add_file(upload, "a.jsonl", Purpose::FineTune).unwrap();
+    let mut hyperparameters = Map::new();
+    hyperparameters::complete(&mut hyperparameters).unwrap();
+    let asked = NewJob {
+        model: "base".to_owned(),
+        training_file: file.id,
+        validation_file: None,
+        suffix: None,
+        seed: 1,
+        metadata: Map::new(),
+        hyperparameters,
+    };
+    jobs.create(asked).unwrap()
+}
+
+fn found(jobs: &Jobs, job: &Job) -> Job {
+    jobs.storage.job(&job.id).unwrap().unwrap()
+}
+
+#[test]
+fn a_job_that_panics_fails_and_leaves_its_turn_and_nothing_else() {
+    let (_folder, jobs) = jobs();
+    let (job, next) = (job(&jobs), job(&jobs));
+    jobs.validate(&job).unwrap();
+    fs::create_dir(jobs.storage.job_folder(&job.id)).unwrap();
+    jobs.storage.add_checkpoint(&job.id, 5, "ft:5", &json!({})).unwrap();
+    jobs.serve("ft:5", &jobs.storage.job_folder(&job.id));
+    let panics = |jobs: &Jobs, job: &Job| {
+        let _turn = jobs.begin(&job.id)?.unwrap();
+        panic!("index {} out of range", job.asked.seed);
+    };
+    jobs.guarded(&job, panics).unwrap();
+    let failed = found(&jobs, &job);
+    let error = failed.error.unwrap();
+    assert_eq!((failed.status, error.code.as_str()), (JobStatus::Failed, "server_error"));
+    assert!(error.message.contains("index 1 out of range"), "{}", error.message);
+    assert!(jobs.base.adapters.list().is_empty() && !jobs.storage.job_folder(&job.id).exists());
+    // The next one has its turn.
+    jobs.validate(&next).unwrap();
+    assert_eq!(jobs.storage.next_to_train("weights").unwrap().unwrap().id, next.id);
+    assert!(jobs.begin(&next.id).unwrap().is_some() && jobs.state().current.is_none());
+}
+
+#[test]
+fn a_job_is_stopped_in_its_turn_and_has_none_while_it_is_paused() {
+    let (_folder, jobs) = jobs();
+    let job = job(&jobs);
+    jobs.validate(&job).unwrap();
+    jobs.pause(&job.id).unwrap();
+    assert!(jobs.begin(&job.id).unwrap().is_none());
+    jobs.resume(&job.id).unwrap();
+    let turn = jobs.begin(&job.id).unwrap().unwrap();
+    assert!(!turn.stop.load(Ordering::Relaxed));
+    jobs.pause(&job.id).unwrap();
+    assert!(turn.stop.load(Ordering::Relaxed));
+    drop(turn);
+    jobs.cancel(&job.id).unwrap();
+    assert!(jobs.begin(&job.id).unwrap().is_none());
+    // What comes too late changes nothing.
+    jobs.fail(&job.id, "late", "too late", None).unwrap();
+    assert_eq!((found(&jobs, &job).status, found(&jobs, &job).error), (JobStatus::Cancelled, None));
+}
+
+#[test]
+fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
+    let (folder, jobs) = jobs();
+    let [waiting, done] = [(); 2].map(|()| job(&jobs));
+    jobs.validate(&waiting).unwrap();
+    // As a kill leaves it.
+    assert!(jobs.storage.begin_job(&waiting.id).unwrap());
+    jobs.storage.set_status(&done.id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
+    let results = jobs.storage.new_results(&done.id);
+    fs::write(&results.path, "").unwrap();
+    jobs.storage.finish_job(&done.id, "ft:done", results).unwrap();
+    let made = jobs.storage.job_folder(&done.id);
+    fs::create_dir(&made).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::write(made.join(file), "").unwrap();
+    }
+    let base = jobs.base.clone();
+    drop(jobs);
+    for (fingerprint, served) in [("others", 0), ("weights", 1)] {
+        let storage = Arc::new(Storage::open(folder.path()).unwrap());
+        let is_other = fingerprint == "others";
+        // On its own weights it would go on.
+        storage.set_paused(&waiting.id, !is_other).unwrap();
+        let base = Base { fingerprint: fingerprint.to_owned(), ..base.clone() };
+        let (jobs, runner) = Jobs::start(storage, base).unwrap();
+        assert_eq!(jobs.base.adapters.list().len(), served, "{fingerprint}");
+        assert_eq!(found(&jobs, &waiting).status, JobStatus::Queued);
+        let told = jobs.storage.events(&waiting.id, None, 99).unwrap().data;
+        assert_eq!(told.iter().filter(|event| event.message.contains("another model")).count(), 1, "{fingerprint}");
+        runner.end();
+        // The thread that looks at data has the storage a moment longer.
+        while Arc::strong_count(&jobs) > 1 {
+            thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn a_lack_of_space_is_found_below_what_was_tried() {
+    let full = || io::Error::from(io::ErrorKind::StorageFull);
+    let below = cadre_models::Error::Write { file: "a".to_owned(), source: full() };
+    assert!(lacks_space(&anyhow::Error::from(below).context("cannot save")));
+    assert!(lacks_space(&anyhow::Error::from(full())));
+    assert!(!lacks_space(&anyhow::Error::from(io::Error::from(io::ErrorKind::NotFound)).context("cannot save")));
+}
+
+#[test]
+fn pauses_grow_to_a_minute() {
+    let pauses: Vec<u64> = std::iter::successors(Some(Duration::ZERO), |pause| Some(longer(*pause)))
+        .map(|pause| pause.as_secs())
+        .take(9)
+        .collect();
+    assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
+}
+
+#[test]
+fn checkpoints_are_whole_epochs_apart_but_neither_many_nor_rare() {
+    for (epoch, steps, apart) in [
+        (3, 12, 3),
+        (1, 3, 1),
+        (1, 100, 5),
+        (1, 10_000, 100),
+        (5, 40, 5),
+        (30, 100_000, 90),
+        (70, 100_000, 70),
+        (1_000, 3_000, 100),
+        (0, 1, 1),
+    ] {
+        assert_eq!(steps_between_checkpoints(epoch, steps), apart, "{epoch} {steps}");
+    }
+}
