@@ -117,10 +117,16 @@ fn flag(name: &str) -> Option<String> {
     }
 }
 
-/// A message that speaks of flags, for those who give hyperparameters.
+/// A message that speaks of flags and of Rust's types, for those who give hyperparameters.
 pub fn by_names(message: &str) -> String {
+    const TYPES: [(&str, &str); 4] =
+        [("usize", "a whole number"), ("u64", "a whole number"), ("f64", "a number"), ("f32", "a number")];
+    let typed = |text: String, (name, words): (&str, &str)| {
+        text.replace(&format!("expected {name}"), &format!("expected {words}"))
+    };
+    let message = TYPES.into_iter().fold(message.to_owned(), typed);
     let names = OURS.into_iter().chain(["n_epochs", "batch_size"]);
-    names.fold(message.to_owned(), |text, name| match flag(name) {
+    names.fold(message, |text, name| match flag(name) {
         Some(flag) => text.replace(&format!("--{flag}"), &format!("`{name}`")),
         None => text,
     })
@@ -152,7 +158,8 @@ mod tests {
     #[test]
     fn an_error_names_the_one_at_fault() {
         for (given, name, word) in [
-            (json!({"rank": "x"}), "rank", "string"),
+            (json!({"rank": "x"}), "rank", "whole number"),
+            (json!({"alpha": [2]}), "alpha", "a number"),
             (json!({"rank": 0}), "rank", "at least 1"),
             (json!({"n_epochs": "many"}), "n_epochs", "many"),
             (json!({"n_epochs": -1}), "n_epochs", "above 0"),
