@@ -1,11 +1,11 @@
 """Fine-tuning by cadre and by PEFT in turn: tokens a second of each step, and the peak memory.
 
-    python finetune.py --model DIR --cadre BINARY [--threads 2] [--batch 4] [--length 512] [--steps 3] [--rounds 2]
+    python finetune.py --model DIR --cadre BINARY [--threads 2] [--batch 4] [--length 512] [--steps 3] [--rounds 2] [--peft-dtype bfloat16]
 
 The model is a Qwen3-MoE checkpoint with a tokenizer, such as tests/reference/random_checkpoint.py makes (--preset a). Both
-train LoRA of rank 8 in bf16 on the same number of random tokens, on attention alone (q, k, v, o) and on attention and
-experts. PEFT runs in a process of its own each time, with transformers' grouped experts. Needs torch, transformers, peft
-and accelerate.
+train LoRA of rank 8 on the same number of random tokens, on attention alone (q, k, v, o) and on attention and experts: cadre
+in bf16, PEFT in what --peft-dtype says. PEFT runs in a process of its own each time, with transformers' grouped experts. Needs
+torch, transformers, peft and accelerate.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def peft_steps(arguments):
 
     torch.set_num_threads(arguments.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+        arguments.model, dtype=getattr(torch, arguments.peft_dtype), experts_implementation="grouped_mm"
     )
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if arguments.experts else None
     config = peft.LoraConfig(
@@ -56,8 +56,8 @@ def peft_steps(arguments):
 
 def run_peft(arguments, experts):
     command = [sys.executable, __file__, "--peft", "--model", arguments.model, "--cadre", "none"]
-    for name in ("threads", "batch", "length", "steps"):
-        command += [f"--{name}", str(getattr(arguments, name))]
+    for name in ("threads", "batch", "length", "steps", "peft-dtype"):
+        command += [f"--{name}", str(getattr(arguments, name.replace("-", "_")))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
     command += ["--experts"] if experts else []
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
@@ -87,6 +87,7 @@ def main():
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peft-dtype", default="bfloat16", help="float32 is faster where the processor has no bf16 product")
     parser.add_argument("--peft", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--experts", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
