@@ -76,7 +76,7 @@ impl Walk<'_> {
                     pool,
                     isa,
                     &of_logits,
-                    &self.products.room.borrow_mut().fill_panels(pool, &head.packed(), panels)?,
+                    &self.products.room.borrow_mut().fill_panels(pool, isa, &head.packed(), panels)?,
                     &mut part,
                 );
                 rows::add(pool, &part, &mut of_normed);

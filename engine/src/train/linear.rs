@@ -117,7 +117,7 @@ impl<'a> Products<'a> {
         let Compute { pool, isa } = self.compute;
         let rows = gradient.values.len() / linear.outputs();
         let mut out = self.workspace.take(rows * linear.inputs());
-        matmul(pool, *isa, gradient.values, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
+        matmul(pool, *isa, gradient.values, &self.room.borrow_mut().fill(pool, *isa, &linear.weight)?, &mut out);
         self.add_adapters_input_gradient(linear, gradient, &mut out);
         Ok(out)
     }
@@ -133,7 +133,7 @@ impl<'a> Products<'a> {
     ) -> Result<Vec<f32>> {
         let Compute { pool, isa } = self.compute;
         let mut out = self.workspace.take(rows.len() * linear.inputs());
-        matmul_rows(pool, *isa, converted, rows, &self.room.borrow_mut().fill(pool, &linear.weight)?, &mut out);
+        matmul_rows(pool, *isa, converted, rows, &self.room.borrow_mut().fill(pool, *isa, &linear.weight)?, &mut out);
         self.add_adapters_input_gradient(linear, gradient, &mut out);
         Ok(out)
     }

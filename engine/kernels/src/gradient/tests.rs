@@ -39,41 +39,43 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn transposed_weights_are_the_rows_as_columns() {
-    let pool = Pool::new(2);
-    for (n, k) in [(1, 1), (16, 16), (17, 33), (40, 70), (96, 128), (5, 300)] {
-        for format in Format::ALL {
-            let layout = Layout { format: *format, n, k };
-            let mut bytes = vec![0; layout.bytes()];
-            pack(layout, &values(n * k, 1), &mut bytes);
-            let weights = Packed::new(layout, &bytes);
-            let mut room = Transposed::default();
-            // Something larger was there before.
-            let other = Layout { format: Format::F32, n: 300, k: 301 };
-            room.fill(&pool, &Packed::new(other, &vec![255; other.bytes()])).unwrap();
-            for panels in [0..layout.panels(), layout.panels() / 2..layout.panels()] {
-                let turned = room.fill_panels(&pool, &weights, panels.clone()).unwrap();
-                let rows = panels.start * PANEL..n.min(panels.end * PANEL);
-                assert_eq!((turned.layout().n, turned.layout().k), (k, rows.len()));
-                let (mut row, mut column) = (vec![0.0; k], vec![0.0; rows.len()]);
-                for (place, index) in rows.clone().enumerate() {
-                    weights.unpack_row(index, &mut row);
-                    for (input, value) in row.iter().enumerate() {
-                        turned.unpack_row(input, &mut column);
-                        let expected = match format {
-                            Format::F32 | Format::Bf16 => *value,
-                            _ => half::bf16::from_f32(*value).to_f32(),
-                        };
-                        assert_eq!(column[place].to_bits(), expected.to_bits(), "{layout:?} {panels:?}");
+    tiers(|isa| {
+        let pool = Pool::new(2);
+        for (n, k) in [(1, 1), (16, 16), (17, 33), (40, 70), (96, 128), (5, 300)] {
+            for format in Format::ALL {
+                let layout = Layout { format: *format, n, k };
+                let mut bytes = vec![0; layout.bytes()];
+                pack(layout, &values(n * k, 1), &mut bytes);
+                let weights = Packed::new(layout, &bytes);
+                let mut room = Transposed::default();
+                // Something larger was there before.
+                let other = Layout { format: Format::F32, n: 300, k: 301 };
+                room.fill(&pool, isa, &Packed::new(other, &vec![255; other.bytes()])).unwrap();
+                for panels in [0..layout.panels(), layout.panels() / 2..layout.panels()] {
+                    let turned = room.fill_panels(&pool, isa, &weights, panels.clone()).unwrap();
+                    let rows = panels.start * PANEL..n.min(panels.end * PANEL);
+                    assert_eq!((turned.layout().n, turned.layout().k), (k, rows.len()));
+                    let (mut row, mut column) = (vec![0.0; k], vec![0.0; rows.len()]);
+                    for (place, index) in rows.clone().enumerate() {
+                        weights.unpack_row(index, &mut row);
+                        for (input, value) in row.iter().enumerate() {
+                            turned.unpack_row(input, &mut column);
+                            let expected = match format {
+                                Format::F32 | Format::Bf16 => *value,
+                                _ => half::bf16::from_f32(*value).to_f32(),
+                            };
+                            assert_eq!(column[place].to_bits(), expected.to_bits(), "{layout:?} {panels:?}");
+                        }
                     }
+                    // The padding multiplies to nothing.
+                    let ones = vec![1.0; rows.len()];
+                    let mut sums = vec![0.0; k];
+                    matmul(&pool, Isa::detect(), &ones, &turned, &mut sums);
+                    assert!(sums.iter().all(|sum| sum.is_finite()), "{layout:?} {panels:?}");
                 }
-                // The padding multiplies to nothing.
-                let ones = vec![1.0; rows.len()];
-                let mut sums = vec![0.0; k];
-                matmul(&pool, Isa::detect(), &ones, &turned, &mut sums);
-                assert!(sums.iter().all(|sum| sum.is_finite()), "{layout:?} {panels:?}");
             }
         }
-    }
+    });
 }
 
 #[test]

@@ -1,8 +1,15 @@
 //! Weights whose rows and columns change places: the gradient of a product's input is a product with them.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m256i, _mm256_loadu_si256, _mm256_permute2x128_si256, _mm256_setr_epi8, _mm256_shuffle_epi8, _mm256_storeu_si256,
+    _mm256_unpackhi_epi64, _mm256_unpacklo_epi64,
+};
+
 use crate::{
     buffer::{AllocError, Buffer},
     format::{Format, Layout, PANEL, Packed, round_to_bf16},
+    isa::Isa,
     pool::Pool,
     shared::SharedSlice,
 };
@@ -25,9 +32,9 @@ impl Transposed {
     ///
     /// # Errors
     /// When memory for it cannot be had.
-    pub fn fill(&mut self, pool: &Pool, weights: &Packed<'_>) -> Result<Packed<'_>, AllocError> {
+    pub fn fill(&mut self, pool: &Pool, isa: Isa, weights: &Packed<'_>) -> Result<Packed<'_>, AllocError> {
         let panels = 0..weights.layout().panels();
-        self.fill_panels(pool, weights, panels)
+        self.fill_panels(pool, isa, weights, panels)
     }
 
     /// The same of the rows in some of the panels of 16 rows only: `[k, rows]`.
@@ -37,6 +44,7 @@ impl Transposed {
     pub fn fill_panels(
         &mut self,
         pool: &Pool,
+        isa: Isa,
         weights: &Packed<'_>,
         panels: std::ops::Range<usize>,
     ) -> Result<Packed<'_>, AllocError> {
@@ -68,7 +76,7 @@ impl Transposed {
                     Format::F32 => f32_block(&rows, from.k, after, block),
                     Format::Bf16 => {
                         let before = weights.panel(panels.start + index);
-                        turn_pairs(&before[after * block_bytes..(after + 1) * block_bytes], block);
+                        turn_pairs(isa, &before[after * block_bytes..(after + 1) * block_bytes], block);
                     }
                     _ => bf16_block(&rows, from.k, after, block),
                 }
@@ -121,9 +129,15 @@ fn bf16_block(rows: &[f32], k: usize, after: usize, block: &mut [u8]) {
 
 /// `[8 column pairs][16 rows][2]` to `[8 row pairs][16 columns][2]`, of 2-byte values: eight bytes hold two columns of
 /// two rows in both; they change places as wholes, and turn within.
-fn turn_pairs(before: &[u8], after: &mut [u8]) {
+fn turn_pairs(isa: Isa, before: &[u8], after: &mut [u8]) {
     let (before, _) = before.as_chunks::<64>();
     let (after, _) = after.as_chunks_mut::<64>();
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) {
+        // SAFETY: a tier other than portable exists only where `Isa::available` found it.
+        return unsafe { turn_pairs_avx2(before, after) };
+    }
+    let _ = isa;
     let mut words = [[0_u64; 8]; 8];
     for (words, line) in words.iter_mut().zip(before) {
         for (word, bytes) in words.iter_mut().zip(line.as_chunks::<8>().0) {
@@ -134,6 +148,38 @@ fn turn_pairs(before: &[u8], after: &mut [u8]) {
     for (index, line) in after.iter_mut().enumerate() {
         for (bytes, words) in line.as_chunks_mut::<8>().0.iter_mut().zip(&words) {
             *bytes = words[index].to_le_bytes();
+        }
+    }
+}
+
+/// The same by quarters of 4 by 4 words.
+///
+/// # Panics
+/// When one side has fewer than 8 lines.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn turn_pairs_avx2(before: &[[u8; 64]], after: &mut [[u8; 64]]) {
+    let within = _mm256_setr_epi8(
+        0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,
+    );
+    for (row, column) in [(0, 0), (0, 4), (4, 0), (4, 4)] {
+        let [a, b, c, d]: [__m256i; 4] = std::array::from_fn(|line| {
+            let words = &before[row + line][column * 8..column * 8 + 32];
+            // SAFETY: 32 bytes fill the register exactly.
+            _mm256_shuffle_epi8(unsafe { _mm256_loadu_si256(words.as_ptr().cast()) }, within)
+        });
+        let (ab, cd) = (_mm256_unpacklo_epi64(a, b), _mm256_unpacklo_epi64(c, d));
+        let (ab_odd, cd_odd) = (_mm256_unpackhi_epi64(a, b), _mm256_unpackhi_epi64(c, d));
+        let lines = [
+            _mm256_permute2x128_si256::<0x20>(ab, cd),
+            _mm256_permute2x128_si256::<0x20>(ab_odd, cd_odd),
+            _mm256_permute2x128_si256::<0x31>(ab, cd),
+            _mm256_permute2x128_si256::<0x31>(ab_odd, cd_odd),
+        ];
+        for (line, words) in lines.into_iter().enumerate() {
+            let out = &mut after[column + line][row * 8..row * 8 + 32];
+            // SAFETY: 32 bytes take the register exactly.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), words) };
         }
     }
 }
