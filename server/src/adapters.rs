@@ -50,6 +50,9 @@ pub enum AdapterError {
     /// No name, or one that other names' lists and addresses couldn't hold.
     #[error("`{0}` can't be an adapter's name: it may not be empty, nor hold a comma, a slash or a control character")]
     Name(String),
+    /// It belongs to a fine-tuning job.
+    #[error("`{0}` was made by a fine-tuning job: `DELETE /v1/models/{0}` removes it")]
+    Jobs(String),
     /// It could never be in memory.
     #[error(
         "the adapter `{name}` takes {}, but those that aren't named by --adapter may take {} together (--adapter-memory): \
@@ -117,6 +120,8 @@ struct Entry {
     number: u64,
     adapter: Option<Arc<LoadedAdapter>>,
     stays: bool,
+    /// Made by a fine-tuning job.
+    is_jobs: bool,
     /// When it was last asked for, in uses of all adapters.
     used: u64,
 }
@@ -128,14 +133,15 @@ struct Held {
 }
 
 impl Table {
-    /// Adds an adapter, in the place of one of its name if there is one.
+    /// Adds an adapter, in the place of one of its name if there is one. Jobs add theirs before they are read.
     fn put(&mut self, source: AdapterSource, adapter: Option<Arc<LoadedAdapter>>, stays: bool) {
         let AdapterSource { name, directory } = source;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         let served = ServedAdapter { name, root: directory.display().to_string(), created };
         self.uses += 1;
         self.made += 1;
-        let entry = Entry { served, directory, number: self.made, adapter, stays, used: self.uses };
+        let entry =
+            Entry { served, directory, number: self.made, is_jobs: adapter.is_none(), adapter, stays, used: self.uses };
         match self.entries.iter_mut().find(|other| other.served.name == entry.served.name) {
             Some(same) => *same = entry,
             None => self.entries.push(entry),
@@ -199,6 +205,7 @@ impl Adapters {
         let _turn = self.turn();
         // Another one may have been loaded under this name in the meantime.
         self.check_name(name, in_place)?;
+        self.check_owner(name)?;
         let adapter = self.bring(&source)?;
         self.write().put(source, Some(adapter), false);
         self.show_bytes();
@@ -240,6 +247,15 @@ impl Adapters {
             return Err(AdapterError::TooLarge { name: name.to_owned(), bytes, room: self.room });
         }
         Ok(())
+    }
+
+    /// The same as [`Adapters::unload`] for requests.
+    ///
+    /// # Errors
+    /// When it belongs to a fine-tuning job.
+    pub fn unload_on_request(&self, name: &str) -> Result<bool, AdapterError> {
+        self.check_owner(name)?;
+        Ok(self.unload(name))
     }
 
     /// Forgets an adapter, and says whether there was one. Requests under way keep it to their end.
@@ -330,6 +346,12 @@ impl Adapters {
             return Err(AdapterError::Duplicate(name.to_owned()));
         }
         Ok(())
+    }
+
+    /// Whether requests may replace or unload the adapter of this name.
+    fn check_owner(&self, name: &str) -> Result<(), AdapterError> {
+        let is_jobs = self.table().entries.iter().any(|entry| entry.served.name == name && entry.is_jobs);
+        if is_jobs { Err(AdapterError::Jobs(name.to_owned())) } else { Ok(()) }
     }
 
     fn show_bytes(&self) {

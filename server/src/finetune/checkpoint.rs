@@ -167,7 +167,7 @@ pub fn save(
     }
     let unfinished = output.join(format!("{PREFIX}{}{UNFINISHED}", position.step));
     let failed = || format!("cannot save {}", folder.display());
-    remove(&unfinished)?;
+    remove_unfinished(output)?;
     fs::create_dir_all(&unfinished).with_context(failed)?;
     files.map_or(Ok(()), |files| files.write(&unfinished, parameters))?;
     training_state::write(&unfinished, parameters, optimizer)?;
@@ -176,6 +176,13 @@ pub fn save(
     fs::rename(&unfinished, &folder).with_context(failed)?;
     fs::File::open(output).and_then(|output| output.sync_all()).with_context(failed)?;
     remove_old(output, keep)
+}
+
+/// Removes what saves that were killed have left.
+fn remove_unfinished(output: &Path) -> Result<()> {
+    let step = |name: &str| name.strip_suffix(UNFINISHED)?.parse::<u64>().ok();
+    let left = named(output)?.into_iter().filter(|(name, _)| step(name).is_some());
+    left.into_iter().try_for_each(|(_, folder)| remove(&folder))
 }
 
 /// Removes all checkpoints but the latest `keep`.
@@ -208,6 +215,14 @@ pub fn folder(output: &Path, step: u64) -> PathBuf {
 /// # Errors
 /// When the system refuses to tell.
 pub fn found(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let step = |(name, path): (String, PathBuf)| Some((name.parse().ok()?, path));
+    let mut all: Vec<(u64, PathBuf)> = named(output)?.into_iter().filter_map(step).collect();
+    all.sort();
+    Ok(all)
+}
+
+/// What is named as checkpoints are, and what follows the prefix.
+fn named(output: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut all = Vec::new();
     let entries = match fs::read_dir(output) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(all),
@@ -216,11 +231,10 @@ pub fn found(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     for entry in entries {
         let path = entry?.path();
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if let Some(step) = name.strip_prefix(PREFIX).and_then(|step| step.parse().ok()) {
-            all.push((step, path));
+        if let Some(rest) = name.strip_prefix(PREFIX) {
+            all.push((rest.to_owned(), path));
         }
     }
-    all.sort();
     Ok(all)
 }
 

@@ -281,7 +281,9 @@ impl Jobs {
 
     fn refuse(&self, id: &str, wanted: &'static str) -> JobsError {
         match self.job(id) {
-            Ok(job) if job.is_paused => JobsError::Status { id: job.id, status: "paused", wanted },
+            Ok(job) if job.is_paused && !job.status.is_final() => {
+                JobsError::Status { id: job.id, status: "paused", wanted }
+            }
             Ok(job) => JobsError::Status { id: job.id, status: job.status.name(), wanted },
             Err(error) => error,
         }
@@ -670,6 +672,10 @@ impl Watcher for JobWatcher<'_> {
             found.extend(values.map(|(name, value)| (name.to_owned(), value.into())));
         }
         let _state = self.jobs.state();
+        // Nothing has been learnt before the first step, and a job that was cancelled gets no more checkpoints.
+        if step == 0 || self.jobs.job(id).is_ok_and(|job| job.status.is_final()) {
+            return;
+        }
         note(self.jobs.storage.add_checkpoint(id, step, &model, &found.into()));
         self.jobs.serve(&model, &checkpoint::folder(&folder, step));
         let known =

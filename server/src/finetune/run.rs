@@ -107,7 +107,8 @@ pub fn run(
 fn lock(output: &Path) -> Result<File> {
     let path = output.join(LOCK_FILE);
     let failed = || format!("cannot lock {}", path.display());
-    let file = File::create(&path).with_context(failed)?;
+    // What somebody else keeps under this name stays as it is.
+    let file = File::options().write(true).create(true).truncate(false).open(&path).with_context(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {

@@ -37,11 +37,11 @@ pub async fn load(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Resu
 /// Forgets the adapter of a name; requests that use it are answered to their end.
 ///
 /// # Errors
-/// When there is none of that name.
+/// When there is none of that name, or a job made it.
 pub async fn unload(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let unknown = params::admit(&body, Endpoint::Adapters, app.options.strict_params)?;
     let name = named(&body)?;
-    if !app.served()?.adapters.unload(&name) {
+    if !app.served()?.adapters.unload_on_request(&name)? {
         let message = format!("The lora adapter '{name}' cannot be found.");
         return Err(ApiError::new(Kind::ModelNotFound, message).or_param("lora_name"));
     }
@@ -63,9 +63,10 @@ impl From<AdapterError> for ApiError {
     fn from(error: AdapterError) -> Self {
         let (kind, param) = match &error {
             AdapterError::NotFound(_) => (Kind::ModelNotFound, "lora_path"),
-            AdapterError::Duplicate(_) | AdapterError::ModelsName(_) | AdapterError::Name(_) => {
-                (Kind::InvalidRequest, "lora_name")
-            }
+            AdapterError::Duplicate(_)
+            | AdapterError::ModelsName(_)
+            | AdapterError::Name(_)
+            | AdapterError::Jobs(_) => (Kind::InvalidRequest, "lora_name"),
             AdapterError::Outside(_) | AdapterError::TooLarge { .. } | AdapterError::Read(_) | AdapterError::Fit(_) => {
                 (Kind::InvalidRequest, "lora_path")
             }

@@ -213,6 +213,9 @@ fn few_of_many_models_are_told_to_one_who_asks_for_another() {
     assert!(message.len() < 200, "{message}");
     // One whose files are gone is a defect, not a request's fault.
     assert_eq!(server.chat(json!({"model": "tuned-0"})).status, 500);
+    // Jobs have made them: the job would go on to name what is unloaded.
+    let refused = adapters.unload_on_request("tuned-0").unwrap_err().to_string();
+    assert!(refused.contains("DELETE /v1/models/tuned-0"), "{refused}");
 }
 
 #[test]

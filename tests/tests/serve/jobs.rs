@@ -371,6 +371,14 @@ fn a_cancelled_job_leaves_its_checkpoints_until_they_are_deleted_and_a_failed_on
     let delete = |client: &Client, model: &str| client.delete(&format!("/v1/models/{model}"));
     assert_eq!(delete(client, &kept).status, 409, "the job goes on from it");
     change(client, &cancelled, "cancel").ok();
+    let again = change(client, &cancelled, "cancel");
+    assert!(again.text.contains("is cancelled"), "{}", again.text);
+    // One that is cancelled while it trains gets no checkpoint for that.
+    let training = create(client, &file, json!({"max_steps": 100_000, "batch_size": 2, "rank": 2}));
+    wait_for("some steps", 120, || !told_steps(client, &training).is_empty());
+    change(client, &training, "cancel").ok();
+    wait_for("its run to go", 20, || !run(&training).exists());
+    assert_eq!(models(client), [MODEL, &kept]);
     // Of one that fails its data are gone.
     let lost = upload(client, 8);
     let (failed, gone) = paused_job(client, &lost);
