@@ -154,17 +154,22 @@ impl Table {
         held.filter_map(|held| held.adapter.upgrade()).map(|adapter| adapter.bytes()).sum()
     }
 
-    /// Lets the adapters that are longest unused leave until there is room for `bytes`; whether there is.
+    /// Lets the adapters that are longest unused leave until there is room for `bytes`; if all of them leaving wouldn't make
+    /// it, none does. Whether there is room.
     fn make_room(&mut self, bytes: u64, room: u64) -> bool {
-        while self.bytes(false).saturating_add(bytes) > room {
-            let is_unused = |entry: &&mut Entry| {
-                !entry.stays && entry.adapter.as_ref().is_some_and(|adapter| Arc::strong_count(adapter) == 1)
-            };
-            let Some(oldest) = self.entries.iter_mut().filter(is_unused).min_by_key(|entry| entry.used) else {
-                return false;
-            };
-            oldest.adapter = None;
+        let used = self.bytes(false);
+        let is_unused = |entry: &&mut Entry| {
+            !entry.stays && entry.adapter.as_ref().is_some_and(|adapter| Arc::strong_count(adapter) == 1)
+        };
+        let mut unused: Vec<&mut Entry> = self.entries.iter_mut().filter(is_unused).collect();
+        unused.sort_by_key(|entry| entry.used);
+        let (mut leaving, mut freed) = (0, 0);
+        while used.saturating_add(bytes) > room.saturating_add(freed) {
+            let Some(entry) = unused.get(leaving) else { return false };
+            freed += entry.adapter.as_ref().map_or(0, |adapter| adapter.bytes());
+            leaving += 1;
         }
+        unused.into_iter().take(leaving).for_each(|entry| entry.adapter = None);
         true
     }
 }
