@@ -112,6 +112,17 @@ struct Table {
     made: u64,
 }
 
+/// Where an adapter comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// A flag named it: it stays in memory.
+    Flag,
+    /// A request loaded it.
+    Request,
+    /// A fine-tuning job made it.
+    Job,
+}
+
 #[derive(Debug)]
 struct Entry {
     served: ServedAdapter,
@@ -119,9 +130,7 @@ struct Entry {
     /// Differs from that of every other entry there has been.
     number: u64,
     adapter: Option<Arc<LoadedAdapter>>,
-    stays: bool,
-    /// Made by a fine-tuning job.
-    is_jobs: bool,
+    origin: Origin,
     /// When it was last asked for, in uses of all adapters.
     used: u64,
 }
@@ -133,15 +142,14 @@ struct Held {
 }
 
 impl Table {
-    /// Adds an adapter, in the place of one of its name if there is one. Jobs add theirs before they are read.
-    fn put(&mut self, source: AdapterSource, adapter: Option<Arc<LoadedAdapter>>, stays: bool) {
+    /// Adds an adapter, in the place of one of its name if there is one.
+    fn put(&mut self, source: AdapterSource, adapter: Option<Arc<LoadedAdapter>>, origin: Origin) {
         let AdapterSource { name, directory } = source;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         let served = ServedAdapter { name, root: directory.display().to_string(), created };
         self.uses += 1;
         self.made += 1;
-        let entry =
-            Entry { served, directory, number: self.made, is_jobs: adapter.is_none(), adapter, stays, used: self.uses };
+        let entry = Entry { served, directory, number: self.made, adapter, origin, used: self.uses };
         match self.entries.iter_mut().find(|other| other.served.name == entry.served.name) {
             Some(same) => *same = entry,
             None => self.entries.push(entry),
@@ -159,7 +167,8 @@ impl Table {
     fn make_room(&mut self, bytes: u64, room: u64) -> bool {
         let used = self.bytes(false);
         let is_unused = |entry: &&mut Entry| {
-            !entry.stays && entry.adapter.as_ref().is_some_and(|adapter| Arc::strong_count(adapter) == 1)
+            entry.origin != Origin::Flag
+                && entry.adapter.as_ref().is_some_and(|adapter| Arc::strong_count(adapter) == 1)
         };
         let mut unused: Vec<&mut Entry> = self.entries.iter_mut().filter(is_unused).collect();
         unused.sort_by_key(|entry| entry.used);
@@ -193,7 +202,7 @@ impl Adapters {
         self.check_name(&source.name, false)?;
         let adapter = self.read(&source)?;
         self.hold(&adapter, true);
-        self.write().put(source, Some(adapter), true);
+        self.write().put(source, Some(adapter), Origin::Flag);
         self.show_bytes();
         Ok(())
     }
@@ -212,14 +221,14 @@ impl Adapters {
         self.check_name(name, in_place)?;
         self.check_owner(name)?;
         let adapter = self.bring(&source)?;
-        self.write().put(source, Some(adapter), false);
+        self.write().put(source, Some(adapter), Origin::Request);
         self.show_bytes();
         Ok(())
     }
 
-    /// Adds an adapter that is read when a request names it, in the place of one of its name.
+    /// Adds a fine-tuning job's adapter, which is read when a request names it, in the place of one of its name.
     pub fn add(&self, source: AdapterSource) {
-        self.write().put(source, None, false);
+        self.write().put(source, None, Origin::Job);
         self.show_bytes();
     }
 
@@ -355,7 +364,7 @@ impl Adapters {
 
     /// Whether requests may replace or unload the adapter of this name.
     fn check_owner(&self, name: &str) -> Result<(), AdapterError> {
-        let is_jobs = self.table().entries.iter().any(|entry| entry.served.name == name && entry.is_jobs);
+        let is_jobs = self.table().entries.iter().any(|entry| entry.served.name == name && entry.origin == Origin::Job);
         if is_jobs { Err(AdapterError::Jobs(name.to_owned())) } else { Ok(()) }
     }
 
