@@ -332,7 +332,7 @@ impl Adapters {
 
     fn read(&self, source: &AdapterSource) -> Result<Arc<LoadedAdapter>, AdapterError> {
         let Lora { trained, parameters, .. } = Lora::read_for(&source.directory, &self.places)?;
-        Ok(Arc::new(LoadedAdapter::new(&source.name, &trained, &parameters, &self.places)?))
+        Ok(Arc::new(LoadedAdapter::new(&source.name, &trained, parameters, &self.places)?))
     }
 
     /// Reads an adapter into the memory that is meant for those that don't stay.
