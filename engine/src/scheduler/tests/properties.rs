@@ -7,14 +7,22 @@ use proptest::prelude::*;
 use super::simulation::{Simulation, adapter, request};
 use crate::{
     kv::blocks::blocks_for,
-    request::Request,
+    request::{Request, Scoring},
     scheduler::SchedulerConfig,
     sequence::{RequestId, SequenceId},
 };
 
 #[derive(Debug, Clone)]
 enum Act {
-    Add { kind: u32, prompt_len: usize, max_tokens: u32, n: u32, scores: bool, routed: Option<u32>, adapted: bool },
+    Add {
+        kind: u32,
+        prompt_len: usize,
+        max_tokens: u32,
+        n: u32,
+        scoring: Option<Scoring>,
+        routed: Option<u32>,
+        adapted: bool,
+    },
     Cancel(prop::sample::Index),
     Step(u8),
     FailStep,
@@ -23,13 +31,15 @@ enum Act {
 
 fn act() -> impl Strategy<Value = Act> {
     let routed = prop::option::weighted(0.2, 0_u32..40);
-    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, prop::bool::weighted(0.2), routed, any::<bool>()).prop_map(
-        |(kind, prompt_len, max_tokens, n, scores, routed, adapted)| Act::Add {
+    let scoring = (0_u32..80, 0_u32..3).prop_map(|(from, next)| Scoring { from, top: 0, next: (0..next).collect() });
+    let scoring = prop::option::weighted(0.3, scoring);
+    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, scoring, routed, any::<bool>()).prop_map(
+        |(kind, prompt_len, max_tokens, n, scoring, routed, adapted)| Act::Add {
             kind,
             prompt_len,
             max_tokens,
             n,
-            scores,
+            scoring,
             routed,
             adapted,
         },
@@ -92,16 +102,15 @@ fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
     let mut expected = Expected { requests: HashMap::new(), work: 0 };
     for act in acts {
         match act {
-            Act::Add { kind, prompt_len, max_tokens, n, scores, routed, adapted } => {
+            Act::Add { kind, prompt_len, max_tokens, n, scoring, routed, adapted } => {
                 let prompt_len = prompt_len.min(config.max_model_len);
                 let max_tokens = max_tokens.min((config.max_model_len - prompt_len) as u32);
                 let prompt: Vec<_> = (0..prompt_len as u32).map(|at| if at < 40 { kind / 2 } else { kind }).collect();
-                let prompt_logprobs = scores.then_some(0);
                 expected.add(
                     &mut simulation,
                     Request {
                         n,
-                        prompt_logprobs,
+                        scoring,
                         routed_experts_from: routed,
                         adapter: adapted.then(|| Arc::clone(&adapter)),
                         ..request(&prompt, max_tokens)

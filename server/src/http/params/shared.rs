@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cadre_engine::{
     adapter::LoadedAdapter,
-    request::{Request, SamplingParams, StopParams, SubmitError},
+    request::{Request, SamplingParams, Scoring, StopParams, SubmitError},
     sampler::GREEDY_BELOW,
 };
 use serde_json::Value;
@@ -157,7 +157,7 @@ impl Shared {
             sampling: self.sampling.clone(),
             stop: StopParams { max_tokens, ..self.stop.clone() },
             logprobs,
-            prompt_logprobs: self.prompt_logprobs,
+            scoring: self.prompt_logprobs.map(Scoring::all),
             routed_experts_from: self.routed_experts_from,
             adapter: self.adapter.clone(),
         })
