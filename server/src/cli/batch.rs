@@ -107,6 +107,7 @@ fn answer(args: &BatchArgs) -> Result<()> {
     let mut manifest = args.manifest(&scan)?;
     let mut output = Output::open(&args.output)?;
     let before = output.check(&manifest, args.force)?;
+    let errors = output.errors();
     let Resumed { done, lines, failed } = output.resume(&scan, told)?;
     if lines == scan.lines {
         eprintln!("{lines} lines are done, {failed} of them failed: there is nothing to do for {}", args.output);
@@ -146,6 +147,9 @@ fn answer(args: &BatchArgs) -> Result<()> {
     profile.iter().for_each(KeptProfile::keep);
     let ended = ended?;
     eprintln!("{}", progress.totals.summary(progress.started.elapsed(), args.price_per_hour));
+    if let Some(errors) = errors.filter(|_| progress.totals.failed > 0) {
+        eprintln!("what failed is in {}", errors.display());
+    }
     if ended == Ended::Stopped {
         eprintln!("stopped: the same command goes on");
         std::process::exit(INTERRUPTED);
