@@ -1,5 +1,6 @@
 //! The command line: one subcommand, one file. What several share is here: the engine's flags, sizes, logging.
 
+mod batch;
 mod bench;
 mod chat;
 mod finetune;
@@ -20,7 +21,7 @@ use cadre_models::FormatOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::{engine::EngineOptions, finetune::FinetuneArgs};
+use crate::{adapters::AdapterSource, engine::EngineOptions, finetune::FinetuneArgs};
 
 /// Serves mixture-of-experts language models on small hardware.
 #[derive(Debug, Parser)]
@@ -44,6 +45,8 @@ enum Command {
     Pack(pack::PackArgs),
     /// Tell how a model would divide the memory, and how fast it would be on this machine
     Plan(plan::PlanArgs),
+    /// Answer the requests of a file, as many at once as memory holds; run again, it goes on where it was
+    Batch(batch::BatchArgs),
     /// Fine-tune the weights that are served: LoRA adapters of attention, experts and the rest
     Finetune(Box<FinetuneArgs>),
     /// Merge an adapter into a checkpoint's weights, or average the last checkpoints of a fine-tuning run
@@ -67,6 +70,7 @@ pub fn run() -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Finetune(args) => finetune::run(*args),
         Command::Merge(args) => merge::run(&args),
         Command::Bench(args) => bench::run(&args),
@@ -138,6 +142,7 @@ impl EngineArgs {
             threads: self.threads.map(usize::from),
             memory: self.memory,
             kv_memory: self.kv_memory,
+            large_kv: false,
             max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
@@ -214,6 +219,16 @@ impl From<KvDtypeArg> for Option<KvDtype> {
             KvDtypeArg::Bf16 => Some(KvDtype::Bf16),
             KvDtypeArg::Int8 => Some(KvDtype::Int8),
         }
+    }
+}
+
+/// `NAME=DIR`
+fn adapter_source(text: &str) -> Result<AdapterSource, String> {
+    match text.split_once('=') {
+        Some((name, directory)) if !name.is_empty() && !directory.is_empty() => {
+            Ok(AdapterSource { name: name.to_owned(), directory: directory.into() })
+        }
+        _ => Err(format!("expected NAME=DIR, found `{text}`")),
     }
 }
 
