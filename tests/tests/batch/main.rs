@@ -87,7 +87,7 @@ fn request(custom_id: &str, url: &str, body: Value) -> Value {
 fn requests(count: usize) -> Vec<Value> {
     let chat = |index: usize| {
         let question = format!("What is {} + {}?", index % 60, index / 7 % 60);
-        let shared = if index % 3 == 0 {
+        let shared = if index.is_multiple_of(3) {
             "You are terse and you never say more than you were asked for. ".repeat(2)
         } else {
             String::new()
