@@ -365,7 +365,7 @@ impl StoredBytes {
 
 impl Loaded {
     /// All weights of a model, but for `experts`.
-    fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
+    pub fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
         let stored = experts.map_or(0, |_| info.routed_bytes());
         let weights = host::rss_bytes().unwrap_or(info.weight_bytes - stored);
         Self { weights, ahead: 0, experts: experts.map(StoredBytes::of) }

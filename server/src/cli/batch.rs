@@ -8,13 +8,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use cadre_engine::compute::Compute;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 use super::{
-    EngineArgs, adapter_source, at_least_one,
+    EngineArgs, adapter_source, at_least_one, deciding,
     terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed},
 };
 use crate::{
@@ -185,22 +184,11 @@ impl BatchArgs {
             let fingerprint = fingerprint.with_context(|| format!("cannot read the adapter {}", source.name))?;
             adapters.insert(source.name.clone(), fingerprint.into());
         }
-        let formats = options.formats;
-        let name = |value: Option<String>| value.map_or(Value::Null, Value::from);
-        let deciding = [
-            ("model", model.fingerprint()?.into()),
-            ("names", engine::served_names(&options, &model).into()),
-            ("adapters", adapters.into()),
-            ("format", name(formats.format.map(|format| format.to_string()))),
-            ("experts_format", name(formats.experts.map(|format| format.to_string()))),
-            ("dense_format", name(formats.dense.map(|format| format.to_string()))),
-            ("kv_dtype", name(options.kv_dtype.map(|dtype| dtype.to_string()))),
-            ("instructions", Compute::new(1).isa.to_string().into()),
-            ("ordered", self.ordered.into()),
-            ("seed", self.seed.into()),
-        ];
-        let mut manifest =
-            Manifest::new(scan, deciding.map(|(name, value)| (name.to_owned(), value)).into_iter().collect());
+        let mut manifest = Manifest::new(scan, deciding(&options, &model)?);
+        manifest.set("names", engine::served_names(&options, &model).into());
+        manifest.set("adapters", adapters.into());
+        manifest.set("ordered", self.ordered.into());
+        manifest.set("seed", self.seed.into());
         if let Some(tokens) = options.max_model_len {
             manifest.set(MAX_MODEL_LEN, tokens.into());
         }
@@ -209,7 +197,7 @@ impl BatchArgs {
 }
 
 /// Whether both paths lead to one file.
-fn is_one_file(input: &str, output: &str) -> bool {
+pub(super) fn is_one_file(input: &str, output: &str) -> bool {
     let real = |path: &str| fs::canonicalize(Path::new(path)).ok().filter(|path| path.is_file());
     input != "-" && real(input).is_some_and(|path| real(output) == Some(path))
 }

@@ -9,6 +9,7 @@ mod inspect;
 mod merge;
 mod pack;
 mod plan;
+mod score;
 mod serve;
 mod terminal;
 
@@ -17,8 +18,9 @@ use std::{path::PathBuf, str::FromStr};
 use anyhow::Result;
 use cadre_engine::compute::Compute;
 use cadre_engine::{kv::KvDtype, nn::Format};
-use cadre_models::FormatOptions;
+use cadre_models::{Checkpoint, FormatOptions};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::{Map, Value};
 use tracing_subscriber::EnvFilter;
 
 use crate::{adapters::AdapterSource, engine::EngineOptions, finetune::FinetuneArgs};
@@ -39,6 +41,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk with the model in this terminal
     Chat(chat::ChatArgs),
+    /// Tell how likely the texts of a file are: log-likelihoods, choices, labels
+    Score(score::ScoreArgs),
     /// Show what a checkpoint is: architecture, parameters, bytes by part, chat template
     Inspect(inspect::InspectArgs),
     /// Write a checkpoint whose weights lie as they are computed with, quantised if asked for
@@ -67,6 +71,7 @@ pub fn run() -> Result<()> {
         Command::Serve(args) => serve::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Plan(args) => plan::run(&args),
@@ -159,6 +164,21 @@ impl EngineArgs {
             adapter_memory: None,
         }
     }
+}
+
+/// What of the engine's flags decides the bytes of a resumable run, by name.
+fn deciding(options: &EngineOptions, model: &Checkpoint) -> Result<Map<String, Value>> {
+    let formats = options.formats;
+    let name = |value: Option<String>| value.map_or(Value::Null, Value::from);
+    let deciding = [
+        ("model", model.fingerprint()?.into()),
+        ("format", name(formats.format.map(|format| format.to_string()))),
+        ("experts_format", name(formats.experts.map(|format| format.to_string()))),
+        ("dense_format", name(formats.dense.map(|format| format.to_string()))),
+        ("kv_dtype", name(options.kv_dtype.map(|dtype| dtype.to_string()))),
+        ("instructions", Compute::new(1).isa.to_string().into()),
+    ];
+    Ok(deciding.map(|(name, value)| (name.to_owned(), value)).into_iter().collect())
 }
 
 /// The flags that say what weights are packed as.
