@@ -146,6 +146,16 @@ impl Checkpoint {
         ChatTemplate::from_source(&file, source, &tokenizer_config).map(Some)
     }
 
+    /// A template from another file, which may name this model's special tokens.
+    ///
+    /// # Errors
+    /// When the file cannot be read or the template not be compiled.
+    pub fn template_of(&self, path: &Path) -> Result<ChatTemplate> {
+        let file = path.display().to_string();
+        let source = std::fs::read_to_string(path).map_err(|reason| Error::Read { file: file.clone(), reason })?;
+        ChatTemplate::from_source(&file, &source, &Value::Object(self.tokenizer_config()?))
+    }
+
     /// What it holds, from the configuration and the tensors' headers alone.
     ///
     /// # Errors

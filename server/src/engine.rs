@@ -1,38 +1,37 @@
-//! From flags to a running engine: checkpoint, weights, KV cache, runtime. Every subcommand starts here.
+//! From flags to a running engine: checkpoint, weights, KV cache, runtime. Every subcommand starts here. [`Served`] is what answers
+//! need of it.
+
+mod served;
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use cadre_engine::{
-    adapter::LoadedAdapter,
     compute::Compute,
     experts::ExpertStore,
     kv::{KvCache, KvDtype, blocks::BLOCK_SIZE},
     model::{Model, ModelInfo},
     nn::{Decoder, Format},
-    request::SamplingParams,
-    runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport},
+    runtime::{Runtime, RuntimeConfig, StepReport},
     train::places::places,
 };
-use cadre_models::{
-    ChatTemplate, Checkpoint, FormatOptions, Formats, GenerationConfig, LoadedModel, Outline, Summary, Tokenizer,
-    UnopenedExperts,
-};
+use cadre_models::{Checkpoint, FormatOptions, Formats, LoadedModel, Outline, Summary, UnopenedExperts};
 
 use crate::{
-    adapters::{self, AdapterError, AdapterSource, Adapters, ServedAdapter},
-    generation::{Backend, Machine, RoutedShape},
+    adapters::{self, AdapterSource, Adapters},
     host,
     memory::{self, Budget, ExpertMemory},
     metrics::{self, AdapterMeters, ExpertMeters, Meters},
     profile::KeptProfile,
     progress,
     routing_trace::RoutingTrace,
+    score::pairs::{PairOptions, Pairs},
 };
+
+pub use served::{Served, served_names};
 
 /// The KV cache's size when no flag gives one.
 const DEFAULT_KV_BYTES: u64 = 512 << 20;
@@ -84,6 +83,8 @@ pub struct EngineOptions {
     pub finetunes: bool,
     /// Bytes for those that are added while it runs.
     pub adapter_memory: Option<u64>,
+    /// How pairs of texts are scored.
+    pub pairs: PairOptions,
 }
 
 impl EngineOptions {
@@ -127,98 +128,6 @@ pub struct Engine {
     pub checkpoint: Checkpoint,
 }
 
-/// A model that answers: what HTTP routes and the terminal need of it.
-#[derive(Clone)]
-pub struct Served {
-    /// Its names, the first being the one that answers carry.
-    pub names: Vec<String>,
-    /// Where it came from.
-    pub root: String,
-    /// When it was ready, in seconds since 1970.
-    pub created: u64,
-    /// Takes requests.
-    pub backend: Arc<dyn Backend>,
-    /// Text to tokens and back.
-    pub tokenizer: Tokenizer,
-    /// Messages to text.
-    pub template: Option<ChatTemplate>,
-    /// How tokens are chosen when a request doesn't say.
-    pub sampling: SamplingParams,
-    /// Tokens that end an answer.
-    pub eos_token_ids: Vec<u32>,
-    /// Width of the logits.
-    pub vocab_size: usize,
-    /// The longest sequence.
-    pub max_model_len: usize,
-    /// Counts and times.
-    pub meters: Arc<Meters>,
-    /// How the experts of tokens are told, if requests may ask for them.
-    pub routed: Option<RoutedShape>,
-    /// The adapters that are served beside it.
-    pub adapters: Arc<Adapters>,
-    /// That which makes this model of the base model, if it isn't the base model itself.
-    pub adapter: Option<Arc<LoadedAdapter>>,
-}
-
-impl Served {
-    /// The base model with the adapter of this name, which is read if it isn't in memory; `None` if there is none.
-    ///
-    /// # Errors
-    /// When it can't be read, or there is no memory for it.
-    pub fn adapted(&self, name: &str) -> Result<Option<Self>, AdapterError> {
-        let with = |(ServedAdapter { name, root, created }, adapter)| Self {
-            names: vec![name],
-            root,
-            created,
-            adapter: Some(adapter),
-            ..self.clone()
-        };
-        Ok(self.adapters.get(name)?.map(with))
-    }
-
-    /// The name that answers carry.
-    pub fn name(&self) -> &str {
-        self.names.first().map_or("", String::as_str)
-    }
-
-    /// What a generation needs.
-    pub fn machine(&self) -> Machine {
-        Machine {
-            backend: self.backend.clone(),
-            tokenizer: self.tokenizer.clone(),
-            meters: self.meters.clone(),
-            routed: self.routed,
-        }
-    }
-
-    fn new(
-        options: &EngineOptions,
-        checkpoint: &Checkpoint,
-        handle: RuntimeHandle,
-        meters: Arc<Meters>,
-        adapters: Arc<Adapters>,
-    ) -> Result<Self> {
-        let defaults = checkpoint.generation_config();
-        let routed = options.return_routed_experts.then(|| RoutedShape::of(handle.info()));
-        Ok(Self {
-            routed: routed.transpose().context("--enable-return-routed-experts")?,
-            names: served_names(options, checkpoint),
-            root: options.model.clone().unwrap_or_else(|| checkpoint.name().to_owned()),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
-            tokenizer: checkpoint.tokenizer()?,
-            template: checkpoint.chat_template()?,
-            sampling: default_sampling(defaults),
-            eos_token_ids: defaults.eos_token_ids.clone(),
-            vocab_size: handle.info().vocab_size,
-            max_model_len: handle.config().max_model_len,
-            backend: Arc::new(handle),
-            meters,
-            adapters,
-            adapter: None,
-        })
-    }
-}
-
 /// What is there before weights are loaded.
 pub struct Opened {
     /// How many workers.
@@ -244,7 +153,7 @@ impl Opened {
         let checkpoint = open(options.model.as_deref())?;
         // Small and quick to fail: read before the weights.
         checkpoint.tokenizer()?;
-        checkpoint.chat_template()?;
+        Pairs::new(&options.pairs, &checkpoint)?;
         let summary = checkpoint.summary()?;
         let budget = Budget::new(options.memory, other_bytes(options, &summary), &summary, &options.formats);
         Ok(Self { threads, compute, checkpoint, budget })
@@ -548,30 +457,6 @@ pub fn open(model: Option<&str>) -> Result<Checkpoint> {
     progress::download(|report| cadre_models::open(model, report)).with_context(|| format!("cannot open {shown}"))
 }
 
-/// The names asked for; else the checkpoint's own, and what it was opened by.
-pub fn served_names(options: &EngineOptions, checkpoint: &Checkpoint) -> Vec<String> {
-    if !options.served_names.is_empty() {
-        return options.served_names.clone();
-    }
-    let own = checkpoint.name().to_owned();
-    let asked = options.model.clone().filter(|asked| *asked != own);
-    std::iter::once(own).chain(asked).collect()
-}
-
-/// The checkpoint's own sampling; it is greedy if the checkpoint says that it doesn't sample.
-fn default_sampling(config: &GenerationConfig) -> SamplingParams {
-    let default = SamplingParams::default();
-    let greedy = config.do_sample == Some(false);
-    SamplingParams {
-        temperature: if greedy { 0.0 } else { config.temperature.unwrap_or(default.temperature) },
-        top_p: config.top_p.unwrap_or(default.top_p),
-        top_k: config.top_k.unwrap_or(default.top_k),
-        min_p: config.min_p.unwrap_or(default.min_p),
-        repetition_penalty: config.repetition_penalty.unwrap_or(default.repetition_penalty),
-        ..default
-    }
-}
-
 /// How large the KV cache is, and how long a sequence may become in it.
 #[derive(Debug, Clone, Copy)]
 pub struct KvPlan {
@@ -786,14 +671,5 @@ mod tests {
         assert_eq!(completed.choices.len(), 2);
         assert!(completed.choices.iter().all(|choice| choice.tokens.len() == 5));
         engine.runtime.shutdown(Duration::ZERO);
-    }
-
-    #[test]
-    fn checkpoints_that_do_not_sample_are_greedy() {
-        let config = GenerationConfig { do_sample: Some(false), temperature: Some(0.7), ..GenerationConfig::default() };
-        assert_eq!(default_sampling(&config).temperature, 0.0);
-        let config = GenerationConfig { temperature: Some(0.7), top_k: Some(20), ..GenerationConfig::default() };
-        assert_eq!(default_sampling(&config).temperature, 0.7);
-        assert_eq!(default_sampling(&config).top_k, 20);
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     engine::{EngineOptions, Served},
     generation::{Backend, Machine, Sink, Ticket},
     metrics::Meters,
+    score::pairs::{PairOptions, Pairs},
 };
 
 /// The token after the 256 bytes; it ends answers.
@@ -50,11 +51,12 @@ pub fn engine_options() -> EngineOptions {
         adapter_folder: None,
         finetunes: false,
         adapter_memory: None,
+        pairs: PairOptions::default(),
     }
 }
 
-/// Tokenizer and chat template of a checkpoint without weights whose token ids are byte values.
-fn checkpoint() -> (Tokenizer, Option<ChatTemplate>) {
+/// Tokenizer and templates of a checkpoint without weights whose token ids are byte values.
+fn checkpoint() -> (Tokenizer, Option<ChatTemplate>, Pairs) {
     let directory = tempfile::tempdir().unwrap();
     let mut other = 256;
     let mut vocab = Map::new();
@@ -82,7 +84,8 @@ fn checkpoint() -> (Tokenizer, Option<ChatTemplate>) {
         std::fs::write(directory.path().join(file), content.to_string()).unwrap();
     }
     let checkpoint = cadre_models::open(directory.path().to_str(), &|_| {}).unwrap();
-    (checkpoint.tokenizer().unwrap(), checkpoint.chat_template().unwrap())
+    let pairs = Pairs::new(&PairOptions::default(), &checkpoint).unwrap();
+    (checkpoint.tokenizer().unwrap(), checkpoint.chat_template().unwrap(), pairs)
 }
 
 /// The tokenizer of bytes.
@@ -201,7 +204,7 @@ pub fn say(request: &Request, text: &str) -> Vec<Event> {
 
 /// A model called `fake` with `backend` as its engine.
 pub fn served(backend: Arc<Fake>) -> Arc<Served> {
-    let (tokenizer, template) = checkpoint();
+    let (tokenizer, template, pairs) = checkpoint();
     Arc::new(Served {
         names: vec!["fake".to_owned(), "org/alias".to_owned()],
         root: "fake".to_owned(),
@@ -209,6 +212,7 @@ pub fn served(backend: Arc<Fake>) -> Arc<Served> {
         backend,
         tokenizer,
         template,
+        pairs,
         sampling: SamplingParams::default(),
         eos_token_ids: vec![END],
         vocab_size: VOCAB_SIZE,

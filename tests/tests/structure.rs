@@ -337,6 +337,7 @@ fn the_http_document_is_true_to_the_code() {
     for (heading, lists) in [
         ("### Honoured", &["HONOURED", "HONOURED_CHAT", "HONOURED_COMPLETIONS"][..]),
         ("### Accepted without effect", &["WITHOUT_EFFECT"]),
+        ("## Scores", &["HONOURED_PAIRS", "HONOURED_SCORE", "HONOURED_RERANK"]),
     ] {
         let section = section(&document, heading);
         let missing =
@@ -345,6 +346,9 @@ fn the_http_document_is_true_to_the_code() {
     }
     let names = ["REFUSED", "REFUSED_CHAT", "REFUSED_COMPLETIONS"].iter().flat_map(|name| refused(&params, name));
     let section_refused = section(&document, "### Refused");
+    let of_pairs = refused(&params, "REFUSED_PAIRS").into_iter();
+    let section_scores = section(&document, "## Scores");
+    assert_none("## Scores", of_pairs.filter(|name| !section_scores.contains(&format!("`{name}`"))).collect());
     assert_none("### Refused", names.filter(|name| !section_refused.contains(&format!("`{name}`"))).collect());
 
     let routes = list(&read("server/src/http/mod.rs"), "EXACT");

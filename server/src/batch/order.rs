@@ -26,6 +26,10 @@ struct Body<'a> {
     #[serde(borrow)]
     prompt: Option<&'a RawValue>,
     #[serde(borrow)]
+    query: Option<&'a RawValue>,
+    #[serde(borrow)]
+    text_1: Option<&'a RawValue>,
+    #[serde(borrow)]
     max_tokens: Option<&'a RawValue>,
     #[serde(borrow)]
     max_completion_tokens: Option<&'a RawValue>,
@@ -42,7 +46,7 @@ impl<'a> Body<'a> {
     }
 
     fn prompt(&self) -> &'a str {
-        self.messages.or(self.prompt).map_or("", RawValue::get)
+        self.messages.or(self.prompt).or(self.query).or(self.text_1).map_or("", RawValue::get)
     }
 
     /// How long it may get.

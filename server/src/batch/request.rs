@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
 /// The routes that lines may ask.
-pub const URLS: &[&str] = &["/v1/chat/completions", "/v1/completions"];
+pub const URLS: &[&str] = &["/v1/chat/completions", "/v1/completions", "/v1/score", "/score", "/v1/rerank", "/rerank"];
 
 /// A request as it stands in the file.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 use super::{
-    EngineArgs, adapter_source, at_least_one, deciding,
+    EngineArgs, PairArgs, adapter_source, at_least_one, deciding,
     terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed},
 };
 use crate::{
@@ -85,6 +85,9 @@ pub struct BatchArgs {
     /// Sequences that one step takes at most
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Engine", value_parser = at_least_one)]
     max_num_seqs: usize,
+
+    #[command(flatten)]
+    pairs: PairArgs,
 
     #[command(flatten)]
     engine: EngineArgs,
@@ -162,6 +165,7 @@ impl BatchArgs {
             served_names: self.served_model_name.clone(),
             adapters: self.adapters.clone(),
             large_kv: true,
+            pairs: self.pairs.options(),
             ..self.engine.options(self.max_num_seqs)
         }
     }
@@ -187,6 +191,10 @@ impl BatchArgs {
         let mut manifest = Manifest::new(scan, deciding(&options, &model)?);
         manifest.set("names", engine::served_names(&options, &model).into());
         manifest.set("adapters", adapters.into());
+        manifest.set("score_labels", self.pairs.score_labels.clone().into());
+        if let Some(path) = &self.pairs.score_template {
+            manifest.set("score_template", model.template_of(path).context("--score-template")?.source().into());
+        }
         manifest.set("ordered", self.ordered.into());
         manifest.set("seed", self.seed.into());
         if let Some(tokens) = options.max_model_len {

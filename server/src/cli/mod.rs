@@ -23,7 +23,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{Map, Value};
 use tracing_subscriber::EnvFilter;
 
-use crate::{adapters::AdapterSource, engine::EngineOptions, finetune::FinetuneArgs};
+use crate::{adapters::AdapterSource, engine::EngineOptions, finetune::FinetuneArgs, score::pairs::PairOptions};
 
 /// Serves mixture-of-experts language models on small hardware.
 #[derive(Debug, Parser)]
@@ -162,7 +162,29 @@ impl EngineArgs {
             adapter_folder: None,
             finetunes: false,
             adapter_memory: None,
+            pairs: PairOptions::default(),
         }
+    }
+}
+
+/// How pairs of texts are scored, by `/v1/score` and `/v1/rerank`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scores of pairs")]
+struct PairArgs {
+    /// A Jinja file that makes a prompt of `messages` with the roles `query` and `document` [default: a question by the chat
+    /// template]
+    #[arg(long, value_name = "FILE")]
+    score_template: Option<PathBuf>,
+
+    /// Labels of a token each that may follow the prompt: a pair's score is the probability of the first one among them
+    /// [default: yes,no]
+    #[arg(long, value_name = "LABEL,...", value_delimiter = ',')]
+    score_labels: Vec<String>,
+}
+
+impl PairArgs {
+    fn options(&self) -> PairOptions {
+        PairOptions { template: self.score_template.clone(), labels: self.score_labels.clone() }
     }
 }
 

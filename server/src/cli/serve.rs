@@ -13,7 +13,7 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use super::{EngineArgs, adapter_source, at_least_one, parse_bytes};
+use super::{EngineArgs, PairArgs, adapter_source, at_least_one, parse_bytes};
 use crate::{
     adapters::AdapterSource,
     engine::{self, EngineOptions},
@@ -93,6 +93,9 @@ pub struct ServeArgs {
     finetune_memory: Option<u64>,
 
     #[command(flatten)]
+    pairs: PairArgs,
+
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -115,6 +118,7 @@ impl ServeArgs {
             adapter_folder: self.allow_runtime_adapters.clone(),
             finetunes: self.storage.is_some(),
             adapter_memory: self.adapter_memory,
+            pairs: self.pairs.options(),
             ..options
         })
     }

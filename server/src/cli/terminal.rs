@@ -149,7 +149,7 @@ impl Terminal {
                     out.write_all(delta.text.as_bytes())?;
                     out.flush()?;
                 }
-                Some(Update::PromptLogprobs { .. }) => {}
+                Some(Update::Scores { .. }) => {}
                 None => return Ok(answer),
             }
         }

@@ -81,12 +81,12 @@ pub struct Machine {
 /// The next thing to tell.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Update {
-    /// The log-probabilities of a prompt's tokens.
-    PromptLogprobs {
+    /// How likely a prompt is, and what might follow it.
+    Scores {
         /// Which prompt.
         prompt: usize,
-        /// One entry a token, the first `None`.
-        logprobs: Vec<Option<TokenLogprobs>>,
+        /// As its request asks.
+        scores: Scores,
     },
     /// A choice has grown, or ended, or both.
     Delta(Delta),
@@ -267,7 +267,7 @@ impl Generation {
     pub async fn collect(&mut self) -> Result<Completed, GenerationError> {
         let mut completed = Completed {
             choices: (0..self.choices.len()).map(|choice| Delta { choice, ..Delta::default() }).collect(),
-            prompt_logprobs: vec![None; self.prompts.len()],
+            scores: vec![None; self.prompts.len()],
         };
         while let Some(update) = self.next().await? {
             completed.add(update);
@@ -292,9 +292,7 @@ impl Generation {
                 prompt.cached_tokens = cached_tokens as usize;
                 prompt.timeline.started(at, cached_tokens, &self.meters);
             }
-            Event::Scores(Scores { prompt: logprobs, .. }) => {
-                self.ready.push_back(Update::PromptLogprobs { prompt: index, logprobs });
-            }
+            Event::Scores(scores) => self.ready.push_back(Update::Scores { prompt: index, scores }),
             Event::RoutedExperts { choice, experts } => {
                 let choice = self.choices.get_mut(prompt.first_choice + choice as usize);
                 // A stop string that was met since: what follows is nobody's.
@@ -415,13 +413,13 @@ pub struct Completed {
     /// Each choice, as if told at once.
     pub choices: Vec<Delta>,
     /// Of each prompt, if asked for.
-    pub prompt_logprobs: Vec<Option<Vec<Option<TokenLogprobs>>>>,
+    pub scores: Vec<Option<Scores>>,
 }
 
 impl Completed {
     fn add(&mut self, update: Update) {
         match update {
-            Update::PromptLogprobs { prompt, logprobs } => self.prompt_logprobs[prompt] = Some(logprobs),
+            Update::Scores { prompt, scores } => self.scores[prompt] = Some(scores),
             Update::Delta(delta) => {
                 let choice = &mut self.choices[delta.choice];
                 choice.text.push_str(&delta.text);

@@ -36,14 +36,14 @@ impl Envelope {
         Self { id, object, created, model: model.to_owned() }
     }
 
-    /// The answer, or chunk, with these choices.
-    pub fn with(&self, choices: Vec<Value>) -> Map<String, Value> {
+    /// The answer, or chunk, with these choices, or what else it is a list of.
+    pub fn with(&self, name: &str, values: Vec<Value>) -> Map<String, Value> {
         let mut answer = Map::new();
         answer.insert("id".to_owned(), self.id.clone().into());
         answer.insert("object".to_owned(), self.object.into());
         answer.insert("created".to_owned(), self.created.into());
         answer.insert("model".to_owned(), self.model.clone().into());
-        answer.insert("choices".to_owned(), choices.into());
+        answer.insert(name.to_owned(), values.into());
         answer
     }
 }

@@ -168,10 +168,10 @@ impl ChatAnswer {
             answer::add_routed_experts(&mut told, choice);
             Value::Object(told)
         };
-        let mut body = envelope.with(completed.choices.iter().map(choice).collect());
+        let mut body = envelope.with("choices", completed.choices.iter().map(choice).collect());
         body.insert("service_tier".to_owned(), "default".into());
-        if let Some(Some(logprobs)) = completed.prompt_logprobs.first() {
-            body.insert("prompt_logprobs".to_owned(), self.names.prompt(&self.prompt, logprobs));
+        if let Some(Some(scores)) = completed.scores.first() {
+            body.insert("prompt_logprobs".to_owned(), self.names.prompt(&self.prompt, &scores.prompt));
         }
         if self.token_ids {
             body.insert("prompt_token_ids".to_owned(), self.prompt.clone().into());
@@ -213,7 +213,7 @@ impl ChatChunks {
     fn first(&self, index: usize) -> Map<String, Value> {
         let role = Delta { choice: index, ..Delta::default() };
         let choice = self.answer.choice(&role, "delta", &json!({"role": "assistant", "content": ""}));
-        let mut chunk = self.envelope.with(vec![choice.into()]);
+        let mut chunk = self.envelope.with("choices", vec![choice.into()]);
         if self.answer.token_ids && self.begun.len() == 1 {
             chunk.insert("prompt_token_ids".to_owned(), self.answer.prompt.clone().into());
         }
@@ -231,7 +231,7 @@ impl Chunks for ChatChunks {
         let text = if delta.text.is_empty() { json!({}) } else { json!({"content": delta.text}) };
         let mut choice = self.answer.choice(&delta, "delta", &text);
         self.answer.add_token_ids(&mut choice, &delta);
-        chunks.push(self.envelope.with(vec![choice.into()]));
+        chunks.push(self.envelope.with("choices", vec![choice.into()]));
         chunks
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Extension, extract::State, response::Response};
-use cadre_engine::request::{Request, TokenLogprobs};
+use cadre_engine::request::{Request, Scores};
 use serde_json::{Map, Value};
 
 use super::{
@@ -89,7 +89,7 @@ impl Prepared {
             n: shared.n as usize,
             prompts: requests.iter().map(|request| request.prompt.clone()).collect(),
             echoed: echo.then_some(echoed),
-            prompt_logprobs: vec![None; requests.len()],
+            scores: vec![None; requests.len()],
             told_prompt_logprobs,
             logprobs: logprobs.map(|top| (top, vec![0; choices])),
             special_tokens: !shared.output.skip_special_tokens,
@@ -209,7 +209,7 @@ struct TextAnswer {
     prompts: Vec<Vec<u32>>,
     /// The prompts' texts, if they are to be echoed.
     echoed: Option<Vec<Echo>>,
-    prompt_logprobs: Vec<Option<Vec<Option<TokenLogprobs>>>>,
+    scores: Vec<Option<Scores>>,
     /// Tell the prompt's log-probabilities in vLLM's own field.
     told_prompt_logprobs: bool,
     /// How many alternatives, and each choice's place in its text.
@@ -223,9 +223,9 @@ struct TextAnswer {
 
 impl TextAnswer {
     fn whole(&mut self, envelope: &Envelope, completed: Completed) -> Map<String, Value> {
-        self.prompt_logprobs = completed.prompt_logprobs;
+        self.scores = completed.scores;
         let choices = completed.choices.iter().map(|delta| self.choice(delta).into()).collect();
-        envelope.with(choices)
+        envelope.with("choices", choices)
     }
 
     /// A choice's next part; its first one begins with the prompt if that is echoed.
@@ -243,9 +243,9 @@ impl TextAnswer {
         choice.insert("finish_reason".to_owned(), answer::finish_reason(delta.finish.as_ref()));
         choice.insert("stop_reason".to_owned(), answer::stop_reason(delta.finish.as_ref()));
         if self.told_prompt_logprobs
-            && let Some(logprobs) = &self.prompt_logprobs[prompt]
+            && let Some(scores) = &self.scores[prompt]
         {
-            choice.insert("prompt_logprobs".to_owned(), self.names.prompt(&self.prompts[prompt], logprobs));
+            choice.insert("prompt_logprobs".to_owned(), self.names.prompt(&self.prompts[prompt], &scores.prompt));
         }
         if self.token_ids {
             let ids: Vec<u32> = delta.tokens.iter().map(|token| token.id).collect();
@@ -263,8 +263,8 @@ impl TextAnswer {
         let Some((top, places)) = &mut self.logprobs else { return Value::Null };
         let place = &mut places[delta.choice];
         let mut told = TextLogprobs::default();
-        if let (Some(special_tokens), Some(entries)) = (echo, &self.prompt_logprobs[prompt]) {
-            for (&id, entry) in self.prompts[prompt].iter().zip(entries) {
+        if let (Some(special_tokens), Some(scores)) = (echo, &self.scores[prompt]) {
+            for (&id, entry) in self.prompts[prompt].iter().zip(&scores.prompt) {
                 // The engine may have been asked for more alternatives than are told here.
                 let entry = entry.clone().map(|mut entry| {
                     entry.top.truncate(*top as usize);
@@ -289,11 +289,11 @@ struct TextChunks {
 impl Chunks for TextChunks {
     fn chunks(&mut self, update: Update) -> Vec<Map<String, Value>> {
         match update {
-            Update::PromptLogprobs { prompt, logprobs } => {
-                self.answer.prompt_logprobs[prompt] = Some(logprobs);
+            Update::Scores { prompt, scores } => {
+                self.answer.scores[prompt] = Some(scores);
                 Vec::new()
             }
-            Update::Delta(delta) => vec![self.envelope.with(vec![self.answer.choice(&delta).into()])],
+            Update::Delta(delta) => vec![self.envelope.with("choices", vec![self.answer.choice(&delta).into()])],
         }
     }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `/v1/chat/completions` | [`chat`], [`messages`] |
 //! | `/v1/completions` | [`completions`] |
+//! | `/v1/score`, `/v1/rerank` | [`score`], [`rerank`], [`pairs`] |
 //! | `/tokenize`, `/detokenize`, `/tokenizer_info` | [`tokenize`] |
 //! | `/v1/models` | [`models`] |
 //! | `/v1/files` | [`files`] |
@@ -28,9 +29,12 @@ pub mod health;
 pub mod logprobs;
 pub mod messages;
 pub mod models;
+pub mod pairs;
 pub mod params;
 pub mod query;
 pub mod reproducible;
+pub mod rerank;
+pub mod score;
 pub mod sse;
 pub mod tokenize;
 
@@ -244,6 +248,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*model}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/score", post(score::create))
+        .route("/score", post(score::create))
+        .route("/v1/rerank", post(rerank::create))
+        .route("/rerank", post(rerank::create))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/tokenizer_info", get(tokenize::info))
@@ -332,6 +340,10 @@ fn route_label(path: &str) -> &'static str {
         "/v1/fine_tuning/jobs",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/score",
+        "/score",
+        "/v1/rerank",
+        "/rerank",
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",

@@ -23,6 +23,10 @@ pub enum Endpoint {
     Adapters,
     /// `/v1/fine_tuning/jobs`
     FineTuning,
+    /// `/v1/score`
+    Score,
+    /// `/v1/rerank`
+    Rerank,
 }
 
 /// Honoured by chat and text completions alike.
@@ -82,6 +86,17 @@ const HONOURED_ADAPTERS: &[&str] = &["load_inplace", "lora_name", "lora_path"];
 /// Honoured where fine-tuning jobs are created.
 const HONOURED_FINE_TUNING: &[&str] =
     &["hyperparameters", "metadata", "method", "model", "seed", "suffix", "training_file", "validation_file"];
+
+/// Honoured where pairs are scored.
+const HONOURED_PAIRS: &[&str] =
+    &["apply_softmax", "chat_template_kwargs", "documents", "label_token_ids", "model", "query", "use_activation"];
+
+/// Honoured by `/v1/score` besides.
+const HONOURED_SCORE: &[&str] =
+    &["add_special_tokens", "data_1", "data_2", "item_first", "items", "queries", "text_1", "text_2"];
+
+/// Honoured by `/v1/rerank` besides.
+const HONOURED_RERANK: &[&str] = &["return_documents", "top_n"];
 
 /// Accepted without effect: they don't change what is generated.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -176,6 +191,16 @@ const REFUSED_COMPLETIONS: &[Refusal] = &[
 const REFUSED_FINE_TUNING: &[Refusal] =
     &[refuse("integrations", is_empty, "this server tells nobody else of its jobs; leave it out")];
 
+/// Refused where pairs are scored.
+const REFUSED_PAIRS: &[Refusal] = &[
+    refuse("activation", is_true, "it has become `use_activation`"),
+    refuse("cache_salt", never, UNSUPPORTED),
+    refuse("chat_template", never, "templates from requests are not trusted; start the server with --score-template"),
+    refuse("priority", is_zero, "requests are served in the order of their arrival; use 0"),
+    refuse("softmax", is_true, "it has become `use_activation`"),
+    refuse("truncate_prompt_tokens", never, "a prompt that is cut no longer asks; shorten the document"),
+];
+
 fn never(_: &Value) -> bool {
     false
 }
@@ -219,9 +244,19 @@ fn is_text_only(value: &Value) -> bool {
 
 /// Whether any route reads the parameter.
 pub fn is_honoured(name: &str) -> bool {
-    [HONOURED, HONOURED_CHAT, HONOURED_COMPLETIONS, HONOURED_TOKENIZE, HONOURED_ADAPTERS, HONOURED_FINE_TUNING]
-        .iter()
-        .any(|list| list.contains(&name))
+    [
+        HONOURED,
+        HONOURED_CHAT,
+        HONOURED_COMPLETIONS,
+        HONOURED_TOKENIZE,
+        HONOURED_ADAPTERS,
+        HONOURED_FINE_TUNING,
+        HONOURED_PAIRS,
+        HONOURED_SCORE,
+        HONOURED_RERANK,
+    ]
+    .iter()
+    .any(|list| list.contains(&name))
 }
 
 /// Holds the body against the three lists. Returns the names of the fields that nobody knows.
@@ -238,6 +273,8 @@ pub fn admit(body: &Map<String, Value>, endpoint: Endpoint, strict: bool) -> Res
         }
         Endpoint::Adapters => (&[HONOURED_ADAPTERS], &[]),
         Endpoint::FineTuning => (&[HONOURED_FINE_TUNING], &[REFUSED_FINE_TUNING]),
+        Endpoint::Score => (&[HONOURED_PAIRS, HONOURED_SCORE, WITHOUT_EFFECT], &[REFUSED_PAIRS]),
+        Endpoint::Rerank => (&[HONOURED_PAIRS, HONOURED_RERANK, WITHOUT_EFFECT], &[REFUSED_PAIRS]),
     };
     let mut unknown = Vec::new();
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {

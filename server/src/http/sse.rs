@@ -92,7 +92,7 @@ impl<C: Chunks> Streaming<C> {
     fn end(&mut self, usage: Usage) {
         self.generation = None;
         if self.options.include_usage {
-            let mut chunk = self.chunks.envelope().with(Vec::new());
+            let mut chunk = self.chunks.envelope().with("choices", Vec::new());
             chunk.insert("usage".to_owned(), answer::usage(usage));
             self.out.push_back(event(&chunk.into()));
         }

@@ -2,11 +2,12 @@
 //!
 //! [`item`] reads an item and says which passages it is made of, [`result`] puts their scores together, [`run`] takes a whole
 //! file through. The passages go one of two ways ([`lane`]): as requests to the runtime ([`steps`]), or layer by layer in
-//! super-batches ([`layers`]), for models that are larger than memory.
+//! super-batches ([`layers`]), for models that are larger than memory. [`pairs`] makes prompts of queries and documents, which the server scores.
 
 pub mod item;
 pub mod lane;
 mod layers;
+pub mod pairs;
 pub mod result;
 pub mod run;
 mod steps;

@@ -5,7 +5,7 @@ use std::{fs, io::Read};
 use cadre_tests::{
     adapter::{Adapts, write},
     binary::{run, run_with_input},
-    server::{MODEL, Server},
+    server::{MODEL, Server, merge},
 };
 use serde_json::{Value, json};
 
@@ -19,6 +19,10 @@ fn a_line_gets_the_servers_answer() {
     let mut lines = requests(24);
     // Without a seed the server draws at random.
     lines.iter_mut().for_each(|line| line["body"]["seed"] = 5.into());
+    let pairs = json!({"query": "What grows?", "label_token_ids": [40, 41]});
+    for (id, url, name) in [("score", "/v1/score", "items"), ("rank", "/rerank", "documents")] {
+        lines.push(request(id, url, merge(pairs.clone(), json!({name: ["Roses.", "The sun.", "Nothing."]}))));
+    }
     let batch = Batch::new(&lines);
     batch.finish("out.jsonl", &["--served-model-name", MODEL, "--ordered"]);
     for (line, answer) in lines.iter().zip(values(&batch.text("out.jsonl"))) {
@@ -27,7 +31,7 @@ fn a_line_gets_the_servers_answer() {
         assert_eq!((&answer["custom_id"], &answer["error"]), (&line["custom_id"], &Value::Null));
         assert_eq!(answer["response"]["status_code"], told.status);
         let body = &answer["response"]["body"];
-        for same in ["object", "model", "choices", "error"] {
+        for same in ["object", "model", "choices", "data", "results", "error"] {
             assert_eq!(body[same], of_server[same], "{same} of {line}");
         }
         assert_eq!(body["usage"]["total_tokens"], of_server["usage"]["total_tokens"]);

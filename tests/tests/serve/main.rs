@@ -12,3 +12,4 @@ mod jobs;
 mod leaving;
 mod routed_experts;
 mod routes;
+mod scores;

@@ -14,6 +14,7 @@ use crate::{
 };
 
 const LISTS: [&[&str]; 5] = [HONOURED, HONOURED_CHAT, HONOURED_COMPLETIONS, HONOURED_TOKENIZE, WITHOUT_EFFECT];
+const LISTS_OF_PAIRS: [&[&str]; 4] = [HONOURED_PAIRS, HONOURED_SCORE, HONOURED_RERANK, WITHOUT_EFFECT];
 
 fn parse(body: Value) -> Result<Shared, ApiError> {
     parse_with(body, MaxTokens::Default(16))
@@ -30,6 +31,10 @@ fn no_parameter_is_in_two_lists() {
     for name in LISTS.concat().into_iter().chain(refused(REFUSED)) {
         assert!(seen.insert(name), "{name} is in two lists");
     }
+    let mut of_pairs = HashSet::new();
+    for name in LISTS_OF_PAIRS.concat().into_iter().chain(refused(REFUSED_PAIRS)) {
+        assert!(of_pairs.insert(name), "{name} is in two lists");
+    }
     for name in refused(REFUSED_CHAT).into_iter().chain(refused(REFUSED_COMPLETIONS)) {
         assert!(!HONOURED.contains(&name) && !WITHOUT_EFFECT.contains(&name), "{name} is in two lists");
     }
@@ -37,10 +42,10 @@ fn no_parameter_is_in_two_lists() {
 
 #[test]
 fn the_lists_are_sorted() {
-    for list in LISTS {
+    for list in LISTS.into_iter().chain(LISTS_OF_PAIRS) {
         assert!(list.is_sorted(), "{list:?}");
     }
-    for list in [REFUSED, REFUSED_CHAT, REFUSED_COMPLETIONS] {
+    for list in [REFUSED, REFUSED_CHAT, REFUSED_COMPLETIONS, REFUSED_PAIRS] {
         assert!(list.is_sorted_by_key(|refusal| refusal.name));
     }
 }
