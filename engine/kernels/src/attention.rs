@@ -4,11 +4,13 @@
 //! - `walk.rs`: a query walks the blocks of its sequence in order, in steps that begin at multiples of the same number
 //!   of tokens, whatever else is in the batch: its result depends on nothing else. All query heads of a group, and the
 //!   rows of a prefill chunk, share each step's keys and values while they are in the nearest cache.
-//! - `portable.rs` has the two products as they are meant; `avx512.rs` as vectors.
+//! - `portable.rs` has the two products as they are meant; `avx2.rs` and `avx512.rs` as vectors.
 //!
 //! The tier with `vdpbf16ps` multiplies bf16: it rounds queries and weights, and turns int8 into bf16, which is exact.
 //! The others, and f32 keys and values on every tier, multiply f32.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
@@ -111,6 +113,12 @@ pub fn paged_attention(pool: &Pool, isa: Isa, input: &AttentionInput<'_>, cache:
                 (Isa::Avx512 | Isa::Amx, KvDtype::Bf16) => avx512::attend::<bf16>(task, input, cache, &target),
                 #[cfg(target_arch = "x86_64")]
                 (Isa::Avx512 | Isa::Amx, KvDtype::Int8) => avx512::attend::<i8>(task, input, cache, &target),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, KvDtype::F32) => avx2::attend::<f32>(task, input, cache, &target),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, KvDtype::Bf16) => avx2::attend::<bf16>(task, input, cache, &target),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, KvDtype::Int8) => avx2::attend::<i8>(task, input, cache, &target),
                 (_, KvDtype::F32) => walk::attend::<f32, Portable>(task, input, cache, &target),
                 (_, KvDtype::Bf16) => walk::attend::<bf16, Portable>(task, input, cache, &target),
                 (_, KvDtype::Int8) => walk::attend::<i8, Portable>(task, input, cache, &target),

@@ -2,8 +2,8 @@
 
 use std::{fmt, sync::OnceLock, time::Instant};
 
-/// A tier. The portable one is the contract that the others are tested against, and has what a tier lacks: attention
-/// and the passes over logits have vector code of their own for AVX-512 only.
+/// A tier. The portable one is the contract that the others are tested against, and has what a tier lacks: the passes
+/// over logits have vector code of their own for AVX-512 only, attention for that and AVX2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// Plain Rust.

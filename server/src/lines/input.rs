@@ -10,7 +10,7 @@ use std::{
     time::SystemTime,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::{LineSet, compression::Compression};
 
@@ -69,7 +69,9 @@ impl Input {
             spool(&mut io::stdin().lock(), folder)?
         } else {
             let mut file = File::open(place).with_context(failed)?;
-            if file.metadata().with_context(failed)?.is_file() { file } else { spool(&mut file, folder)? }
+            let found = file.metadata().with_context(failed)?;
+            ensure!(!found.is_dir(), "{}: it is a folder", failed());
+            if found.is_file() { file } else { spool(&mut file, folder)? }
         };
         let modified = file.metadata().and_then(|found| found.modified()).ok();
         let mut first = [0; 4];

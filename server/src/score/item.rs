@@ -1,5 +1,7 @@
 //! An item, and the passages that it is made of.
 
+use std::fmt::Display;
+
 use cadre_engine::{request::Scoring, score::Passage};
 use cadre_models::Tokenizer;
 use serde::Deserialize;
@@ -18,7 +20,7 @@ struct Written {
 
 /// A label: a text that is one token behind the prompt, or that token.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a label is a text or a token id")]
 pub enum Label {
     /// As a text.
     Text(String),
@@ -87,8 +89,12 @@ impl Reader {
     /// # Errors
     /// With what is wrong, and with its id if that can be told.
     pub fn read(&self, line: &str) -> Result<Item, (Option<Value>, String)> {
-        let written: Written =
-            serde_json::from_str(line).map_err(|error| (None, format!("this is no item: {error}")))?;
+        let no_item = |reason: &dyn Display| (None, format!("this is no item: {reason}"));
+        // An array would pass for the fields in their order.
+        if !line.trim_start().starts_with('{') {
+            return Err(no_item(&"expected a JSON object"));
+        }
+        let written: Written = serde_json::from_str(line).map_err(|error| no_item(&error))?;
         let Written { id, text, prompt, completion, choices, labels } = written;
         let mut passages = Passages::default();
         let question = match (text, prompt, completion, choices, labels) {
@@ -285,7 +291,7 @@ mod tests {
     fn what_is_no_item_says_why() {
         for (line, why) in [
             ("nothing", "no item"),
-            ("[1]", "no item"),
+            (r#"[null, "a text", null, null, null, null]"#, "expected a JSON object"),
             (r#"{"text": 5}"#, "no item"),
             ("{}", "expected `text`, or `prompt`"),
             (r#"{"text": "a", "prompt": "b", "completion": "c"}"#, "expected `text`, or `prompt`"),
@@ -295,6 +301,7 @@ mod tests {
             (r#"{"prompt": "a", "choices": ["b", ""]}"#, "choices[1]"),
             (r#"{"prompt": "a", "labels": [" many tokens"]}"#, "use `choices`"),
             (r#"{"prompt": "a", "labels": [4000000]}"#, "out of range"),
+            (r#"{"prompt": "a", "labels": [-1]}"#, "a label is a text or a token id"),
         ] {
             let (_, reason) = reader(1000, 500).read(line).unwrap_err();
             assert!(reason.contains(why), "{line}: {reason}");
