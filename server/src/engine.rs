@@ -676,7 +676,7 @@ impl KvSizes {
 mod tests {
     use std::time::Duration;
 
-    use cadre_engine::request::{Request, StopParams};
+    use cadre_engine::request::{Priority, Request, StopParams};
 
     use super::*;
     use crate::{
@@ -761,6 +761,7 @@ mod tests {
             prompt_logprobs: None,
             routed_experts_from: None,
             adapter: None,
+            priority: Priority::Interactive,
         };
         let mut generation = Generation::start(&served.machine(), vec![request], OutputOptions::default()).unwrap();
         let completed = generation.collect().await.unwrap();

@@ -9,7 +9,7 @@ use super::fake::{Fake, Gate};
 use crate::{
     compute::Compute,
     kv::{KvCache, KvDtype},
-    request::{Event, FinishReason, Request, RequestError, SamplingParams, StopParams, TokenLogprobs},
+    request::{Event, FinishReason, Priority, Request, RequestError, SamplingParams, StopParams, TokenLogprobs},
     runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport, Ticket},
 };
 
@@ -43,6 +43,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         prompt_logprobs: None,
         routed_experts_from: None,
         adapter: None,
+        priority: Priority::Interactive,
     }
 }
 

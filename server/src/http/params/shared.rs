@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cadre_engine::{
     adapter::LoadedAdapter,
-    request::{Request, SamplingParams, StopParams, SubmitError},
+    request::{Priority, Request, SamplingParams, StopParams, SubmitError},
     sampler::GREEDY_BELOW,
 };
 use serde_json::Value;
@@ -153,6 +153,7 @@ impl Shared {
             prompt_logprobs: self.prompt_logprobs,
             routed_experts_from: self.routed_experts_from,
             adapter: self.adapter.clone(),
+            priority: Priority::Interactive,
         })
     }
 }
