@@ -30,7 +30,7 @@ fn sequence(sampling: SamplingParams, logprobs: Option<u32>) -> Sequence {
         sampling,
         stop,
         logprobs,
-        prompt_logprobs: None,
+        scoring: None,
         routed_experts_from: None,
         adapter: None,
         priority: Priority::Interactive,

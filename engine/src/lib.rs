@@ -10,6 +10,8 @@
 //!    Experts that memory doesn't hold come from the store in [`experts`].
 //! 5. The [`sampler`] turns logits into tokens; events go back through the request's sink.
 //!
+//! Scoring may walk it layer by layer over many texts instead: see [`score`].
+//!
 //! Training walks the same blocks with kernels that keep what a backward pass needs: see [`train`].
 //!
 //! What is absent on purpose: any architecture's name, HTTP, files, tokenizers.
@@ -26,6 +28,7 @@ pub mod request;
 pub mod runtime;
 pub mod sampler;
 pub mod scheduler;
+pub mod score;
 pub mod sequence;
 pub mod train;
 

@@ -158,6 +158,8 @@ pub struct StepContext<'a> {
     pub kv: &'a mut KvCache,
     /// Where routers note what they chose, layer after layer; `None` if nobody wants to know.
     pub routes: Option<&'a mut Vec<LayerRoutes>>,
+    /// What experts are wanted for.
+    pub lane: Lane,
 }
 
 /// What the router of one layer chose in a step.

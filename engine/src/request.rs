@@ -17,8 +17,8 @@ pub struct Request {
     pub stop: StopParams,
     /// Also report the log-probabilities of each generated token and of this many most likely ones.
     pub logprobs: Option<u32>,
-    /// Also report the log-probabilities of the prompt's tokens and of this many most likely ones at each place.
-    pub prompt_logprobs: Option<u32>,
+    /// Also report how likely the prompt is.
+    pub scoring: Option<Scoring>,
     /// Also report the experts that tokens were routed to, from this position of the prompt on. Those tokens of the prompt
     /// are computed, even if the prefix cache holds them.
     pub routed_experts_from: Option<u32>,
@@ -41,6 +41,34 @@ pub enum Priority {
 impl Priority {
     /// All of them, who goes first at the front.
     pub const ALL: [Self; 2] = [Self::Interactive, Self::Background];
+}
+
+/// Which log-probabilities of a prompt are wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Scoring {
+    /// The first of its tokens that is scored, and all after it. Nothing precedes token 0, which has no score.
+    pub from: u32,
+    /// How many of the most likely tokens to report beside each.
+    pub top: u32,
+    /// Tokens that are scored in the place after the prompt.
+    pub next: Vec<u32>,
+}
+
+impl Scoring {
+    /// All tokens of the prompt, and `top` of the most likely ones beside each.
+    #[must_use]
+    pub fn all(top: u32) -> Self {
+        Self { top, ..Self::default() }
+    }
+}
+
+/// The log-probabilities that a [`Scoring`] asks for.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Scores {
+    /// Of each token of the prompt; `None` before the first one that is scored.
+    pub prompt: Vec<Option<TokenLogprobs>>,
+    /// Of each token that might follow it.
+    pub next: Vec<TokenLogprobs>,
 }
 
 /// How the next token is chosen from the logits. The order of application is that of vLLM's v1 sampler:
@@ -115,8 +143,7 @@ pub enum Event {
         cached_tokens: u32,
     },
     /// The prompt's log-probabilities, once, before the first token; only if they were asked for.
-    /// Entry 0 is `None`: nothing precedes the first token.
-    PromptLogprobs(Vec<Option<TokenLogprobs>>),
+    Scores(Scores),
     /// The experts of further tokens that went through the model, before the token that follows them; only if they were
     /// asked for. All together give each token once, in order: for choice 0 from the position asked for on, for other
     /// choices, which have the same prompt, from the first generated token on.

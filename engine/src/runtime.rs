@@ -8,7 +8,7 @@ mod batch;
 mod engine;
 mod report;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     fmt,
@@ -247,5 +247,6 @@ fn named_tokens(request: &Request) -> impl Iterator<Item = u32> {
     let sampling = &request.sampling;
     let allowed = sampling.allowed_token_ids.iter().flatten();
     let listed = request.prompt.iter().chain(allowed).chain(sampling.bad_words.iter().flatten());
-    listed.chain(sampling.logit_bias.keys()).copied()
+    let scored = request.scoring.iter().flat_map(|scoring| &scoring.next);
+    listed.chain(sampling.logit_bias.keys()).chain(scored).copied()
 }

@@ -61,7 +61,7 @@ pub struct SchedulerConfig {
     pub max_num_batched_tokens: usize,
     /// The longest sequence, prompt and generated tokens together.
     pub max_model_len: usize,
-    /// The most prompt positions of one step whose logits are wanted for `prompt_logprobs`: each costs a row of logits.
+    /// The most prompt positions of one step whose logits are wanted to score by: each costs a row of logits.
     pub max_scored_rows: usize,
     /// Whether requests share computed prefixes. The choices of one request always do.
     pub enable_prefix_caching: bool,

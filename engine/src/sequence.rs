@@ -4,7 +4,7 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use crate::{
     kv::blocks::BlockId,
-    request::{FinishReason, Priority, Request, TokenLogprobs},
+    request::{FinishReason, Priority, Request, Scores, TokenLogprobs},
 };
 
 /// The name of a request. Its order is that of precedence: by priority, then by arrival.
@@ -32,8 +32,8 @@ pub struct Sequence {
     request: Arc<Request>,
     tokens: Vec<u32>,
     counts: TokenCounts,
-    /// `None` if they aren't asked of this choice.
-    prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    /// What is scored of the prompt so far; `None` if it isn't asked of this choice.
+    scores: Option<Scores>,
     /// The first position whose experts were not told; `None` if nobody asks.
     unrouted: Option<usize>,
     /// Leading tokens whose keys and values are in the cache.
@@ -50,13 +50,14 @@ impl Sequence {
     /// Choice `id.choice` of `request`, nothing computed.
     #[must_use]
     pub fn new(id: SequenceId, request: Arc<Request>) -> Self {
-        // The prompt is the same for every choice: its log-probabilities are taken once.
-        let scores_prompt = request.prompt_logprobs.is_some() && id.choice == 0;
+        // The prompt is the same for every choice: it is scored once.
+        let scoring = request.scoring.as_ref().filter(|_| id.choice == 0);
+        let unscored = |from: u32| vec![None; (from as usize).clamp(1, request.prompt.len())];
         Self {
             id,
             tokens: request.prompt.clone(),
             counts: TokenCounts::new(&request),
-            prompt_logprobs: scores_prompt.then(|| vec![None]),
+            scores: scoring.map(|scoring| Scores { prompt: unscored(scoring.from), next: Vec::new() }),
             // So are its experts.
             unrouted: request
                 .routed_experts_from
@@ -141,24 +142,39 @@ impl Sequence {
         self.generated().len() < self.request.stop.max_tokens as usize
     }
 
-    /// The prompt positions whose logits are still wanted: those at `p` give the log-probability of token `p + 1`.
-    /// Each is scored once, also when a preempted prompt is computed again.
+    /// The prompt positions whose logits are still wanted: those at `p` score [`targets`](Self::targets) of `p`. Each is
+    /// scored once, also when a preempted prompt is computed again.
     #[must_use]
     pub fn unscored(&self) -> Range<usize> {
         let last = self.prompt_len() - 1;
-        self.prompt_logprobs.as_ref().map_or(last..last, |scored| scored.len() - 1..last)
+        let Some(scores) = &self.scores else { return last..last };
+        let scores_next = scores.next.len() < self.targets(last).len();
+        scores.prompt.len() - 1..last + usize::from(scores_next)
     }
 
-    /// Notes the log-probabilities of the prompt's next unscored token.
-    pub fn push_prompt_logprobs(&mut self, logprobs: TokenLogprobs) {
-        if let Some(scored) = &mut self.prompt_logprobs {
-            scored.push(Some(logprobs));
+    /// The tokens that are scored by the logits of prompt position `position`.
+    #[must_use]
+    pub fn targets(&self, position: usize) -> &[u32] {
+        match self.request.prompt.get(position + 1) {
+            Some(token) => std::slice::from_ref(token),
+            None => self.request.scoring.as_ref().map_or(&[], |scoring| &scoring.next),
+        }
+    }
+
+    /// Notes the log-probabilities of the next target of the first unscored position.
+    pub fn push_score(&mut self, logprobs: TokenLogprobs) {
+        if let Some(scores) = &mut self.scores {
+            if scores.prompt.len() < self.request.prompt.len() {
+                scores.prompt.push(Some(logprobs));
+            } else {
+                scores.next.push(logprobs);
+            }
         }
     }
 
     /// The prompt's log-probabilities, once and as soon as they are complete.
-    pub fn take_prompt_logprobs(&mut self) -> Option<Vec<Option<TokenLogprobs>>> {
-        if self.prompt_is_computed() && self.unscored().is_empty() { self.prompt_logprobs.take() } else { None }
+    pub fn take_scores(&mut self) -> Option<Scores> {
+        if self.prompt_is_computed() && self.unscored().is_empty() { self.scores.take() } else { None }
     }
 
     /// The first position whose experts were not told; `None` if nobody asks. It stays when the sequence is preempted:
@@ -242,16 +258,16 @@ impl TokenCounts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{SamplingParams, StopParams};
+    use crate::request::{SamplingParams, Scoring, StopParams};
 
-    fn sequence(sampling: SamplingParams, stop: StopParams, prompt_logprobs: Option<u32>) -> Sequence {
+    fn sequence(sampling: SamplingParams, stop: StopParams, scoring: Option<Scoring>) -> Sequence {
         let request = Request {
             prompt: vec![5, 3, 5],
             n: 1,
             sampling,
             stop,
             logprobs: None,
-            prompt_logprobs,
+            scoring,
             routed_experts_from: None,
             adapter: None,
             priority: Priority::Interactive,
@@ -304,14 +320,34 @@ mod tests {
 
     #[test]
     fn prompt_positions_are_scored_once_and_given_once() {
-        let mut sequence = sequence(SamplingParams::default(), stop(1), Some(0));
+        let mut sequence = sequence(SamplingParams::default(), stop(1), Some(Scoring::all(0)));
         let logprobs = TokenLogprobs { logprob: -1.0, rank: 1, top: vec![] };
         assert_eq!(sequence.unscored(), 0..2);
-        sequence.push_prompt_logprobs(logprobs.clone());
-        assert_eq!((sequence.unscored(), sequence.take_prompt_logprobs()), (1..2, None));
-        sequence.push_prompt_logprobs(logprobs.clone());
+        sequence.push_score(logprobs.clone());
+        assert_eq!((sequence.unscored(), sequence.take_scores()), (1..2, None));
+        sequence.push_score(logprobs.clone());
         sequence.computed = 3;
-        assert_eq!(sequence.take_prompt_logprobs(), Some(vec![None, Some(logprobs.clone()), Some(logprobs)]));
-        assert_eq!((sequence.unscored(), sequence.take_prompt_logprobs()), (2..2, None));
+        let scores = Scores { prompt: vec![None, Some(logprobs.clone()), Some(logprobs)], next: vec![] };
+        assert_eq!(sequence.take_scores(), Some(scores));
+        assert_eq!((sequence.unscored(), sequence.take_scores()), (2..2, None));
+    }
+
+    #[test]
+    fn scoring_may_begin_late_and_go_past_the_prompt() {
+        let logprobs = |rank| TokenLogprobs { logprob: -1.0, rank, top: vec![] };
+        let scoring = |from, next: &[u32]| Some(Scoring { from, top: 0, next: next.to_vec() });
+        let sequence = |scoring| sequence(SamplingParams::default(), stop(0), scoring);
+        assert_eq!(sequence(scoring(2, &[])).unscored(), 1..2);
+        // Beyond the prompt there is only what might follow.
+        assert_eq!(sequence(scoring(9, &[])).unscored(), 2..2);
+        let mut late = sequence(scoring(2, &[7, 8]));
+        assert_eq!((late.unscored(), late.targets(1), late.targets(2)), (1..3, &[5][..], &[7, 8][..]));
+        late.push_score(logprobs(1));
+        late.push_score(logprobs(2));
+        late.computed = 3;
+        assert_eq!((late.unscored(), late.take_scores()), (2..3, None));
+        late.push_score(logprobs(3));
+        let scores = Scores { prompt: vec![None, None, Some(logprobs(1))], next: vec![logprobs(2), logprobs(3)] };
+        assert_eq!(late.take_scores(), Some(scores));
     }
 }

@@ -758,7 +758,7 @@ mod tests {
                 stop_token_ids: Vec::new(),
             },
             logprobs: Some(1),
-            prompt_logprobs: None,
+            scoring: None,
             routed_experts_from: None,
             adapter: None,
             priority: Priority::Interactive,

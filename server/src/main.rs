@@ -2,15 +2,17 @@
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
 //! it through [`generation`]; [`adapters`] has those that are served beside the model; [`finetune`] trains, [`storage`] keeps what
-//! outlives a server; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
+//! outlives a server; [`lines`] keeps long runs over a file's lines whole; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
 mod adapters;
+mod batch;
 mod cli;
 mod engine;
 mod finetune;
 mod generation;
 mod host;
 mod http;
+mod lines;
 mod measure;
 mod memory;
 mod metrics;

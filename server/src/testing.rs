@@ -5,7 +5,9 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use cadre_engine::request::{Event, FinishReason, Request, SamplingParams, SubmitError, TokenLogprobs};
+use cadre_engine::request::{
+    Event, FinishReason, Request, SamplingParams, Scores, Scoring, SubmitError, TokenLogprobs,
+};
 use cadre_models::{ChatTemplate, FormatOptions, Tokenizer};
 use serde_json::{Map, Value, json};
 
@@ -180,9 +182,9 @@ fn logprobs(token: u32, top: u32) -> TokenLogprobs {
 /// Every choice says `text`, byte by byte, as far as `max_tokens` goes.
 pub fn say(request: &Request, text: &str) -> Vec<Event> {
     let mut events = vec![Event::Started { cached_tokens: 1 }];
-    if let Some(top) = request.prompt_logprobs {
+    if let Some(Scoring { top, .. }) = request.scoring {
         let entries = request.prompt.iter().enumerate().map(|(place, &id)| (place > 0).then(|| logprobs(id, top)));
-        events.push(Event::PromptLogprobs(entries.collect()));
+        events.push(Event::Scores(Scores { prompt: entries.collect(), next: Vec::new() }));
     }
     let room = request.stop.max_tokens as usize;
     for choice in 0..request.n {

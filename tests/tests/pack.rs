@@ -111,7 +111,9 @@ fn logits(model: &dyn Model, compute: &Compute) -> Vec<u32> {
     };
     let mut bits = Vec::new();
     let logits =
-        forward(model, &mut StepContext { compute, batch: &batch, kv: &mut kv, routes: None }).unwrap().unwrap();
+        forward(model, &mut StepContext { compute, batch: &batch, kv: &mut kv, routes: None, lane: batch.lane() })
+            .unwrap()
+            .unwrap();
     let collect = |values: &[f32]| {
         bits.extend(values.iter().map(|value| value.to_bits()));
         Ok(())

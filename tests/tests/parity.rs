@@ -111,7 +111,8 @@ impl Runner {
                 owners.extend(std::iter::repeat_n(index, end - start));
             }
             batch.logit_rows = (0..batch.token_ids.len() as u32).collect();
-            let mut step = StepContext { compute: &self.compute, batch: &batch, kv: &mut kv, routes: None };
+            let mut step =
+                StepContext { compute: &self.compute, batch: &batch, kv: &mut kv, routes: None, lane: batch.lane() };
             let logits = forward(&*self.model, &mut step)?.context("logits of all rows")?;
             let vocab = self.model.info().vocab_size;
             ops::values(&logits, |values| {

@@ -10,7 +10,9 @@
 //! has instead of chasing through all.
 //!
 //! A scan (a prompt or a scored text) uses nearly every expert once and says little about what decode needs. Its
-//! accesses count nothing, and what they bring in is the next to go.
+//! accesses count nothing, and what they bring in is the next to go. One that goes layer by layer comes back to a layer for
+//! each part of its tokens, so the experts of that layer and of the next one stay before others, and of the others those of
+//! the layer just done go first: they are wanted last.
 //!
 //! Invariants:
 //! - An expert is in at most one slot, and a slot holds at most one expert.
@@ -49,8 +51,10 @@ pub struct ExpertId {
 pub enum Lane {
     /// A step that decodes: what it uses will likely be used again.
     Decode,
-    /// Prefill or scoring, which goes through the experts in order.
+    /// Prefill, which goes through the experts in order.
     Scan,
+    /// Scoring layer by layer: one part of the tokens after the other uses a layer's experts, then comes the next layer.
+    LayerMajor,
 }
 
 /// Which experts of a layer that comes next are read before it says what it wants.
@@ -143,8 +147,9 @@ pub struct SlotCache {
     scanned: Vec<u32>,
     /// Steps of decode that each layer has seen: the clock of its experts' rates.
     steps: Vec<u32>,
-    /// The layer that is being computed.
+    /// The layer that is being computed, and for whom.
     layer: u32,
+    lane: Lane,
     /// Twice how often [`SlotCache::begin`] was called: a number between is what is predicted for the next time.
     begun: u64,
     /// Slots with a pin.
@@ -174,6 +179,7 @@ impl SlotCache {
             scanned: Vec::new(),
             steps: vec![0; experts_per_layer.len()],
             layer: 0,
+            lane: Lane::Decode,
             begun: 0,
             pinned: 0,
             random: 1,
@@ -184,6 +190,7 @@ impl SlotCache {
     /// A step comes to a layer, and wants these experts of it.
     pub fn begin(&mut self, layer: u32, experts: &[usize], lane: Lane) {
         self.layer = layer;
+        self.lane = lane;
         self.begun += 2;
         let step = &mut self.steps[layer as usize];
         if lane == Lane::Decode {
@@ -274,12 +281,18 @@ impl SlotCache {
         wanted.into_iter().map(|index| self.id(index)).collect()
     }
 
-    /// Gives an expert that is wanted soon a slot, in decode only if what it displaces is wanted later; pinned until its
-    /// weights are there. None: it has one, or there is none for it.
+    /// Gives an expert that is wanted soon a slot, in decode and layer by layer only if what it displaces is wanted later;
+    /// pinned until its weights are there. None: it has one, or there is none for it.
     pub fn take_ahead(&mut self, id: ExpertId, lane: Lane) -> Option<usize> {
         let index = self.index(id);
-        let no_sooner = (lane == Lane::Decode).then(|| self.steps_to_use(index));
-        let slot = self.place(index, lane, |cache| cache.take_slot(no_sooner))?;
+        let slot = match lane {
+            Lane::Decode => {
+                let no_sooner = Some(self.steps_to_use(index));
+                self.place(index, lane, |cache| cache.take_slot(no_sooner))
+            }
+            Lane::Scan => self.place(index, lane, |cache| cache.take_slot(None)),
+            Lane::LayerMajor => self.place(index, lane, Self::take_spare),
+        }?;
         self.slots[slot].ahead = true;
         Some(slot)
     }
@@ -368,6 +381,11 @@ impl SlotCache {
         expert.rate.at(self.steps[expert.layer as usize])
     }
 
+    /// Whether tokens that go layer by layer are at its layer, or come to it next.
+    fn is_at_hand(&self, index: usize) -> bool {
+        self.lane == Lane::LayerMajor && (self.layer..=self.layer + 1).contains(&self.experts[index].layer)
+    }
+
     /// Steps until decode is expected to use an expert: the way to its layer, and the steps in which it is not used.
     fn steps_to_use(&self, index: usize) -> f32 {
         if self.is_wanted(index) {
@@ -382,7 +400,7 @@ impl SlotCache {
     fn give(&mut self, slot: u32, index: usize, lane: Lane) {
         self.experts[index].slot = Some(slot);
         let entry = &mut self.slots[slot as usize];
-        (entry.expert, entry.scanned, entry.ahead) = (Some(index), lane == Lane::Scan, false);
+        (entry.expert, entry.scanned, entry.ahead) = (Some(index), lane != Lane::Decode, false);
     }
 
     /// Gives an expert that has no slot the one that `take` takes, pinned.
@@ -402,6 +420,11 @@ impl SlotCache {
         if let Some(slot) = self.take_spare() {
             return Some(slot);
         }
+        // What tokens that go layer by layer come back to, if there is nothing else.
+        if let Some(slot) = self.pop_scanned(Self::is_wanted) {
+            self.evict(slot);
+            return Some(slot);
+        }
         let (slot, steps) = self.latest_used()?;
         if no_sooner.is_some_and(|least| steps <= least) {
             return None;
@@ -415,7 +438,7 @@ impl SlotCache {
         if let Some(slot) = self.free.pop() {
             return Some(slot);
         }
-        let slot = self.pop_scanned()?;
+        let slot = self.pop_scanned(|cache, index| cache.is_wanted(index) || cache.is_at_hand(index))?;
         self.evict(slot);
         Some(slot)
     }
@@ -435,15 +458,16 @@ impl SlotCache {
         entry.pins += 1;
     }
 
-    fn pop_scanned(&mut self) -> Option<u32> {
-        let mut wanted = Vec::new();
+    /// The last one that a scan brought in and is not to be kept.
+    fn pop_scanned(&mut self, keep: impl Fn(&Self, usize) -> bool) -> Option<u32> {
+        let mut kept = Vec::new();
         let mut found = None;
         while let Some(slot) = self.scanned.pop() {
             let entry = self.slots[slot as usize];
             // Pinned ones come back with their release.
             let left = entry.expert.filter(|_| entry.scanned && entry.pins == 0);
-            if left.is_some_and(|index| self.is_wanted(index)) {
-                wanted.push(slot);
+            if left.is_some_and(|index| keep(self, index)) {
+                kept.push(slot);
                 continue;
             }
             self.slots[slot as usize].stacked = false;
@@ -452,7 +476,7 @@ impl SlotCache {
                 break;
             }
         }
-        self.scanned.extend(wanted.into_iter().rev());
+        self.scanned.extend(kept.into_iter().rev());
         found
     }
 

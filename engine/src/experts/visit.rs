@@ -120,6 +120,8 @@ impl<'a> Visit<'a> {
         let layers = state.experts_per_layer.len();
         let next = (self.layer + 1) % layers;
         let predicted = state.predicted.take().filter(|(layer, _)| *layer == next);
+        let slots = self.shared.slots.count();
+        let mut most = AHEAD.min(slots / 4);
         let which = match (self.lane, &predicted) {
             (Lane::Decode, Some((_, experts))) => Ahead::Predicted(experts),
             (Lane::Decode, None) if layers > 1 => Ahead::Frequent,
@@ -129,9 +131,12 @@ impl<'a> Visit<'a> {
             {
                 Ahead::All
             }
+            (Lane::LayerMajor, _) if next > 0 => {
+                most = slots;
+                Ahead::All
+            }
             _ => return,
         };
-        let most = AHEAD.min(self.shared.slots.count() / 4);
         let ids = state.cache.ahead(next as u32, which);
         state.ahead.extend(ids.into_iter().take(most).map(|id| (id, self.lane)));
     }

@@ -16,7 +16,9 @@ pub struct KvCache {
     head_dim: usize,
     dtype: KvDtype,
     num_blocks: usize,
+    /// One that all layers use in turn, or one for each.
     layers: Vec<Buffer>,
+    in_turn: bool,
 }
 
 impl KvCache {
@@ -35,7 +37,16 @@ impl KvCache {
             .checked_mul(num_blocks)
             .ok_or_else(|| AllocError { bytes: usize::MAX, reason: format!("{num_blocks} KV blocks overflow") })?;
         let layers = (0..num_layers).map(|_| Buffer::zeroed(bytes)).collect::<Result<_, _>>()?;
-        Ok(Self { num_kv_heads, head_dim, dtype, num_blocks, layers })
+        Ok(Self { num_kv_heads, head_dim, dtype, num_blocks, layers, in_turn: false })
+    }
+
+    /// A cache that holds the keys and values of one layer at a time, for who goes on to the next one when it is done with all
+    /// tokens of the last.
+    ///
+    /// # Errors
+    /// As [`KvCache::new`].
+    pub fn layer_by_layer(num_kv_heads: usize, head_dim: usize, num_blocks: usize, dtype: KvDtype) -> Result<Self> {
+        Ok(Self { in_turn: true, ..Self::new(1, num_kv_heads, head_dim, num_blocks, dtype)? })
     }
 
     /// Bytes of one block over all layers.
@@ -72,7 +83,7 @@ impl KvCache {
             .collect();
         let AttentionIo { scale, queries, keys, values, out } = io;
         let input = AttentionInput { layout, scale, sequences: &sequences, queries };
-        let cache = &mut self.layers[layer];
+        let cache = &mut self.layers[if self.in_turn { 0 } else { layer }];
         write_kv(&compute.pool, &layout, &sequences, keys, values, cache);
         paged_attention(&compute.pool, compute.isa, &input, cache, out);
         Ok(())

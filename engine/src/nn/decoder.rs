@@ -52,7 +52,7 @@ impl DecoderLayer {
     /// feed-forward of the layer before it, if the store wants to know: what the two layers still add changes few
     /// choices (Eliseev and Mazur, arXiv:2312.17238).
     fn predict_experts(&self, step: &StepContext<'_>, index: usize, hidden: &Tensor) -> Result<()> {
-        let (Ffn::Moe(ffn), Lane::Decode) = (&self.ffn, step.batch.lane()) else { return Ok(()) };
+        let (Ffn::Moe(ffn), Lane::Decode) = (&self.ffn, step.lane) else { return Ok(()) };
         let RoutedExperts::Stored(experts) = &ffn.experts else { return Ok(()) };
         let Some((store, layer)) = experts.predicting() else { return Ok(()) };
         let normed = self.ffn_norm.forward(step.compute, hidden)?;

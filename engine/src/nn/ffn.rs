@@ -164,9 +164,7 @@ impl MoeFfn {
         let of_routed = Some((&adapters, FfnPlace::Routed(layer)));
         let routed = match &self.experts {
             RoutedExperts::Resident(experts) => ops::grouped_ffn(compute, x, experts, &routes, of_routed)?,
-            RoutedExperts::Stored(experts) => {
-                ops::stored_ffn(compute, x, experts, &routes, of_routed, step.batch.lane())?
-            }
+            RoutedExperts::Stored(experts) => ops::stored_ffn(compute, x, experts, &routes, of_routed, step.lane)?,
         };
         if let Some(noted) = &mut step.routes {
             noted.push(LayerRoutes { layer, routes });

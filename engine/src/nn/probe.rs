@@ -140,7 +140,8 @@ impl<'a> Probe<'a> {
         let (mut used, mut rows_used) = (0, 0);
         for index in 0..self.layers.len() {
             let routes = self.layers[index].moe.as_ref().map(|moe| self.random.routes(tokens, moe));
-            let mut step = StepContext { compute: self.compute, batch: &batch, kv: &mut kv, routes: None };
+            let lane = batch.lane();
+            let mut step = StepContext { compute: self.compute, batch: &batch, kv: &mut kv, routes: None, lane };
             let hidden = self.attend(&mut step, index, &x, &mut clock)?;
             if let Some((moe, (routes, distinct))) = self.layers[index].moe.as_ref().zip(routes) {
                 self.experts(moe, &routes, &hidden, &mut clock)?;

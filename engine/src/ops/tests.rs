@@ -51,7 +51,7 @@ fn outcomes(compute: &Compute) -> std::result::Result<Vec<(&'static str, Result<
         logit_rows: Vec::new(),
     };
     let mut kv = KvCache::new(1, 1, 4, 1, KvDtype::F32)?;
-    let mut step = StepContext { compute, batch: &batch, kv: &mut kv, routes: None };
+    let mut step = StepContext { compute, batch: &batch, kv: &mut kv, routes: None, lane: batch.lane() };
     Ok(vec![
         ("linear", linear(compute, &x, &weight, None).map(drop)),
         ("rms_norm", rms_norm(compute, &x, &[1.0; 4], 1e-6).map(drop)),

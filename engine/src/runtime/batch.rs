@@ -36,7 +36,7 @@ pub(super) fn of(plan: &StepPlan, scheduler: &Scheduler) -> StepBatch {
 /// What a step's rows of logits are wanted for, in the plan's order.
 #[derive(Default)]
 pub(super) struct LogitRows<'a> {
-    /// Those of each sequence's scored positions.
+    /// Those of the targets of each sequence's scored positions.
     pub(super) score: Vec<ScoreRow<'a>>,
     /// The last one of each sequence that samples.
     pub(super) sample: Vec<SampleRow<'a>>,
@@ -57,9 +57,10 @@ pub(super) fn deal<'a>(
     for planned in &plan.sequences {
         let gone = || Error::Config(format!("{:?} is planned but does not run", planned.id));
         let sequence = scheduler.sequence(planned.id).ok_or_else(gone)?;
-        let top = sequence.request().prompt_logprobs.unwrap_or(0);
+        let top = sequence.request().scoring.as_ref().map_or(0, |scoring| scoring.top);
         for (position, logits) in planned.scored.clone().zip(&mut rows) {
-            dealt.score.push(ScoreRow { logits, token: sequence.tokens()[position + 1], top });
+            let targets = sequence.targets(position).iter();
+            dealt.score.extend(targets.map(|&token| ScoreRow { logits, token, top }));
         }
         let last = if planned.samples { rows.next() } else { None };
         dealt.sample.extend(last.map(|logits| SampleRow { logits, sequence }));

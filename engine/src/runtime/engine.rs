@@ -203,7 +203,8 @@ impl Engine {
         let mut noted = Vec::new();
         let wanted = self.observing.routes || plan.sequences.iter().any(|planned| !planned.routed.is_empty());
         let routes = wanted.then_some(&mut noted);
-        let mut context = StepContext { compute: &self.compute, batch: &batch, kv: &mut self.kv, routes };
+        let (compute, lane) = (&self.compute, batch.lane());
+        let mut context = StepContext { compute, batch: &batch, kv: &mut self.kv, routes, lane };
         let logits = match model::forward(self.model.as_ref(), &mut context) {
             Err(Error::Fetch { error, rows }) => {
                 self.fail_rows(&batch, &plan, &error, &rows);
@@ -246,7 +247,7 @@ impl Engine {
         for planned in &plan.sequences {
             self.tell_routes(planned, first_row, routes);
             first_row += planned.positions.len();
-            let scores = scores.by_ref().take(planned.scored.len()).collect();
+            let scores = scores.by_ref().take(self.num_targets(planned)).collect();
             let choice = if planned.samples { choices.next() } else { None };
             if let Err(error) = self.conclude_one(planned, scores, choice) {
                 self.fail_request(planned.id.request, &error);
@@ -268,6 +269,12 @@ impl Engine {
         self.send(id.request, Event::RoutedExperts { choice: id.choice, experts });
     }
 
+    /// How many tokens a sequence's scored positions score.
+    fn num_targets(&self, planned: &Planned) -> usize {
+        let Some(sequence) = self.scheduler.sequence(planned.id) else { return 0 };
+        planned.scored.clone().map(|position| sequence.targets(position).len()).sum()
+    }
+
     fn conclude_one(
         &mut self,
         planned: &Planned,
@@ -277,8 +284,8 @@ impl Engine {
         let id = planned.id;
         self.score_prompt(id, scores)?;
         self.scheduler.advance(planned);
-        if let Some(scores) = self.scheduler.sequence_mut(id).and_then(|sequence| sequence.take_prompt_logprobs()) {
-            self.send(id.request, Event::PromptLogprobs(scores));
+        if let Some(scores) = self.scheduler.sequence_mut(id).and_then(|sequence| sequence.take_scores()) {
+            self.send(id.request, Event::Scores(scores));
         }
         if let Some(choice) = choice {
             self.choose_token(id, choice)?;
@@ -294,7 +301,7 @@ impl Engine {
     ) -> Result<(), SampleError> {
         let Some(sequence) = self.scheduler.sequence_mut(id) else { return Ok(()) };
         for score in scores {
-            sequence.push_prompt_logprobs(score?);
+            sequence.push_score(score?);
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-mod fake;
+pub(crate) mod fake;
 mod faults;
 mod rig;
 
@@ -8,7 +8,7 @@ use fake::{VOCAB, greedy, routed};
 use rig::{Answer, Call, LONG, Rig, config, prompt, request};
 
 use super::*;
-use crate::request::{FinishReason, Priority, SamplingParams, StopParams};
+use crate::request::{FinishReason, Priority, SamplingParams, Scores, Scoring, StopParams};
 
 fn is_shared_between_threads<T: Clone + Send + Sync + 'static>(_: &T) {}
 
@@ -34,7 +34,7 @@ fn mixed() -> Vec<Request> {
         let mut request = request(&prompt, 10 + at * 3);
         request.n = 1 + at % 3;
         request.logprobs = at.is_multiple_of(2).then_some(2);
-        request.prompt_logprobs = at.is_multiple_of(5).then_some(1);
+        request.scoring = at.is_multiple_of(5).then(|| Scoring::all(1));
         request.routed_experts_from = (at % 4 < 2).then_some(at % 3);
         if at % 5 < 2 {
             request.priority = Priority::Background;
@@ -178,17 +178,38 @@ fn stop_conditions_end_a_continuation() {
 fn a_prompt_can_be_scored_without_generating() {
     let score = |config: RuntimeConfig| {
         let rig = Rig::new(config, 32);
-        let answer = rig.submit(Request { prompt_logprobs: Some(2), ..request(&prompt(4, 60), 0) }).answer();
+        let answer = rig.submit(Request { scoring: Some(Scoring::all(2)), ..request(&prompt(4, 60), 0) }).answer();
         assert_eq!((&answer.tokens[0][..], answer.reasons[0]), (&[][..], Some(FinishReason::Length)));
-        answer.prompt_logprobs.expect("they were asked for")
+        answer.scores.expect("they were asked for").prompt
     };
     let whole = score(config());
     assert_eq!((whole.len(), &whole[0]), (60, &None));
     assert!(whole[1..].iter().flatten().all(|one| one.top.len() == 2 && one.rank >= 1 && one.logprob < 0.0));
     assert_eq!(score(RuntimeConfig { max_num_batched_tokens: 7, ..config() }), whole);
     let rig = Rig::new(config(), 32);
-    let single = rig.submit(Request { prompt_logprobs: Some(2), ..request(&[1], 0) }).answer();
-    assert_eq!(single.prompt_logprobs, Some(vec![None]));
+    let single = rig.submit(Request { scoring: Some(Scoring::all(2)), ..request(&[1], 0) }).answer();
+    assert_eq!(single.scores, Some(Scores { prompt: vec![None], next: vec![] }));
+}
+
+#[test]
+fn scores_that_begin_late_or_go_past_the_prompt_are_those_of_the_longer_prompt() {
+    let prompt = prompt(4, 60);
+    let rig = Rig::new(config(), 32);
+    let score = |prompt: &[u32], scoring: Scoring| {
+        let answer = rig.submit(Request { scoring: Some(scoring), ..request(prompt, 0) }).answer();
+        answer.scores.expect("they were asked for")
+    };
+    let whole = score(&prompt, Scoring::all(1)).prompt;
+    // The prefix is in the cache by now, and gives the same.
+    let late = score(&prompt[..55], Scoring { from: 40, top: 1, next: vec![prompt[55]] });
+    assert_eq!(late.prompt[..40], vec![None; 40]);
+    assert_eq!((&late.prompt[40..], &late.next[..]), (&whole[40..55], &[whole[55].clone().unwrap()][..]));
+    let next = score(&prompt[..20], Scoring { from: 20, top: 0, next: (0..64).collect() }).next;
+    let sum: f32 = next.iter().map(|one| one.logprob.exp()).sum();
+    assert!((sum - 1.0).abs() < 1e-4, "all tokens together: {sum}");
+    let unknown = Scoring { next: vec![64], ..Scoring::default() };
+    let refused = rig.runtime.handle().submit(Request { scoring: Some(unknown), ..request(&prompt, 0) }, drop);
+    assert_eq!(refused.expect_err("refused"), SubmitError::UnknownToken { token: 64, vocab_size: 64 });
 }
 
 #[test]

@@ -178,7 +178,7 @@ mod tests {
             sampling,
             stop,
             logprobs,
-            prompt_logprobs: None,
+            scoring: None,
             routed_experts_from: None,
             adapter: None,
             priority: Priority::Interactive,

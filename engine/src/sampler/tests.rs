@@ -23,7 +23,7 @@ fn request(sampling: SamplingParams) -> Request {
         sampling,
         stop,
         logprobs: None,
-        prompt_logprobs: None,
+        scoring: None,
         routed_experts_from: None,
         adapter: None,
         priority: Priority::Interactive,

@@ -4,7 +4,7 @@ mod simulation;
 use simulation::{Simulation, adapter, config, request};
 
 use super::*;
-use crate::request::FinishReason;
+use crate::request::{FinishReason, Scoring};
 
 fn positions(plan: &StepPlan) -> Vec<(u64, u32, std::ops::Range<usize>)> {
     plan.sequences.iter().map(|one| (one.id.request.number, one.id.choice, one.positions.clone())).collect()
@@ -170,7 +170,7 @@ fn scoring_a_prompt_skips_the_cache_and_is_bounded_per_step() {
     let mut simulation = Simulation::new(SchedulerConfig { max_scored_rows: 20, ..config() }, 16);
     simulation.add(request(&[5; 40], 1));
     simulation.run_to_end();
-    simulation.add(Request { prompt_logprobs: Some(0), ..request(&[5; 40], 1) });
+    simulation.add(Request { scoring: Some(Scoring::all(0)), ..request(&[5; 40], 1) });
     let steps: Vec<_> = (0..2).map(|_| simulation.step()).collect();
     assert_eq!(steps[0].admitted[0].cached_tokens, 0);
     let scored: Vec<_> = steps.iter().map(|plan| plan.sequences[0].scored.clone()).collect();
@@ -197,7 +197,7 @@ fn choices_share_the_prompt_even_without_a_cache_between_requests() {
 fn further_choices_wait_for_the_prompt_and_may_be_overtaken_meanwhile() {
     let budget = SchedulerConfig { max_num_batched_tokens: 30, max_scored_rows: 10, ..config() };
     let mut simulation = Simulation::new(budget, 16);
-    simulation.add(Request { n: 2, prompt_logprobs: Some(0), ..request(&[4; 20], 9) });
+    simulation.add(Request { n: 2, scoring: Some(Scoring::all(0)), ..request(&[4; 20], 9) });
     simulation.add(request(&[5; 6], 9));
     assert_eq!(positions(&simulation.step()), [(1, 0, 0..10), (2, 0, 0..6)]);
     assert_eq!(positions(&simulation.step()), [(2, 0, 6..7), (1, 0, 10..20)]);

@@ -8,7 +8,7 @@ mod stop;
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
-use cadre_engine::request::{Event, FinishReason, Request, RequestError, SubmitError, TokenLogprobs};
+use cadre_engine::request::{Event, FinishReason, Request, RequestError, Scores, SubmitError, TokenLogprobs};
 use cadre_engine::runtime::RuntimeHandle;
 use cadre_models::{TextStream, Tokenizer};
 use tokio::sync::mpsc;
@@ -292,7 +292,7 @@ impl Generation {
                 prompt.cached_tokens = cached_tokens as usize;
                 prompt.timeline.started(at, cached_tokens, &self.meters);
             }
-            Event::PromptLogprobs(logprobs) => {
+            Event::Scores(Scores { prompt: logprobs, .. }) => {
                 self.ready.push_back(Update::PromptLogprobs { prompt: index, logprobs });
             }
             Event::RoutedExperts { choice, experts } => {

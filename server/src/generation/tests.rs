@@ -18,7 +18,7 @@ fn request(n: u32) -> Request {
             stop_token_ids: vec![u32::from(b'!')],
         },
         logprobs: None,
-        prompt_logprobs: None,
+        scoring: None,
         routed_experts_from: None,
         adapter: None,
         priority: Priority::Interactive,

@@ -7,7 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use cadre_engine::request::{Event, RequestError};
+use cadre_engine::request::{Event, RequestError, Scoring};
 use serde_json::{Value, json};
 
 use super::*;
@@ -338,7 +338,7 @@ fn parameters_reach_the_engine() {
     assert_eq!(request.stop.max_tokens, 7, "max_completion_tokens wins");
     assert_eq!((request.stop.min_tokens, request.stop.ignore_eos), (2, true));
     assert_eq!(request.stop.stop_token_ids, [3]);
-    assert_eq!((request.logprobs, request.prompt_logprobs), (Some(2), Some(1)));
+    assert_eq!((request.logprobs, request.scoring.as_ref()), (Some(2), Some(&Scoring::all(1))));
 }
 
 #[test]

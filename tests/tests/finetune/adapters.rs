@@ -93,7 +93,8 @@ impl Runner {
                 owners.extend(std::iter::repeat_n(index, end - start));
             }
             batch.logit_rows = (0..batch.token_ids.len() as u32).collect();
-            let mut step = StepContext { compute: &self.compute, batch: &batch, kv: &mut kv, routes: None };
+            let lane = batch.lane();
+            let mut step = StepContext { compute: &self.compute, batch: &batch, kv: &mut kv, routes: None, lane };
             let logits = forward(&self.decoder, &mut step)?.context("logits of all rows")?;
             ops::values(&logits, |values| {
                 let rows = values.chunks_exact(info.vocab_size);

@@ -49,7 +49,8 @@ fn logits(checkpoint: &Path, tokens: &[u32]) -> Result<Vec<f32>> {
         block_table: (0..blocks as u32).collect(),
         adapter: None,
     });
-    let mut step = StepContext { compute: &compute, batch: &batch, kv: &mut kv, routes: None };
+    let lane = batch.lane();
+    let mut step = StepContext { compute: &compute, batch: &batch, kv: &mut kv, routes: None, lane };
     let logits = forward(&decoder, &mut step)?.context("logits of all rows")?;
     let mut out = Vec::new();
     ops::values(&logits, |values| {

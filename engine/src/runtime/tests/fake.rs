@@ -16,17 +16,17 @@ use crate::{
     ops::{self, Routes},
 };
 
-pub(super) const VOCAB: usize = 64;
+pub(crate) const VOCAB: usize = 64;
 /// Rows with this token need an expert that can't be read.
-pub(super) const UNREADABLE: u32 = 60;
+pub(crate) const UNREADABLE: u32 = 60;
 /// A step with this token returns an error.
-pub(super) const FAILS: u32 = 61;
+pub(crate) const FAILS: u32 = 61;
 /// A step with this token panics.
-pub(super) const PANICS: u32 = 62;
+pub(crate) const PANICS: u32 = 62;
 /// Logits of a sequence with this token are not finite.
-pub(super) const POISONS: u32 = 63;
+pub(crate) const POISONS: u32 = 63;
 
-pub(super) struct Fake {
+pub(crate) struct Fake {
     info: ModelInfo,
     /// The token in each place of each block, in place of its key and value.
     storage: Mutex<Vec<u32>>,
@@ -37,7 +37,7 @@ pub(super) struct Fake {
 }
 
 /// Holds the model's steps until it is dropped.
-pub(super) struct Gate {
+pub(crate) struct Gate {
     /// Gets one for each step that has come to the model.
     pub(super) reached: Receiver<()>,
     /// One lets one step go on.
@@ -46,7 +46,7 @@ pub(super) struct Gate {
 
 impl Fake {
     /// The model, and what holds it.
-    pub(super) fn new(num_blocks: usize) -> (Self, Gate) {
+    pub(crate) fn new(num_blocks: usize) -> (Self, Gate) {
         let (permits, taken) = channel();
         let (reaches, reached) = channel();
         let info = ModelInfo {
@@ -154,11 +154,16 @@ fn mix(value: u64) -> u64 {
     (value ^ value >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ value >> 32
 }
 
+/// The logits after these tokens.
+pub(crate) fn logits(context: &[u32]) -> Vec<f32> {
+    logits_of(&state(context))
+}
+
 /// What greedy decoding must give.
 pub(super) fn greedy(prompt: &[u32], count: usize) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     for _ in 0..count {
-        let logits = logits_of(&state(&tokens));
+        let logits = logits(&tokens);
         let best = (0..VOCAB).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).expect("a token");
         tokens.push(best as u32);
     }

@@ -4,7 +4,11 @@ use super::{
     fake::{FAILS, Fake, PANICS, POISONS, UNREADABLE},
     *,
 };
-use crate::{experts::ExpertId, kv::KvDtype, request::RequestError};
+use crate::{
+    experts::ExpertId,
+    kv::KvDtype,
+    request::{RequestError, Scoring},
+};
 
 /// A failing step with one request beside the culprit, and one in the queue.
 fn fail_a_step(culprit: u32, expected: &str) {
@@ -60,7 +64,7 @@ fn logits_that_are_not_finite_fail_their_own_request() {
     let rig = Rig::new(config(), 32);
     let good = rig.submit(request(&prompt(1, 40), 60));
     let bad = rig.submit(Request { n: 2, ..request(&[&prompt(2, 40)[..], &[POISONS]].concat(), 60) });
-    let scored = rig.submit(Request { prompt_logprobs: Some(0), ..request(&[POISONS, 1, 2], 60) });
+    let scored = rig.submit(Request { scoring: Some(Scoring::all(0)), ..request(&[POISONS, 1, 2], 60) });
     for call in [bad, scored] {
         let Some(RequestError::Internal(message)) = call.answer().failed else { panic!("it must fail") };
         assert!(message.starts_with("the logit of token 0 is NaN"), "{message}");

@@ -9,7 +9,9 @@ use super::fake::{Fake, Gate};
 use crate::{
     compute::Compute,
     kv::{KvCache, KvDtype},
-    request::{Event, FinishReason, Priority, Request, RequestError, SamplingParams, StopParams, TokenLogprobs},
+    request::{
+        Event, FinishReason, Priority, Request, RequestError, SamplingParams, Scores, StopParams, TokenLogprobs,
+    },
     runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport, Ticket},
 };
 
@@ -40,7 +42,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
             stop_token_ids: vec![],
         },
         logprobs: None,
-        prompt_logprobs: None,
+        scoring: None,
         routed_experts_from: None,
         adapter: None,
         priority: Priority::Interactive,
@@ -134,7 +136,7 @@ pub(super) struct Call {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Answer {
     pub(super) cached_tokens: Option<u32>,
-    pub(super) prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    pub(super) scores: Option<Scores>,
     pub(super) tokens: Vec<Vec<u32>>,
     /// The experts of each choice's tokens, as they were told.
     pub(super) routed: Vec<Vec<u32>>,
@@ -162,7 +164,7 @@ impl Call {
     pub(super) fn answer(self) -> Answer {
         let mut answer = Answer {
             cached_tokens: None,
-            prompt_logprobs: None,
+            scores: None,
             tokens: vec![Vec::new(); self.n],
             routed: vec![Vec::new(); self.n],
             logprobs: Vec::new(),
@@ -186,9 +188,9 @@ impl Answer {
             Event::Started { cached_tokens } => {
                 assert_eq!(self.cached_tokens.replace(cached_tokens), None, "started twice");
             }
-            Event::PromptLogprobs(scores) => {
+            Event::Scores(scores) => {
                 assert!(self.tokens.iter().all(Vec::is_empty), "prompt scores after a token");
-                assert_eq!(self.prompt_logprobs.replace(scores), None, "scored twice");
+                assert_eq!(self.scores.replace(scores), None, "scored twice");
             }
             Event::RoutedExperts { choice, experts } => {
                 assert_eq!(self.reasons[choice as usize], None, "experts after the end");

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::simulation::{Simulation, adapter, request};
 use crate::{
     kv::blocks::blocks_for,
-    request::{Priority, Request},
+    request::{Priority, Request, Scoring},
     scheduler::SchedulerConfig,
     sequence::{RequestId, SequenceId},
 };
@@ -19,7 +19,7 @@ enum Act {
         prompt_len: usize,
         max_tokens: u32,
         n: u32,
-        scores: bool,
+        scoring: Option<Scoring>,
         routed: Option<u32>,
         adapted: bool,
         priority: Priority,
@@ -32,15 +32,17 @@ enum Act {
 
 fn act() -> impl Strategy<Value = Act> {
     let routed = prop::option::weighted(0.2, 0_u32..40);
+    let scoring = (0_u32..80, 0_u32..3).prop_map(|(from, next)| Scoring { from, top: 0, next: (0..next).collect() });
+    let scoring = prop::option::weighted(0.3, scoring);
     let priority = prop::sample::select(&Priority::ALL[..]);
     let lengths = (1_usize..70, 0_u32..50, 1_u32..4);
-    let add = (0_u32..3, lengths, prop::bool::weighted(0.2), routed, any::<bool>(), priority).prop_map(
-        |(kind, (prompt_len, max_tokens, n), scores, routed, adapted, priority)| Act::Add {
+    let add = (0_u32..3, lengths, scoring, routed, any::<bool>(), priority).prop_map(
+        |(kind, (prompt_len, max_tokens, n), scoring, routed, adapted, priority)| Act::Add {
             kind,
             prompt_len,
             max_tokens,
             n,
-            scores,
+            scoring,
             routed,
             adapted,
             priority,
@@ -106,16 +108,15 @@ fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
     let mut expected = Expected { requests: HashMap::new(), work: [0; 2] };
     for act in acts {
         match act {
-            Act::Add { kind, prompt_len, max_tokens, n, scores, routed, adapted, priority } => {
+            Act::Add { kind, prompt_len, max_tokens, n, scoring, routed, adapted, priority } => {
                 let prompt_len = prompt_len.min(config.max_model_len);
                 let max_tokens = max_tokens.min((config.max_model_len - prompt_len) as u32);
                 let prompt: Vec<_> = (0..prompt_len as u32).map(|at| if at < 40 { kind / 2 } else { kind }).collect();
-                let prompt_logprobs = scores.then_some(0);
                 expected.add(
                     &mut simulation,
                     Request {
                         n,
-                        prompt_logprobs,
+                        scoring,
                         routed_experts_from: routed,
                         adapter: adapted.then(|| Arc::clone(&adapter)),
                         priority,

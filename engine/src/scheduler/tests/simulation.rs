@@ -34,7 +34,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
             stop_token_ids: vec![],
         },
         logprobs: None,
-        prompt_logprobs: None,
+        scoring: None,
         routed_experts_from: None,
         adapter: None,
         priority: Priority::Interactive,
@@ -139,8 +139,9 @@ impl Simulation {
     fn conclude(&mut self, planned: &Planned) {
         let id = planned.id;
         if let Some(sequence) = self.scheduler.sequence_mut(id) {
-            for _ in planned.scored.clone() {
-                sequence.push_prompt_logprobs(TokenLogprobs { logprob: 0.0, rank: 1, top: vec![] });
+            let targets: usize = planned.scored.clone().map(|position| sequence.targets(position).len()).sum();
+            for _ in 0..targets {
+                sequence.push_score(TokenLogprobs { logprob: 0.0, rank: 1, top: vec![] });
             }
             sequence.told_routes(planned.routed.end);
         }

@@ -309,7 +309,7 @@ impl Bench {
                 stop_token_ids: Vec::new(),
             },
             logprobs: None,
-            prompt_logprobs: None,
+            scoring: None,
             routed_experts_from: None,
             adapter: None,
             priority: Priority::Interactive,
@@ -336,7 +336,7 @@ fn token_times(events: &mpsc::Receiver<(usize, Instant, Event)>, run: &Run) -> R
             Event::Token { .. } => tokens[index].push(at),
             Event::Finished { .. } => open -= 1,
             Event::Failed(error) => bail!(error),
-            Event::Started { .. } | Event::PromptLogprobs(_) | Event::RoutedExperts { .. } => {}
+            Event::Started { .. } | Event::Scores(_) | Event::RoutedExperts { .. } => {}
         }
     }
     Ok(tokens)
