@@ -2,7 +2,7 @@
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
 //! it through [`generation`]; [`adapters`] has those that are served beside the model; [`finetune`] trains, [`storage`] keeps what
-//! outlives a server; [`lines`] keeps long runs over a file's lines whole; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
+//! outlives a server; [`batch`] and [`score`] work on the lines of a file, whose long runs [`lines`] keeps whole; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
 mod adapters;
 mod batch;
@@ -21,6 +21,7 @@ mod profile;
 mod progress;
 mod random;
 mod routing_trace;
+mod score;
 mod storage;
 #[cfg(test)]
 mod testing;

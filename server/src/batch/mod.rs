@@ -1,13 +1,15 @@
 //! Requests from a file: OpenAI's batch lines, each through the routes that answer them over HTTP.
 //!
 //! [`request`] reads a line, [`result`] writes one; [`Answerer`] does what is between. [`order`] sorts requests so that they help each
-//! other, [`duplicates`] finds those of one `custom_id`, [`run`] puts a whole file through.
+//! other, [`duplicates`] finds those of one `custom_id`, [`run`] puts a whole file through,
+//! [`totals`] sums up.
 
 pub mod duplicates;
 pub mod order;
 pub mod request;
 pub mod result;
 pub mod run;
+pub mod totals;
 
 use std::sync::Arc;
 

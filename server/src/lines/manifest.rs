@@ -53,7 +53,7 @@ impl Manifest {
         let path = path(output);
         let unfinished = beside(&path, ".unfinished");
         let write = || -> io::Result<()> {
-            fs::write(&unfinished, serde_json::to_vec_pretty(&self.0)?)?;
+            fs::write(&unfinished, serde_json::to_string_pretty(&self.0)? + "\n")?;
             File::open(&unfinished)?.sync_all()?;
             fs::rename(&unfinished, &path)?;
             File::open(folder(output))?.sync_all()

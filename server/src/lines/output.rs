@@ -98,6 +98,14 @@ impl Output {
         if is_stream { std::env::temp_dir() } else { folder(path).to_owned() }
     }
 
+    /// The file with the failures, if they are to be in one.
+    pub fn errors(&self) -> Option<PathBuf> {
+        match &self.target {
+            Target::Stream(_) => None,
+            Target::File { path, .. } => Some(beside(path, ERRORS_ENDING)),
+        }
+    }
+
     /// Whether it can be gone on with; and the manifest that it was begun with, if it was begun. `force` goes on whatever that
     /// one says.
     ///
