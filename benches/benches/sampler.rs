@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use cadre_engine::{
     compute::Compute,
-    request::{Request, SamplingParams, StopParams},
+    request::{Priority, Request, SamplingParams, StopParams},
     sampler::{BatchSampler, SampleRow, Sampler},
-    sequence::{Sequence, SequenceId},
+    sequence::{RequestId, Sequence, SequenceId},
 };
 use cadre_kernels::isa::Isa;
 use criterion::Criterion;
@@ -33,8 +33,12 @@ fn sequence(sampling: SamplingParams, logprobs: Option<u32>) -> Sequence {
         scoring: None,
         routed_experts_from: None,
         adapter: None,
+        priority: Priority::Interactive,
     };
-    Sequence::new(SequenceId { request: 1, choice: 0 }, Arc::new(request))
+    Sequence::new(
+        SequenceId { request: RequestId { priority: Priority::Interactive, number: 1 }, choice: 0 },
+        Arc::new(request),
+    )
 }
 
 /// A number in `[0, 1)` for each place of each seed.

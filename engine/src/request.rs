@@ -24,6 +24,23 @@ pub struct Request {
     pub routed_experts_from: Option<u32>,
     /// What is added to the model for it.
     pub adapter: Option<Arc<LoadedAdapter>>,
+    /// Who goes first. It changes when the answer comes, never the answer.
+    pub priority: Priority,
+}
+
+/// Whom a request gives way to; what comes first in this order goes first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Somebody waits for the answer.
+    #[default]
+    Interactive,
+    /// It may take what interactive requests leave.
+    Background,
+}
+
+impl Priority {
+    /// All of them, who goes first at the front.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Background];
 }
 
 /// Which log-probabilities of a prompt are wanted.

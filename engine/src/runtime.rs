@@ -83,7 +83,7 @@ impl Runtime {
             .stack_size(STACK_BYTES)
             .spawn(move || engine.run())
             .map_err(|error| Error::Config(format!("the engine's thread could not be started: {error}")))?;
-        let gate = Mutex::new(Gate { sender, last_id: 0, open: true });
+        let gate = Mutex::new(Gate { sender, last_number: 0, open: true });
         let handle = RuntimeHandle { shared: Arc::new(Shared { info, config, gate }) };
         Ok(Self { handle, thread: Some(thread) })
     }
@@ -134,13 +134,13 @@ impl RuntimeHandle {
     /// When the request can't be served as it is, or when the runtime is shutting down.
     pub fn submit(&self, request: Request, sink: impl FnMut(Event) + Send + 'static) -> Result<Ticket, SubmitError> {
         self.validate(&request)?;
-        // Numbering and sending are one act under the lock: ids arrive in order, and nothing follows `Stop`.
+        // Numbering and sending are one act under the lock: numbers arrive in order, and nothing follows `Stop`.
         let mut gate = self.shared.gate();
         if !gate.open {
             return Err(SubmitError::ShuttingDown);
         }
-        gate.last_id += 1;
-        let id = gate.last_id;
+        gate.last_number += 1;
+        let id = RequestId { priority: request.priority, number: gate.last_number };
         let message = Message::Submit { id, request: Arc::new(request), sink: Box::new(sink) };
         gate.sender.send(message).map_err(|_| SubmitError::ShuttingDown)?;
         Ok(Ticket { id, sender: gate.sender.clone() })
@@ -220,7 +220,7 @@ impl fmt::Debug for Shared {
 
 struct Gate {
     sender: Sender<Message>,
-    last_id: RequestId,
+    last_number: u64,
     open: bool,
 }
 

@@ -3,20 +3,30 @@
 //! It holds every sequence and the books of the KV blocks, answers with a [`StepPlan`], and is told what came of it.
 //! It touches no tensor, no clock and no I/O, and it never panics: there is nothing here that could fail at run time.
 //!
+//! Sequences are in order of precedence everywhere: by priority, then by arrival.
+//!
 //! A step's budget of tokens goes first to decodes (one token each), then to the prompts under way, then to waiting
-//! sequences in the order of arrival. A prompt larger than what is left of the budget is computed in chunks.
-//! When a decode finds no block, the youngest running sequence is preempted: it gives its blocks back, returns to its
-//! place by arrival in the queue, and is computed again later, its generated tokens included.
+//! sequences in their order: of interactive ones, and what they leave to background ones in the same way. While an
+//! interactive sequence runs, all background ones together get no more than an eighth of a step, because each of their
+//! tokens is waited for. A prompt larger than what is left of the budget is computed in chunks.
+//!
+//! When a decode finds no block, the last running sequence is preempted: it gives its blocks back, returns to its
+//! place in the queue, and is computed again later, its generated tokens included. Background sequences also give way to
+//! interactive ones that wait for a place or for blocks.
 //!
 //! Invariants:
 //! - Every sequence is in exactly one of `running` and `waiting`; a waiting one holds no block and has nothing computed.
-//! - At most `max_num_seqs` run, and never more than `max_num_batched_tokens`; a plan has at most that many tokens.
+//! - At most `max_num_seqs` run, and of one priority never more than `max_num_batched_tokens`; a plan has at most that many
+//!   tokens.
 //! - In a plan a sequence's positions start at what it has computed; its blocks cover exactly what the plan computes.
 //! - A block is in two tables only if it is full, computed and cached; writing goes to blocks in one table.
-//! - The oldest running sequence is in every plan: it may take the blocks of all others, and they suffice for any
-//!   sequence of `max_model_len` tokens. So it ends, and nothing starves.
-//! - Requests are first admitted in the order of arrival. A request's further choices wait until the first one has
-//!   computed the prompt, then share its full blocks; only they may be overtaken, and only while they wait for that.
+//! - The first running sequence is in every plan: it may take the blocks of all others, and they suffice for any
+//!   sequence of `max_model_len` tokens. If an interactive one waits, an interactive one runs. So no interactive one starves, and
+//!   background ones end once interactive ones leave them something.
+//! - Requests of one priority are first admitted in the order of arrival, background ones when no interactive one waits. A
+//!   request's further choices wait until the first one has computed the prompt, then share its full blocks; only they may be
+//!   overtaken, and only while they wait for that.
+//! - A sequence is preempted for those that precede it only, and after all that it precedes.
 //! - A prompt's hit in the prefix cache leaves at least its last token to be computed, and every token whose experts are
 //!   still to be told.
 
@@ -28,7 +38,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::Bound::{Excluded, Unbounded},
+    ops::Bound::{Excluded, Included, Unbounded},
     sync::Arc,
 };
 
@@ -38,7 +48,7 @@ use crate::{
     Error, Result,
     adapter::LoadedAdapter,
     kv::blocks::{BLOCK_SIZE, BlockPool, BlockTokens, Parent, PrefixCounters, blocks_for},
-    request::Request,
+    request::{Priority, Request},
     sequence::{RequestId, Sequence, SequenceId},
 };
 
@@ -56,6 +66,9 @@ pub struct SchedulerConfig {
     /// Whether requests share computed prefixes. The choices of one request always do.
     pub enable_prefix_caching: bool,
 }
+
+/// Background sequences get one part in this many of a step's tokens while interactive ones run.
+const BACKGROUND_PART: usize = 8;
 
 /// Where a request was when it was cancelled: the furthest that one of its sequences had come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,7 +117,7 @@ impl Scheduler {
         Ok(Self { config, pool, running: BTreeMap::new(), waiting: BTreeMap::new() })
     }
 
-    /// Queues the `n` choices of a request. `id` must be above all earlier ones; the request must fit
+    /// Queues the `n` choices of a request. The number in `id` must be above all earlier ones; the request must fit
     /// `max_model_len`.
     pub fn add(&mut self, id: RequestId, request: &Arc<Request>) {
         for choice in 0..request.n {
@@ -117,11 +130,16 @@ impl Scheduler {
     /// [`fail_running`](Self::fail_running).
     pub fn plan(&mut self) -> StepPlan {
         let mut plan = StepPlan::new(self.config.max_num_batched_tokens, self.config.max_scored_rows);
-        self.plan_decodes(&mut plan);
-        self.plan_prompts(&mut plan);
-        // Admitting after a preemption would only take the blocks that ran out.
-        if plan.preempted.is_empty() {
-            self.admit(&mut plan);
+        let mut may_admit = true;
+        for priority in Priority::ALL {
+            if self.first_running().is_some_and(|id| id.request.priority < priority) {
+                plan.limit(self.config.max_num_batched_tokens.div_ceil(BACKGROUND_PART));
+            }
+            self.plan_decodes(priority, &mut plan);
+            self.plan_prompts(priority, &mut plan);
+            // Admitting after a preemption would only take the blocks that ran out.
+            may_admit &= plan.preempted.iter().all(|id| id.request.priority > priority);
+            may_admit = may_admit && self.admit(priority, &mut plan);
         }
         plan
     }
@@ -240,27 +258,28 @@ impl Scheduler {
         running.chain(self.waiting.range(ids).map(|(&id, _)| (id, Phase::Queue)))
     }
 
-    fn plan_decodes(&mut self, plan: &mut StepPlan) {
-        let decodes: Vec<_> = self.running.values().filter(|one| one.is_decoding()).map(Sequence::id).collect();
-        for id in decodes {
+    fn plan_decodes(&mut self, priority: Priority, plan: &mut StepPlan) {
+        for id in self.running_ids(priority, Sequence::is_decoding) {
             if plan.budget() == 0 {
                 break;
             }
-            // Preempting takes the youngest, so those planned already, which are older, stay.
-            while self.grow(id, 1) == Some(0) && self.preempt_youngest(plan) != Some(id) {}
+            // Preempting takes the last one, so those planned already, which precede it, stay.
+            while self.grow(id, 1) == Some(0) && self.preempt_last(plan) != Some(id) {}
             if let Some(sequence) = self.running.get(&id) {
                 plan.push(sequence, 1);
             }
         }
     }
 
-    fn plan_prompts(&mut self, plan: &mut StepPlan) {
-        let prompts: Vec<_> = self.running.values().filter(|one| !one.is_decoding()).map(Sequence::id).collect();
-        for id in prompts {
+    fn plan_prompts(&mut self, priority: Priority, plan: &mut StepPlan) {
+        for id in self.running_ids(priority, |one| !one.is_decoding()) {
             let Some(wanted) = self.running.get(&id).map(|sequence| plan.chunk(sequence)) else { continue };
             let mut given = self.grow(id, wanted).unwrap_or(0);
-            // A prompt waits for blocks rather than preempt a decode, unless that would stop the oldest.
-            while wanted > 0 && given == 0 && self.is_oldest(id) && self.preempt_youngest(plan) != Some(id) {
+            // A prompt waits for blocks rather than preempt a decode of its priority, unless that would stop the first.
+            while given < wanted
+                && (self.last_gives_way_to(priority) || given == 0 && self.first_running() == Some(id))
+                && self.preempt_last(plan) != Some(id)
+            {
                 given = self.grow(id, wanted).unwrap_or(0);
             }
             if let Some(sequence) = self.running.get(&id)
@@ -277,12 +296,23 @@ impl Scheduler {
         Some(grow(&mut self.pool, sequence, wanted))
     }
 
-    fn is_oldest(&self, id: SequenceId) -> bool {
-        self.running.first_key_value().is_some_and(|(&first, _)| first == id)
+    /// The running sequences of this priority that are as asked, in their order.
+    fn running_ids(&self, priority: Priority, asked: impl Fn(&Sequence) -> bool) -> Vec<SequenceId> {
+        let of_it = self.running.values().filter(|one| one.id().request.priority == priority && asked(one));
+        of_it.map(Sequence::id).collect()
     }
 
-    /// Sends the youngest running sequence back to the queue, and takes it out of the plan.
-    fn preempt_youngest(&mut self, plan: &mut StepPlan) -> Option<SequenceId> {
+    fn first_running(&self) -> Option<SequenceId> {
+        self.running.first_key_value().map(|(&id, _)| id)
+    }
+
+    /// Whether the running sequence that would be preempted first is of a lower priority than this one.
+    fn last_gives_way_to(&self, priority: Priority) -> bool {
+        self.running.last_key_value().is_some_and(|(id, _)| id.request.priority > priority)
+    }
+
+    /// Sends the last running sequence back to the queue, and takes it out of the plan.
+    fn preempt_last(&mut self, plan: &mut StepPlan) -> Option<SequenceId> {
         let (id, mut sequence) = self.running.pop_last()?;
         give_back(&mut self.pool, &mut sequence);
         self.waiting.insert(id, sequence);
@@ -290,20 +320,23 @@ impl Scheduler {
         Some(id)
     }
 
-    fn admit(&mut self, plan: &mut StepPlan) {
+    /// Starts sequences of this priority that wait; whether none is left that waits for anything but its prompt.
+    fn admit(&mut self, priority: Priority, plan: &mut StepPlan) -> bool {
         let mut last = None;
-        while plan.budget() > 0 && self.running.len() < self.config.max_num_seqs {
-            let Some(id) = self.next_waiting(last) else { break };
+        while let Some(id) = self.next_waiting(priority, last) {
             last = Some(id);
             if !self.waits_for_prompt(id) && !self.admit_one(id, plan) {
-                break; // Whoever came later may not overtake.
+                return false; // Whoever comes after it may not overtake.
             }
         }
+        true
     }
 
-    fn next_waiting(&self, after: Option<SequenceId>) -> Option<SequenceId> {
-        let from = after.map_or(Unbounded, Excluded);
-        self.waiting.range((from, Unbounded)).next().map(|(&id, _)| id)
+    fn next_waiting(&self, priority: Priority, after: Option<SequenceId>) -> Option<SequenceId> {
+        let lowest = SequenceId { request: RequestId { priority, number: 0 }, choice: 0 };
+        let from = after.map_or(Included(lowest), Excluded);
+        let next = self.waiting.range((from, Unbounded)).next().map(|(&id, _)| id);
+        next.filter(|id| id.request.priority == priority)
     }
 
     /// Whether this is a further choice of a request whose first choice is just computing the prompt.
@@ -312,22 +345,42 @@ impl Scheduler {
         id.choice > 0 && self.running.get(&first).is_some_and(|sequence| !sequence.prompt_is_computed())
     }
 
-    /// Starts a waiting sequence if there are blocks for all of its tokens, beside those that others were promised.
+    /// Starts a waiting sequence if there is a place and there are blocks for all of its tokens, beside those that others
+    /// were promised.
     fn admit_one(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
-        let reserved = self.reserved();
+        if plan.budget() == 0 || !self.has_place_for(id) {
+            return false;
+        }
         let Some(mut sequence) = self.waiting.remove(&id) else { return true };
         let scope = scope(self.config.enable_prefix_caching, &sequence);
         sequence.block_table = self.pool.acquire_prefix(scope, &sequence.tokens()[..reusable(&sequence)]);
         sequence.registered = sequence.block_table.len();
         sequence.computed = sequence.registered * BLOCK_SIZE;
         let chunk = plan.chunk(&sequence);
-        let fits = self.pool.num_available() >= missing(&sequence) + reserved;
-        if chunk == 0 || !fits {
+        if chunk == 0 || !self.make_room(&sequence, plan) {
             give_back(&mut self.pool, &mut sequence);
             self.waiting.insert(id, sequence);
             return false;
         }
         self.start(sequence, chunk, plan);
+        true
+    }
+
+    /// Whether fewer sequences run than may, or one would give its place up.
+    fn has_place_for(&self, id: SequenceId) -> bool {
+        self.running.len() < self.config.max_num_seqs || self.last_gives_way_to(id.request.priority)
+    }
+
+    /// Preempts sequences of lower priority until there is a place and there are blocks for `newcomer`; whether there are.
+    fn make_room(&mut self, newcomer: &Sequence, plan: &mut StepPlan) -> bool {
+        let priority = newcomer.id().request.priority;
+        let needed = missing(newcomer) + self.reserved(priority);
+        while self.running.len() == self.config.max_num_seqs || self.pool.num_available() < needed {
+            if !self.last_gives_way_to(priority) {
+                return false;
+            }
+            self.preempt_last(plan);
+        }
         true
     }
 
@@ -344,10 +397,11 @@ impl Scheduler {
         self.running.insert(sequence.id(), sequence);
     }
 
-    /// Blocks that the running sequences will soon take: what is missing to the prompts under way, and one each to
-    /// grow. Admitting into them would cause a preemption within a few steps.
-    fn reserved(&self) -> usize {
-        self.running.values().map(|sequence| missing(sequence) + 1).sum()
+    /// Blocks that the running sequences that don't give way to this priority will soon take: what is missing to the prompts
+    /// under way, and one each to grow. Admitting into them would cause a preemption within a few steps.
+    fn reserved(&self, priority: Priority) -> usize {
+        let keep = self.running.values().filter(|one| one.id().request.priority <= priority);
+        keep.map(|sequence| missing(sequence) + 1).sum()
     }
 }
 
@@ -355,7 +409,7 @@ impl Scheduler {
 /// among the choices of one request.
 fn scope(caching: bool, sequence: &Sequence) -> u64 {
     let adapter = || sequence.request().adapter.as_ref().map_or(0, |adapter| adapter.id());
-    if caching { adapter() } else { sequence.id().request }
+    if caching { adapter() } else { sequence.id().request.number }
 }
 
 fn adapters<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> Vec<String> {

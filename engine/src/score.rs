@@ -31,7 +31,7 @@ use crate::{
     },
     model::{Model, ModelInfo, StepBatch, StepContext},
     ops,
-    request::{Request, SamplingParams, Scores, Scoring, StopParams},
+    request::{Priority, Request, SamplingParams, Scores, Scoring, StopParams},
     sampler::{BatchSampler, SampleError, ScoreRow},
 };
 
@@ -68,6 +68,7 @@ impl Passage {
             scoring: Some(self.scoring),
             routed_experts_from: None,
             adapter: self.adapter,
+            priority: Priority::Interactive,
         }
     }
 

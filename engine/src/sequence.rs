@@ -4,13 +4,19 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use crate::{
     kv::blocks::BlockId,
-    request::{FinishReason, Request, Scores, TokenLogprobs},
+    request::{FinishReason, Priority, Request, Scores, TokenLogprobs},
 };
 
-/// The number of a request, in the order of arrival.
-pub type RequestId = u64;
+/// The name of a request. Its order is that of precedence: by priority, then by arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId {
+    /// The request's own.
+    pub priority: Priority,
+    /// Its place in the order of arrival.
+    pub number: u64,
+}
 
-/// The name of a sequence. Its order is the order of arrival.
+/// The name of a sequence. Its order is that of precedence: by its request's, then by choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId {
     /// The request that it belongs to.
@@ -264,8 +270,12 @@ mod tests {
             scoring,
             routed_experts_from: None,
             adapter: None,
+            priority: Priority::Interactive,
         };
-        Sequence::new(SequenceId { request: 1, choice: 0 }, Arc::new(request))
+        Sequence::new(
+            SequenceId { request: RequestId { priority: Priority::Interactive, number: 1 }, choice: 0 },
+            Arc::new(request),
+        )
     }
 
     fn stop(max_tokens: u32) -> StopParams {

@@ -571,7 +571,7 @@ impl KvSizes {
 mod tests {
     use std::time::Duration;
 
-    use cadre_engine::request::{Request, StopParams};
+    use cadre_engine::request::{Priority, Request, StopParams};
 
     use super::*;
     use crate::{
@@ -665,6 +665,7 @@ mod tests {
             scoring: None,
             routed_experts_from: None,
             adapter: None,
+            priority: Priority::Interactive,
         };
         let mut generation = Generation::start(&served.machine(), vec![request], OutputOptions::default()).unwrap();
         let completed = generation.collect().await.unwrap();

@@ -33,7 +33,7 @@ pub(super) struct Observing {
 
 /// What callers tell the engine.
 pub(super) enum Message {
-    /// A new request; ids ascend.
+    /// A new request; the numbers in the ids ascend.
     Submit { id: RequestId, request: Arc<Request>, sink: Sink },
     /// Nobody wants this request's answer any more.
     Cancel(RequestId),
@@ -381,7 +381,7 @@ impl Engine {
     fn send(&mut self, request: RequestId, event: Event) {
         let Some(sink) = self.sinks.get_mut(&request) else { return };
         if catch_unwind(AssertUnwindSafe(|| sink(event))).is_err() {
-            tracing::error!(request, "a request's sink panicked: the request is cancelled");
+            tracing::error!(request = request.number, "a request's sink panicked: the request is cancelled");
             self.sinks.remove(&request);
             self.deaf.push(request);
         }

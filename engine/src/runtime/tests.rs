@@ -8,7 +8,7 @@ use fake::{VOCAB, greedy, routed};
 use rig::{Answer, Call, LONG, Rig, config, prompt, request};
 
 use super::*;
-use crate::request::{FinishReason, SamplingParams, Scores, Scoring, StopParams};
+use crate::request::{FinishReason, Priority, SamplingParams, Scores, Scoring, StopParams};
 
 fn is_shared_between_threads<T: Clone + Send + Sync + 'static>(_: &T) {}
 
@@ -24,7 +24,8 @@ fn a_request_is_answered_greedily_to_its_length() {
     assert_eq!((totals.running, totals.waiting, totals.kv_blocks_used), (0, 0, 0));
 }
 
-/// Requests of all kinds: greedy and drawn, one and several choices, scored and not, some with equal beginnings.
+/// Requests of all kinds: greedy and drawn, one and several choices, scored and not, interactive and not, some with equal
+/// beginnings.
 fn mixed() -> Vec<Request> {
     let of = |at: u32| {
         let prompt = if at.is_multiple_of(3) { prompt(0, 20 + at as usize) } else { prompt(at, 5 + 7 * at as usize) };
@@ -35,6 +36,9 @@ fn mixed() -> Vec<Request> {
         request.logprobs = at.is_multiple_of(2).then_some(2);
         request.scoring = at.is_multiple_of(5).then(|| Scoring::all(1));
         request.routed_experts_from = (at % 4 < 2).then_some(at % 3);
+        if at % 5 < 2 {
+            request.priority = Priority::Background;
+        }
         if !at.is_multiple_of(4) {
             request.sampling = drawn;
         }
@@ -63,7 +67,7 @@ fn answers(config: RuntimeConfig, num_blocks: usize, together: bool) -> (Vec<Ans
 }
 
 #[test]
-fn neighbours_chunks_preemption_and_caching_never_change_an_answer() {
+fn neighbours_priorities_chunks_preemption_and_caching_never_change_an_answer() {
     let (alone, _) = answers(config(), 32, false);
     let (together, _) = answers(config(), 200, true);
     assert_eq!(together, alone, "among others");

@@ -96,8 +96,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        request::{Request, SamplingParams, StopParams},
-        sequence::SequenceId,
+        request::{Priority, Request, SamplingParams, StopParams},
+        sequence::{RequestId, SequenceId},
     };
 
     fn batch_sampler(threads: usize) -> BatchSampler {
@@ -181,7 +181,11 @@ mod tests {
             scoring: None,
             routed_experts_from: None,
             adapter: None,
+            priority: Priority::Interactive,
         };
-        Sequence::new(SequenceId { request: 1, choice: at }, Arc::new(request))
+        Sequence::new(
+            SequenceId { request: RequestId { priority: Priority::Interactive, number: 1 }, choice: at },
+            Arc::new(request),
+        )
     }
 }

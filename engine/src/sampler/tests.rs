@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::{row::Rank, *};
 use crate::{
-    request::{Request, StopParams},
-    sequence::SequenceId,
+    request::{Priority, Request, StopParams},
+    sequence::{RequestId, SequenceId},
 };
 
 fn request(sampling: SamplingParams) -> Request {
@@ -26,11 +26,15 @@ fn request(sampling: SamplingParams) -> Request {
         scoring: None,
         routed_experts_from: None,
         adapter: None,
+        priority: Priority::Interactive,
     }
 }
 
 fn sequence(request: Request, choice: u32, generated: &[u32]) -> Sequence {
-    let mut sequence = Sequence::new(SequenceId { request: 1, choice }, Arc::new(request));
+    let mut sequence = Sequence::new(
+        SequenceId { request: RequestId { priority: Priority::Interactive, number: 1 }, choice },
+        Arc::new(request),
+    );
     generated.iter().for_each(|&token| sequence.push_token(token));
     sequence
 }

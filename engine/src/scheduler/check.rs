@@ -2,15 +2,22 @@
 
 use std::collections::HashMap;
 
-use super::{BLOCK_SIZE, Scheduler, StepPlan, blocks_for};
-use crate::{kv::blocks::BlockId, sequence::Sequence};
+use super::{BACKGROUND_PART, BLOCK_SIZE, Scheduler, StepPlan, blocks_for};
+use crate::{
+    kv::blocks::BlockId,
+    request::Priority,
+    sequence::{Sequence, SequenceId},
+};
 
 impl Scheduler {
     /// Asserts what must hold between any two calls.
     pub(crate) fn check(&self) {
         self.pool.check();
         assert!(self.running.len() <= self.config.max_num_seqs, "too many run");
-        assert!(self.running.len() <= self.config.max_num_batched_tokens, "more run than a step has tokens");
+        for priority in Priority::ALL {
+            let count = self.running_ids(priority, |_| true).len();
+            assert!(count <= self.config.max_num_batched_tokens, "more run than a step has tokens");
+        }
         for (id, sequence) in &self.waiting {
             assert!(!self.running.contains_key(id), "{id:?} runs and waits");
             assert_eq!((sequence.computed, sequence.registered, sequence.block_table.len()), (0, 0, 0), "{id:?}");
@@ -44,12 +51,33 @@ impl Scheduler {
             assert_eq!((planned.routed.end, planned.routed.len()), (planned.positions.end, expected));
             assert!(unrouted.is_none_or(|start| start >= planned.positions.start), "an untold position is skipped");
         }
-        let youngest = self.running.last_key_value().map(|(id, _)| id);
-        assert!(plan.preempted.iter().all(|id| Some(id) > youngest), "an older one was preempted");
-        assert!(plan.preempted.is_empty() || plan.admitted.is_empty(), "admitted into blocks that ran out");
-        let oldest = self.running.first_key_value().map(|(id, _)| id);
-        assert!(oldest.is_none_or(|id| seen.contains(id)), "the oldest is not planned");
-        assert_eq!(oldest.is_none(), self.waiting.is_empty() && plan.is_empty(), "something waits but nothing runs");
+        let last = self.running.last_key_value().map(|(id, _)| id);
+        assert!(plan.preempted.iter().all(|id| Some(id) > last), "one that precedes others was preempted");
+        let first = self.first_running();
+        assert!(first.is_none_or(|id| seen.contains(&id)), "the first is not planned");
+        assert_eq!(first.is_none(), self.waiting.is_empty() && plan.is_empty(), "something waits but nothing runs");
+        self.check_priorities(plan);
+    }
+
+    /// Background sequences take what interactive ones leave.
+    fn check_priorities(&self, plan: &StepPlan) {
+        let priority = |id: SequenceId| id.request.priority;
+        let last_admitted = plan.admitted.iter().map(|one| priority(one.id)).max();
+        let first_preempted = plan.preempted.iter().map(|&id| priority(id)).min();
+        let overlap = last_admitted.zip(first_preempted).is_some_and(|(admitted, preempted)| admitted >= preempted);
+        assert!(!overlap, "admitted into blocks that ran out");
+        let waits = |id: &SequenceId| priority(*id) == Priority::Interactive && !self.waits_for_prompt(*id);
+        if self.waiting.keys().any(waits) {
+            assert_ne!(last_admitted, Some(Priority::Background), "admitted before an interactive one");
+        }
+        let interactive =
+            self.running.keys().chain(self.waiting.keys()).any(|&id| priority(id) == Priority::Interactive);
+        if interactive {
+            assert_eq!(self.first_running().map(priority), Some(Priority::Interactive), "no interactive one runs");
+            let background = plan.sequences.iter().filter(|one| priority(one.id) == Priority::Background);
+            let tokens: usize = background.map(|one| one.positions.len()).sum();
+            assert!(tokens <= self.config.max_num_batched_tokens.div_ceil(BACKGROUND_PART), "{tokens} tokens");
+        }
     }
 
     /// Every hold of a block is by exactly one table each, and what is shared is full, computed and the same prefix.

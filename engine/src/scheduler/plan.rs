@@ -67,6 +67,11 @@ impl StepPlan {
         self.budget
     }
 
+    /// At most so many tokens may follow.
+    pub(super) fn limit(&mut self, tokens: usize) {
+        self.budget = self.budget.min(tokens);
+    }
+
     /// How many pending tokens of `sequence` both budgets allow.
     pub(super) fn chunk(&self, sequence: &Sequence) -> usize {
         let start = sequence.computed();

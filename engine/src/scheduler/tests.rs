@@ -7,7 +7,7 @@ use super::*;
 use crate::request::{FinishReason, Scoring};
 
 fn positions(plan: &StepPlan) -> Vec<(u64, u32, std::ops::Range<usize>)> {
-    plan.sequences.iter().map(|one| (one.id.request, one.id.choice, one.positions.clone())).collect()
+    plan.sequences.iter().map(|one| (one.id.request.number, one.id.choice, one.positions.clone())).collect()
 }
 
 #[test]
@@ -46,14 +46,68 @@ fn the_youngest_is_preempted_and_comes_back_first_with_all_its_tokens() {
         }
     }
     let (id, tokens) = preempted.expect("5 blocks don't hold 2 * 56 tokens");
-    assert_eq!(id.request, 2);
+    assert_eq!(id.request.number, 2);
     simulation.add(request(&[3; 4], 1));
     let admitted = std::iter::repeat_with(|| simulation.step().admitted).find(|admitted| !admitted.is_empty());
-    let admitted: Vec<_> = admitted.into_iter().flatten().map(|one| (one.id.request, one.first_time)).collect();
+    let admitted: Vec<_> = admitted.into_iter().flatten().map(|one| (one.id.request.number, one.first_time)).collect();
     assert_eq!(admitted[..1], [(2, false)], "the preempted one is ahead of what came later");
     simulation.run_to_end();
     assert!(simulation.ended(id).starts_with(&tokens));
     assert_eq!(simulation.ended(id).len(), 56);
+}
+
+/// The numbers of the requests that left the queue in a step, and of those that went back to it.
+fn changes(plan: &StepPlan) -> (Vec<u64>, Vec<u64>) {
+    let number = |id: SequenceId| id.request.number;
+    (plan.admitted.iter().map(|one| number(one.id)).collect(), plan.preempted.iter().map(|&id| number(id)).collect())
+}
+
+fn background(request: Request) -> Request {
+    Request { priority: Priority::Background, ..request }
+}
+
+#[test]
+fn background_requests_start_after_all_interactive_ones_and_give_their_places_up() {
+    let mut simulation = Simulation::new(SchedulerConfig { max_num_seqs: 2, ..config() }, 16);
+    for _ in 0..3 {
+        simulation.add(background(request(&[1; 5], 9)));
+    }
+    assert_eq!(changes(&simulation.step()), (vec![1, 2], vec![]));
+    simulation.add(request(&[2; 5], 3));
+    assert_eq!(changes(&simulation.step()), (vec![4], vec![2]), "the last one goes");
+    simulation.add(request(&[3; 5], 3));
+    simulation.add(request(&[4; 5], 3));
+    assert_eq!(changes(&simulation.step()), (vec![5], vec![1]));
+    assert_eq!(changes(&simulation.step()), (vec![], vec![]));
+    assert_eq!(changes(&simulation.step()), (vec![6], vec![]), "an interactive one waits for interactive ones");
+    assert_eq!(changes(&simulation.step()), (vec![1], vec![]), "the one that came first comes back first");
+    simulation.run_to_end();
+}
+
+#[test]
+fn background_requests_give_their_blocks_up_the_last_first() {
+    let mut simulation = Simulation::new(config(), 8);
+    for token in 3..6 {
+        simulation.add(background(request(&[token; 20], 9)));
+    }
+    simulation.step();
+    simulation.add(request(&[2; 80], 9));
+    let (admitted, preempted) = changes(&simulation.step());
+    assert_eq!((admitted, preempted), (vec![4], vec![3, 2]), "5 blocks beside the 2 of the first");
+    let rest: Vec<_> = std::iter::from_fn(|| (!simulation.scheduler.is_empty()).then(|| simulation.step())).collect();
+    assert!(rest.iter().all(|plan| plan.preempted.is_empty()));
+}
+
+#[test]
+fn background_requests_take_a_small_part_of_a_step_while_interactive_ones_run() {
+    let mut simulation = Simulation::new(config(), 16);
+    simulation.add(background(request(&[1; 100], 1)));
+    simulation.add(request(&[2; 10], 3));
+    assert_eq!(positions(&simulation.step()), [(2, 0, 0..10), (1, 0, 0..8)]);
+    assert_eq!(positions(&simulation.step()), [(2, 0, 10..11), (1, 0, 8..16)]);
+    assert_eq!(positions(&simulation.step()), [(2, 0, 11..12), (1, 0, 16..24)]);
+    assert_eq!(positions(&simulation.step()), [(1, 0, 24..88)]);
+    simulation.run_to_end();
 }
 
 #[test]
@@ -127,9 +181,9 @@ fn scoring_a_prompt_skips_the_cache_and_is_bounded_per_step() {
 #[test]
 fn choices_share_the_prompt_even_without_a_cache_between_requests() {
     let mut simulation = Simulation::new(SchedulerConfig { enable_prefix_caching: false, ..config() }, 16);
-    for id in 1..=2 {
+    for number in 1..=2 {
         simulation.add(Request { n: 3, ..request(&[4; 40], 9) });
-        assert_eq!(positions(&simulation.step()), [(id, 0, 0..40)]);
+        assert_eq!(positions(&simulation.step()), [(number, 0, 0..40)]);
         let second = simulation.step();
         let cached: Vec<_> = second.admitted.iter().map(|one| (one.id.choice, one.cached_tokens)).collect();
         assert_eq!(cached, [(1, 32), (2, 32)]);
@@ -173,7 +227,8 @@ fn a_failed_step_removes_what_ran_and_keeps_what_waits() {
     simulation.add(request(&[1; 20], 9));
     simulation.step();
     simulation.scheduler.plan();
-    assert_eq!(simulation.scheduler.fail_running(), [1, 2]);
+    let failed = simulation.scheduler.fail_running();
+    assert_eq!(failed.iter().map(|id| id.number).collect::<Vec<_>>(), [1, 2]);
     simulation.scheduler.check();
     assert_eq!((simulation.scheduler.num_running(), simulation.scheduler.num_waiting()), (0, 1));
     let plan = simulation.step();

@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering;
 
-use cadre_engine::request::{SamplingParams, StopParams};
+use cadre_engine::request::{Priority, SamplingParams, StopParams};
 
 use super::*;
 use crate::testing::{END, Fake, machine, say, token};
@@ -21,6 +21,7 @@ fn request(n: u32) -> Request {
         scoring: None,
         routed_experts_from: None,
         adapter: None,
+        priority: Priority::Interactive,
     }
 }
 

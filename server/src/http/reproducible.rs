@@ -2,7 +2,8 @@
 //! worked on a second time.
 
 /// In a request's extensions, it stands for what its answer would else take from clock and chance: time, id, and the seed where
-/// the request gives none. Nor does such an answer tell how much of its prompt was cached.
+/// the request gives none. Nor does such an answer tell how much of its prompt was cached. It
+/// gives way to those that somebody waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reproducible {
     /// Tells this request from others of its run.

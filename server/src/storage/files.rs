@@ -1,4 +1,4 @@
-//! Uploaded files, and those that jobs make.
+//! Uploaded files, and those that jobs and batches make.
 
 use std::{collections::HashSet, fs, path::PathBuf};
 
@@ -15,24 +15,32 @@ pub enum Purpose {
     FineTune,
     /// The results of a job.
     FineTuneResults,
+    /// The requests of a batch.
+    Batch,
+    /// Its answers, or its errors.
+    BatchOutput,
 }
 
 impl Purpose {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::FineTune, Self::FineTuneResults];
+    pub const ALL: [Self; 4] = [Self::FineTune, Self::FineTuneResults, Self::Batch, Self::BatchOutput];
+    /// Those that clients upload.
+    pub const UPLOADED: [Self; 2] = [Self::FineTune, Self::Batch];
 
     /// OpenAI's word.
     pub fn name(self) -> &'static str {
         match self {
             Self::FineTune => "fine-tune",
             Self::FineTuneResults => "fine-tune-results",
+            Self::Batch => "batch",
+            Self::BatchOutput => "batch_output",
         }
     }
 
     /// What the names of such files end in.
     fn ending(self) -> &'static str {
         match self {
-            Self::FineTune => "jsonl",
+            Self::FineTune | Self::Batch | Self::BatchOutput => "jsonl",
             Self::FineTuneResults => "csv",
         }
     }
@@ -51,6 +59,8 @@ pub struct StoredFile {
     pub filename: String,
     /// What it is for.
     pub purpose: Purpose,
+    /// When it goes, if it isn't kept for good.
+    pub expires: Option<i64>,
 }
 
 /// Which files are listed, and in which order.
@@ -66,7 +76,7 @@ pub struct FileQuery {
     pub ascending: bool,
 }
 
-const FILE: &str = "SELECT id, bytes, created, filename, purpose FROM files WHERE id = ?";
+const FILE: &str = "SELECT id, bytes, created, filename, purpose, expires FROM files WHERE id = ?";
 /// What the name of a file that is being written ends in.
 const UPLOAD: &str = "upload";
 
@@ -119,7 +129,14 @@ impl Storage {
         let bytes = written.metadata().map_err(failed)?.len();
         fs::rename(&upload.path, &path).map_err(failed)?;
         fs::File::open(self.folder.join("files")).and_then(|files| files.sync_all()).map_err(failed)?;
-        Ok(StoredFile { id: upload.id.clone(), bytes, created: now(), filename: filename.to_owned(), purpose })
+        Ok(StoredFile {
+            id: upload.id.clone(),
+            bytes,
+            created: now(),
+            filename: filename.to_owned(),
+            purpose,
+            expires: None,
+        })
     }
 
     /// What is known of a file.
@@ -137,7 +154,7 @@ impl Storage {
     pub fn files(&self, query: &FileQuery) -> Result<Page<StoredFile>, StorageError> {
         let (compare, order) = if query.ascending { (">", "ASC") } else { ("<", "DESC") };
         let text = format!(
-            "SELECT id, bytes, created, filename, purpose FROM files WHERE (?1 IS NULL OR purpose = ?1)
+            "SELECT id, bytes, created, filename, purpose, expires FROM files WHERE (?1 IS NULL OR purpose = ?1)
              AND (?2 IS NULL OR number {compare} ?2) ORDER BY number {order} LIMIT ?3"
         );
         let database = self.database();
@@ -155,23 +172,48 @@ impl Storage {
     /// Removes a file, and says whether there was one.
     ///
     /// # Errors
-    /// When a job that isn't done needs it, or the system refuses.
+    /// When a job or a batch that isn't done needs it, or the system refuses.
     pub fn delete_file(&self, id: &str) -> Result<bool, StorageError> {
         let mut database = self.database();
         let transaction = database.transaction()?;
-        let user = "SELECT id FROM jobs WHERE (training_file = ?1 OR validation_file = ?1)
-                    AND status IN ('validating_files', 'queued', 'running')";
-        if let Some(job) = transaction.query_row(user, [id], |row| row.get(0)).optional()? {
-            return Err(StorageError::FileInUse { file: id.to_owned(), job });
+        let users = format!(
+            "SELECT 'fine-tuning job `' || id || '`' FROM jobs
+             WHERE (training_file = ?1 OR validation_file = ?1) AND {}
+             UNION ALL SELECT 'batch `' || id || '`' FROM batches WHERE input_file = ?1 AND {} LIMIT 1",
+            super::jobs::IS_OPEN,
+            super::batches::IS_OPEN
+        );
+        if let Some(user) = transaction.query_row(&users, [id], |row| row.get(0)).optional()? {
+            return Err(StorageError::FileInUse { file: id.to_owned(), user });
         }
         let Some(file) = transaction.query_row(FILE, [id], read).optional()? else { return Ok(false) };
         transaction.execute("DELETE FROM files WHERE id = ?", [id])?;
         transaction.execute("UPDATE jobs SET result_file = NULL WHERE result_file = ?", [id])?;
+        for column in ["output_file", "error_file"] {
+            transaction.execute(&format!("UPDATE batches SET {column} = NULL WHERE {column} = ?"), [id])?;
+        }
         transaction.commit()?;
         drop(database);
         let path = self.file_path(id, file.purpose);
         swept_later(&path, fs::remove_file(&path));
         Ok(true)
+    }
+
+    /// Removes files whose time has come.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn remove_expired_files(&self) -> Result<(), StorageError> {
+        let query = "SELECT id FROM files WHERE expires <= ?";
+        let expired: Vec<String> = {
+            let database = self.database();
+            let mut statement = database.prepare(query)?;
+            statement.query_map([now()], |row| row.get(0))?.collect::<Result<_, _>>()?
+        };
+        for id in expired {
+            self.delete_file(&id)?;
+        }
+        Ok(())
     }
 
     /// Removes files that no row names, and uploads that were cut off.
@@ -192,11 +234,24 @@ impl Storage {
     }
 }
 
+/// Checks that there is a file for this purpose; `role` is what it is needed for.
+pub(super) fn check_file(
+    database: &Connection,
+    role: &'static str,
+    file: &str,
+    purpose: Purpose,
+) -> Result<(), StorageError> {
+    let (query, purpose) = ("SELECT COUNT(*) FROM files WHERE id = ? AND purpose = ?", purpose.name());
+    let count: i64 = database.query_row(query, [file, purpose], |row| row.get(0))?;
+    if count > 0 { Ok(()) } else { Err(StorageError::NoFile { role, file: file.to_owned(), purpose }) }
+}
+
 /// Says that a file is there.
 pub(super) fn insert(database: &Connection, file: &StoredFile) -> Result<(), StorageError> {
+    let StoredFile { id, bytes, created, filename, purpose, expires } = file;
     database.execute(
-        "INSERT INTO files (id, bytes, created, filename, purpose) VALUES (?, ?, ?, ?, ?)",
-        params![file.id, file.bytes.cast_signed(), file.created, file.filename, file.purpose.name()],
+        "INSERT INTO files (id, bytes, created, filename, purpose, expires) VALUES (?, ?, ?, ?, ?, ?)",
+        params![id, bytes.cast_signed(), created, filename, purpose.name(), expires],
     )?;
     Ok(())
 }
@@ -210,5 +265,6 @@ fn read(row: &Row<'_>) -> rusqlite::Result<StoredFile> {
         created: row.get(2)?,
         filename: row.get(3)?,
         purpose: Purpose::ALL.into_iter().find(|known| known.name() == purpose).ok_or_else(unknown)?,
+        expires: row.get(5)?,
     })
 }

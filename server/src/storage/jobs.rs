@@ -6,8 +6,9 @@ use rusqlite::{Connection, OptionalExtension, Row, params, types::FromSqlError};
 use serde_json::{Map, Value};
 
 use super::{
-    Page, Purpose, Storage, StorageError, Upload, entries, files::insert, is_id, new_id, now, page, place_of,
-    swept_later, unreadable,
+    Page, Purpose, Storage, StorageError, Upload, entries,
+    files::{check_file, insert},
+    is_id, new_id, now, page, place_of, swept_later, unreadable,
 };
 
 /// How far a job is, in OpenAI's words.
@@ -178,7 +179,7 @@ pub struct Checkpoint {
 }
 
 /// Of a job's row: it isn't done.
-const IS_OPEN: &str = "status IN ('validating_files', 'queued', 'running')";
+pub(super) const IS_OPEN: &str = "status IN ('validating_files', 'queued', 'running')";
 /// Of a job's row: it has made models that are served.
 const HAS_MODELS: &str = "(fine_tuned_model IS NOT NULL OR EXISTS (SELECT 1 FROM checkpoints WHERE job = jobs.id))";
 /// What a job's id begins with.
@@ -211,11 +212,7 @@ impl Storage {
         let mut database = self.database();
         let transaction = database.transaction()?;
         for (role, file) in job.asked.files() {
-            let query = "SELECT COUNT(*) FROM files WHERE id = ? AND purpose = ?";
-            let count: i64 = transaction.query_row(query, [file, Purpose::FineTune.name()], |row| row.get(0))?;
-            if count == 0 {
-                return Err(StorageError::NoFile { role, file: file.to_owned() });
-            }
+            check_file(&transaction, role, file, Purpose::FineTune)?;
         }
         transaction.execute(
             "INSERT INTO jobs (id, created, model, training_file, validation_file, suffix, seed, metadata, hyperparameters,

@@ -1,15 +1,17 @@
-//! What outlives the server: uploaded files and fine-tuning jobs, in one folder.
+//! What outlives the server: uploaded files, fine-tuning jobs and batches, in one folder.
 //!
 //! | in the folder | is |
 //! |---|---|
-//! | `cadre.db` | SQLite: what is known of files, jobs, their events and checkpoints |
+//! | `cadre.db` | SQLite: what is known of files, jobs, their events and checkpoints, and batches |
 //! | `files/` | the files' bytes, each under its id |
 //! | `jobs/` | a folder a job: its run |
+//! | `batches/` | a folder a batch: what is answered so far |
 //!
 //! A change is on disk when its call returns. Bytes come before the row that names them, and go after it: a process that
-//! is killed leaves at most files and runs that no row names, which the next start removes. What has other names than
+//! is killed leaves at most files and folders that no row needs, which the next start removes. What has other names than
 //! those that are given here is somebody's own, and stays.
 
+mod batches;
 mod files;
 mod jobs;
 #[cfg(test)]
@@ -27,14 +29,16 @@ use rusqlite::{
     types::{FromSqlError, Type},
 };
 
+pub use batches::{Batch, BatchError, BatchStatus, BatchUsage, Made, NewBatch, Progress};
 pub use files::{FileQuery, Purpose, StoredFile, Upload};
 pub use jobs::{Checkpoint, Event, EventKind, Job, JobError, JobStatus, Level, NewJob};
 
 use crate::random::random_seed;
 
 /// The layout of the tables below.
-const VERSION: i64 = 2;
-const SCHEMA: &str = "
+const VERSION: i64 = 3;
+/// The tables of layout 2.
+const FILES_AND_JOBS: &str = "
     CREATE TABLE files (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, bytes INTEGER NOT NULL, created INTEGER NOT NULL,
         filename TEXT NOT NULL, purpose TEXT NOT NULL
@@ -53,6 +57,19 @@ const SCHEMA: &str = "
     CREATE TABLE checkpoints (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, created INTEGER NOT NULL,
         step INTEGER NOT NULL, model TEXT NOT NULL, metrics TEXT NOT NULL, UNIQUE (job, step)
+    );
+";
+/// What layout 3 adds to it.
+const BATCHES: &str = "
+    ALTER TABLE files ADD COLUMN expires INTEGER;
+    CREATE TABLE batches (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created INTEGER NOT NULL, base TEXT NOT NULL,
+        input_file TEXT NOT NULL, endpoint TEXT NOT NULL, completion_window TEXT NOT NULL, expires INTEGER NOT NULL,
+        metadata TEXT, output_seconds INTEGER, model TEXT, status TEXT NOT NULL, total INTEGER NOT NULL DEFAULT 0,
+        completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0, input_tokens INTEGER NOT NULL DEFAULT 0,
+        cached_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0, in_progress_at INTEGER,
+        finalizing_at INTEGER, completed_at INTEGER, failed_at INTEGER, expired_at INTEGER, cancelling_at INTEGER,
+        cancelled_at INTEGER, output_file TEXT, error_file TEXT, errors TEXT NOT NULL DEFAULT '[]'
     );
 ";
 /// How long another process may hold the database before that is an error.
@@ -86,23 +103,25 @@ pub enum StorageError {
     #[error("the database of --storage: {0}")]
     Database(rusqlite::Error),
     /// There is no such file, or it is for something else.
-    #[error("there is no file `{file}` of the purpose fine-tune")]
+    #[error("there is no file `{file}` of the purpose {purpose}")]
     NoFile {
-        /// What the job needs it for.
+        /// What it is needed for.
         role: &'static str,
         /// The file.
         file: String,
+        /// What it would have to be for, in OpenAI's words.
+        purpose: &'static str,
     },
     /// A page is to come after what isn't in the list.
     #[error("nothing in this list has the id `{0}`, after which a page was asked for")]
     NothingToComeAfter(String),
-    /// A file is needed by a job that isn't done.
-    #[error("file `{file}` is used by the fine-tuning job `{job}`, which is not done")]
+    /// A file is needed by a job or a batch that isn't done.
+    #[error("file `{file}` is used by the {user}, which is not done")]
     FileInUse {
         /// The file.
         file: String,
-        /// The job.
-        job: String,
+        /// Who needs it.
+        user: String,
     },
 }
 
@@ -139,7 +158,8 @@ impl Storage {
             let path = path.display().to_string();
             move |reason| StorageError::Io { path, reason }
         };
-        for directory in [folder.to_owned(), folder.join("files"), folder.join("jobs")] {
+        fs::create_dir_all(folder).map_err(failed(folder))?;
+        for directory in ["files", "jobs", "batches"].map(|name| folder.join(name)) {
             fs::create_dir_all(&directory).map_err(failed(&directory))?;
         }
         let folder = folder.canonicalize().map_err(failed(folder))?;
@@ -154,6 +174,7 @@ impl Storage {
         let storage = Self { folder, database: Mutex::new(database) };
         storage.sweep_files()?;
         storage.sweep_jobs()?;
+        storage.sweep_batches()?;
         Ok(storage)
     }
 
@@ -168,7 +189,7 @@ impl Storage {
     }
 }
 
-/// Takes the database for this process, and makes the tables.
+/// Takes the database for this process, and makes the tables that it lacks.
 fn prepare(database: &Connection, folder: &Path) -> Result<(), StorageError> {
     // With WAL, FULL syncs the log at each commit: what was answered survives a power failure.
     database.execute_batch(
@@ -177,7 +198,11 @@ fn prepare(database: &Connection, folder: &Path) -> Result<(), StorageError> {
     let found: i64 = database.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     match found {
         VERSION => Ok(()),
-        0 => Ok(database.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"))?),
+        0 | 2 => {
+            let before = if found == 0 { FILES_AND_JOBS } else { "" };
+            let text = format!("BEGIN; {before} {BATCHES} PRAGMA user_version = {VERSION}; COMMIT;");
+            Ok(database.execute_batch(&text)?)
+        }
         found => Err(StorageError::Version { folder: folder.display().to_string(), found }),
     }
 }

@@ -9,7 +9,9 @@ use super::fake::{Fake, Gate};
 use crate::{
     compute::Compute,
     kv::{KvCache, KvDtype},
-    request::{Event, FinishReason, Request, RequestError, SamplingParams, Scores, StopParams, TokenLogprobs},
+    request::{
+        Event, FinishReason, Priority, Request, RequestError, SamplingParams, Scores, StopParams, TokenLogprobs,
+    },
     runtime::{Runtime, RuntimeConfig, RuntimeHandle, StepReport, Ticket},
 };
 
@@ -43,6 +45,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         scoring: None,
         routed_experts_from: None,
         adapter: None,
+        priority: Priority::Interactive,
     }
 }
 

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::simulation::{Simulation, adapter, request};
 use crate::{
     kv::blocks::blocks_for,
-    request::{Request, Scoring},
+    request::{Priority, Request, Scoring},
     scheduler::SchedulerConfig,
     sequence::{RequestId, SequenceId},
 };
@@ -22,6 +22,7 @@ enum Act {
         scoring: Option<Scoring>,
         routed: Option<u32>,
         adapted: bool,
+        priority: Priority,
     },
     Cancel(prop::sample::Index),
     Step(u8),
@@ -33,8 +34,10 @@ fn act() -> impl Strategy<Value = Act> {
     let routed = prop::option::weighted(0.2, 0_u32..40);
     let scoring = (0_u32..80, 0_u32..3).prop_map(|(from, next)| Scoring { from, top: 0, next: (0..next).collect() });
     let scoring = prop::option::weighted(0.3, scoring);
-    let add = (0_u32..3, 1_usize..70, 0_u32..50, 1_u32..4, scoring, routed, any::<bool>()).prop_map(
-        |(kind, prompt_len, max_tokens, n, scoring, routed, adapted)| Act::Add {
+    let priority = prop::sample::select(&Priority::ALL[..]);
+    let lengths = (1_usize..70, 0_u32..50, 1_u32..4);
+    let add = (0_u32..3, lengths, scoring, routed, any::<bool>(), priority).prop_map(
+        |(kind, (prompt_len, max_tokens, n), scoring, routed, adapted, priority)| Act::Add {
             kind,
             prompt_len,
             max_tokens,
@@ -42,6 +45,7 @@ fn act() -> impl Strategy<Value = Act> {
             scoring,
             routed,
             adapted,
+            priority,
         },
     );
     prop_oneof![
@@ -72,12 +76,14 @@ fn config() -> impl Strategy<Value = (SchedulerConfig, usize)> {
 /// What the requests that were neither cancelled nor failed must end with.
 struct Expected {
     requests: HashMap<RequestId, Request>,
-    work: usize,
+    /// Tokens of interactive and of background requests.
+    work: [usize; 2],
 }
 
 impl Expected {
     fn add(&mut self, simulation: &mut Simulation, request: Request) {
-        self.work += (request.prompt.len() + request.stop.max_tokens as usize) * request.n as usize;
+        self.work[request.priority as usize] +=
+            (request.prompt.len() + request.stop.max_tokens as usize) * request.n as usize;
         self.requests.insert(simulation.add(request.clone()), request);
     }
 
@@ -99,10 +105,10 @@ impl Expected {
 fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
     let mut simulation = Simulation::new(config.clone(), num_blocks);
     let adapter = adapter("one");
-    let mut expected = Expected { requests: HashMap::new(), work: 0 };
+    let mut expected = Expected { requests: HashMap::new(), work: [0; 2] };
     for act in acts {
         match act {
-            Act::Add { kind, prompt_len, max_tokens, n, scoring, routed, adapted } => {
+            Act::Add { kind, prompt_len, max_tokens, n, scoring, routed, adapted, priority } => {
                 let prompt_len = prompt_len.min(config.max_model_len);
                 let max_tokens = max_tokens.min((config.max_model_len - prompt_len) as u32);
                 let prompt: Vec<_> = (0..prompt_len as u32).map(|at| if at < 40 { kind / 2 } else { kind }).collect();
@@ -113,6 +119,7 @@ fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
                         scoring,
                         routed_experts_from: routed,
                         adapter: adapted.then(|| Arc::clone(&adapter)),
+                        priority,
                         ..request(&prompt, max_tokens)
                     },
                 );
@@ -136,13 +143,17 @@ fn play(config: &SchedulerConfig, num_blocks: usize, acts: Vec<Act>) {
         }
         simulation.scheduler.check();
     }
-    // The oldest running sequence computes at least one token in each step, and only a choice that waited for its
-    // prompt can come in before it and take its blocks: twice the work is far more than enough.
+    // The first running sequence computes at least one token in each step, and only a choice that waited for its
+    // prompt can come in before it and take its blocks: twice the work is far more than enough. Interactive ones need no
+    // longer for background ones beside them.
+    let [interactive, background] = expected.work;
     let mut steps = 0;
     while !simulation.scheduler.is_empty() {
+        let one_is_left = simulation.has_interactive();
         simulation.step();
         steps += 1;
-        assert!(steps <= 2 * expected.work + 2, "{steps} steps for {} tokens", expected.work);
+        let work = if one_is_left { interactive } else { interactive + background };
+        assert!(steps <= 2 * work + 2, "{steps} steps for {work} tokens");
     }
     assert_eq!(simulation.scheduler.num_used_blocks(), 0, "blocks leak");
     expected.check(&simulation);

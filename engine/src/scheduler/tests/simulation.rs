@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use crate::{
     adapter::LoadedAdapter,
     kv::blocks::BLOCK_SIZE,
-    request::{FinishReason, Request, SamplingParams, StopParams, TokenLogprobs},
+    request::{FinishReason, Priority, Request, SamplingParams, StopParams, TokenLogprobs},
     scheduler::{Planned, Scheduler, SchedulerConfig, StepPlan},
     sequence::{RequestId, SequenceId},
     train::{parameters::Parameters, trained::Trained},
@@ -37,6 +37,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         scoring: None,
         routed_experts_from: None,
         adapter: None,
+        priority: Priority::Interactive,
     }
 }
 
@@ -51,8 +52,8 @@ pub(super) struct Simulation {
     /// What each place of the KV storage holds; checked before each use as attention would read it.
     storage: Vec<u32>,
     ended: HashMap<SequenceId, Vec<u32>>,
-    last_id: RequestId,
-    last_admitted: RequestId,
+    last_number: u64,
+    last_admitted: HashMap<Priority, u64>,
 }
 
 impl Simulation {
@@ -62,25 +63,27 @@ impl Simulation {
             reasons: Vec::new(),
             storage: vec![u32::MAX; num_blocks * BLOCK_SIZE],
             ended: HashMap::new(),
-            last_id: 0,
-            last_admitted: 0,
+            last_number: 0,
+            last_admitted: HashMap::new(),
         }
     }
 
     pub(super) fn add(&mut self, request: Request) -> RequestId {
-        self.last_id += 1;
-        self.scheduler.add(self.last_id, &Arc::new(request));
-        self.last_id
+        self.last_number += 1;
+        let id = RequestId { priority: request.priority, number: self.last_number };
+        self.scheduler.add(id, &Arc::new(request));
+        id
     }
 
-    /// One step, with every invariant checked; requests must be admitted first in the order of arrival.
+    /// One step, with every invariant checked; requests of one priority must be admitted first in the order of arrival.
     pub(super) fn step(&mut self) -> StepPlan {
         let plan = self.scheduler.plan();
         self.scheduler.check();
         self.scheduler.check_plan(&plan);
         for admission in plan.admitted.iter().filter(|one| one.first_time && one.id.choice == 0) {
-            assert!(admission.id.request > self.last_admitted, "admitted out of order: {admission:?}");
-            self.last_admitted = admission.id.request;
+            let RequestId { priority, number } = admission.id.request;
+            let before = self.last_admitted.insert(priority, number);
+            assert!(before < Some(number), "admitted out of order: {admission:?}");
         }
         plan.sequences.iter().for_each(|planned| self.write(planned));
         plan.sequences.iter().for_each(|planned| self.read_back(planned));
@@ -95,6 +98,12 @@ impl Simulation {
             self.step();
         }
         assert_eq!(self.scheduler.num_used_blocks(), 0);
+    }
+
+    /// Whether an interactive sequence is left.
+    pub(super) fn has_interactive(&self) -> bool {
+        let Scheduler { running, waiting, .. } = &self.scheduler;
+        running.keys().chain(waiting.keys()).any(|id| id.request.priority == Priority::Interactive)
     }
 
     /// The tokens that a sequence ended with.

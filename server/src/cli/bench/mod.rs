@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 use cadre_engine::{
     experts::{ExpertStore, StoreCounters},
-    request::{Event, Request, SamplingParams, StopParams},
+    request::{Event, Priority, Request, SamplingParams, StopParams},
 };
 use clap::Args;
 
@@ -312,6 +312,7 @@ impl Bench {
             scoring: None,
             routed_experts_from: None,
             adapter: None,
+            priority: Priority::Interactive,
         }
     }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cadre_engine::{
     adapter::LoadedAdapter,
-    request::{Request, SamplingParams, Scoring, StopParams, SubmitError},
+    request::{Priority, Request, SamplingParams, Scoring, StopParams, SubmitError},
     sampler::GREEDY_BELOW,
 };
 use serde_json::Value;
@@ -42,6 +42,8 @@ pub struct Shared {
     pub routed_experts_from: Option<u32>,
     /// That of the model that is asked.
     pub adapter: Option<Arc<LoadedAdapter>>,
+    /// Who goes first.
+    pub priority: Priority,
     /// Whether and how to stream.
     pub stream: Option<StreamOptions>,
     /// Report token ids beside the text.
@@ -125,6 +127,8 @@ impl Shared {
             add_special_tokens: fields.boolean("add_special_tokens")?,
             truncate: truncate(fields, served.max_model_len)?,
             adapter: served.adapter.clone(),
+            // Nobody waits for a line of a file.
+            priority: if reproducible.is_some() { Priority::Background } else { Priority::Interactive },
         })
     }
 
@@ -160,6 +164,7 @@ impl Shared {
             scoring: self.prompt_logprobs.map(Scoring::all),
             routed_experts_from: self.routed_experts_from,
             adapter: self.adapter.clone(),
+            priority: self.priority,
         })
     }
 }
