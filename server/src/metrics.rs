@@ -92,11 +92,26 @@ fn describe() {
     describe_gauge!("cadre_expert_stall_seconds", "Time that computing has waited for experts so far");
     describe_gauge!("cadre_expert_layer_hit_rate", "Uses of a layer's experts that were in memory, as a part of all");
     describe_gauge!("cadre_finetune_jobs", "Fine-tuning jobs by status");
+    describe_gauge!("cadre_batches", "Batches of /v1/batches by status");
+    describe_counter!(
+        "cadre_batch_lines_total",
+        "Lines of such batches that were answered, by whether they have failed"
+    );
     describe_gauge!("cadre_finetune_loss", "Training loss of the latest step of a fine-tuning job");
     describe_counter!("cadre_finetune_tokens_total", "Tokens that fine-tuning jobs have trained on");
     describe_histogram!("cadre_finetune_step_seconds", "Time that a step of a fine-tuning job takes");
     describe_histogram!("cadre_expert_read_seconds", "Time that reading one expert takes");
     describe_histogram!("cadre_experts_active_per_step", "Different experts that a step uses, all layers together");
+}
+
+/// How many batches have a status.
+pub fn batches(status: &'static str, count: i64) {
+    gauge!("cadre_batches", "status" => status).set(count as f64);
+}
+
+/// A line of a batch was answered.
+pub fn batch_line(has_failed: bool) {
+    counter!("cadre_batch_lines_total", "status" => if has_failed { "failed" } else { "completed" }).increment(1);
 }
 
 /// How many fine-tuning jobs have a status.

@@ -23,11 +23,22 @@ pub struct Duplicates {
     told: Vec<Duplicate>,
 }
 
+impl Duplicates {
+    /// The first of them.
+    pub fn told(&self) -> &[Duplicate] {
+        &self.told
+    }
+}
+
+/// One of them.
 #[derive(Debug)]
-struct Duplicate {
-    custom_id: String,
-    first: u64,
-    again: u64,
+pub struct Duplicate {
+    /// Of both.
+    pub custom_id: String,
+    /// The line that had it first.
+    pub first: u64,
+    /// The line that has it too.
+    pub again: u64,
 }
 
 impl fmt::Display for Duplicates {

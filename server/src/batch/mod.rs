@@ -2,9 +2,10 @@
 //!
 //! [`request`] reads a line, [`result`] writes one; [`Answerer`] does what is between. [`order`] sorts requests so that they help each
 //! other, [`duplicates`] finds those of one `custom_id`, [`run`] puts a whole file through,
-//! [`totals`] sums up.
+//! [`totals`] sums up. [`jobs`] does it for files that the server keeps.
 
 pub mod duplicates;
+pub mod jobs;
 pub mod order;
 pub mod request;
 pub mod result;

@@ -26,6 +26,8 @@ pub enum Outcome {
     Bad(BadLine),
     /// There is no answer.
     Lost(String),
+    /// Its batch's time was over before it was asked.
+    Expired,
 }
 
 impl Outcome {
@@ -57,6 +59,10 @@ impl Outcome {
             }
             Self::Bad(BadLine { code, message, .. }) => {
                 ("null".to_owned(), json!({"code": code, "message": format!("line {}: {message}", of.number)}))
+            }
+            Self::Expired => {
+                let message = "The batch's completion window was over before this request was answered";
+                ("null".to_owned(), json!({"code": "batch_expired", "message": message}))
             }
             Self::Lost(message) => ("null".to_owned(), json!({"code": "server_error", "message": message})),
         };

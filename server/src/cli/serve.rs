@@ -16,6 +16,7 @@ use tokio::{
 use super::{EngineArgs, PairArgs, adapter_source, at_least_one, parse_bytes};
 use crate::{
     adapters::AdapterSource,
+    batch::jobs::{BatchJobs, BatchRunner},
     engine::{self, EngineOptions},
     finetune::{
         Weights,
@@ -83,13 +84,14 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     adapter_memory: Option<u64>,
 
-    /// Keep uploaded files and fine-tuning jobs in this folder: turns on `/v1/files` and `/v1/fine_tuning/jobs`
-    #[arg(long, value_name = "DIR", help_heading = "Fine-tuning jobs")]
+    /// Keep uploaded files, batches and fine-tuning jobs in this folder: turns on `/v1/files`, `/v1/batches` and
+    /// `/v1/fine_tuning/jobs`
+    #[arg(long, value_name = "DIR", help_heading = "Batches and fine-tuning jobs")]
     storage: Option<PathBuf>,
 
     /// Memory for a fine-tuning job beside the weights, such as 4GiB; a part of --memory if that is given [default: nine tenths
     /// of what is free when it starts]
-    #[arg(long, value_name = "SIZE", requires = "storage", value_parser = parse_bytes, help_heading = "Fine-tuning jobs")]
+    #[arg(long, value_name = "SIZE", requires = "storage", value_parser = parse_bytes, help_heading = "Batches and fine-tuning jobs")]
     finetune_memory: Option<u64>,
 
     #[command(flatten)]
@@ -163,11 +165,19 @@ async fn serve(args: &ServeArgs, metrics: PrometheusHandle) -> Result<()> {
         outcome = first.map(Some);
         if outcome.is_ok() {
             interrupts.next().await;
+            // Its lines would be told that the server ends.
+            if let Ok(Some(Loaded { batches: Some(batches), .. })) = &outcome {
+                batches.stop();
+            }
             exit_at_the_next(interrupts);
         }
     };
     http::serve(listener, app, until_told, DRAIN).await?;
-    if let Some(Loaded { runtime, profile, runner }) = outcome? {
+    if let Some(Loaded { runtime, profile, runner, batches }) = outcome? {
+        let stop = tokio::task::spawn_blocking(move || batches.map(BatchRunner::end));
+        if timeout(JOIN, stop).await.is_err() {
+            tracing::warn!("the disk is slow: what is not written of a batch's answers is answered again");
+        }
         let end = tokio::task::spawn_blocking(move || runner.map(Runner::end));
         let join = tokio::task::spawn_blocking(move || runtime.shutdown(Duration::ZERO));
         let keep = tokio::task::spawn_blocking(move || profile.iter().for_each(KeptProfile::keep));
@@ -190,6 +200,7 @@ struct Loaded {
     runtime: Runtime,
     profile: Option<KeptProfile>,
     runner: Option<Runner>,
+    batches: Option<BatchRunner>,
 }
 
 /// Loads the model on a thread of its own; it comes through the channel, or why there is none.
@@ -202,23 +213,32 @@ fn load(
     std::thread::spawn(move || {
         let started = engine::start(&options).and_then(|engine| {
             let served = engine.served;
-            let jobs = storage.map(|(storage, memory)| {
-                let base = Base {
-                    model: options.model.clone(),
-                    fingerprint: engine.checkpoint.fingerprint()?,
-                    names: served.names.clone(),
-                    weights: Weights { decoder: engine.decoder, store: engine.store },
-                    adapters: served.adapters.clone(),
-                    threads: engine.threads,
-                    memory,
-                };
-                Jobs::start(storage, base)
-            });
-            let (jobs, runner) = jobs.transpose()?.unzip();
+            let (jobs, batches) = match storage {
+                Some((storage, memory)) => {
+                    let fingerprint = engine.checkpoint.fingerprint()?;
+                    let lines = app.for_lines();
+                    lines.ready(served.clone());
+                    let seqs = options.max_num_seqs;
+                    let batches = BatchJobs::start(storage.clone(), fingerprint.clone(), Arc::new(lines), seqs)?;
+                    let base = Base {
+                        model: options.model.clone(),
+                        fingerprint,
+                        names: served.names.clone(),
+                        weights: Weights { decoder: engine.decoder, store: engine.store },
+                        adapters: served.adapters.clone(),
+                        threads: engine.threads,
+                        memory,
+                    };
+                    (Some(Jobs::start(storage, base)?), Some(batches))
+                }
+                None => (None, None),
+            };
+            let ((jobs, runner), (batches, batch_runner)) = (jobs.unzip(), batches.unzip());
             tracing::info!(model = served.name(), "ready");
             app.ready(served);
             jobs.into_iter().for_each(|jobs| app.jobs_ready(jobs));
-            Ok(Loaded { runtime: engine.runtime, profile: engine.profile, runner })
+            batches.into_iter().for_each(|batches| app.batches_ready(batches));
+            Ok(Loaded { runtime: engine.runtime, profile: engine.profile, runner, batches: batch_runner })
         });
         // Nobody listens any more if the server ends while it loads.
         let _ = sender.send(started);

@@ -5,6 +5,9 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 
+/// Of metadata: pairs, and characters of a name and a value.
+const MAX_METADATA: [usize; 3] = [16, 64, 512];
+
 /// A JSON object and where it lies in the body.
 #[derive(Debug, Clone, Copy)]
 pub struct Fields<'a> {
@@ -185,6 +188,29 @@ pub fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Result<Vec<
             .ok_or_else(|| wrong(&format!("{path}[{index}]"), &format!("a token id below {vocab_size}"), value))
     };
     values.iter().enumerate().map(id).collect()
+}
+
+/// OpenAI's `metadata`.
+///
+/// # Errors
+/// When there is too much of it, or a value is no string.
+pub fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
+    let map = fields.object("metadata")?.cloned().unwrap_or_default();
+    let [pairs, name_length, value_length] = MAX_METADATA;
+    if map.len() > pairs {
+        let message = format!("metadata must have at most {pairs} pairs, got {}.", map.len());
+        return Err(ApiError::invalid("metadata", message));
+    }
+    for (name, value) in &map {
+        let path = format!("metadata.{name}");
+        let text = value.as_str().ok_or_else(|| wrong(&path, "a string", value))?;
+        if name.chars().count() > name_length || text.chars().count() > value_length {
+            let message =
+                format!("Names of metadata must have at most {name_length} characters, values {value_length}.");
+            return Err(ApiError::invalid(path, message));
+        }
+    }
+    Ok(map)
 }
 
 /// The complaint that the value at `path` is not what it should be.

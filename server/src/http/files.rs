@@ -59,11 +59,12 @@ pub async fn upload(
     params::check_unknown(&others, app.options.strict_params)?;
     let (name, upload) = file.ok_or_else(|| required("file"))?;
     let purpose = purpose.ok_or_else(|| required("purpose"))?;
-    if purpose != Purpose::FineTune.name() {
-        let message = format!("purpose must be \"fine-tune\", got \"{purpose}\": this server uses no other files.");
+    let Some(purpose) = Purpose::UPLOADED.into_iter().find(|known| known.name() == purpose) else {
+        let known = Purpose::UPLOADED.map(|known| format!("\"{}\"", known.name())).join(" or ");
+        let message = format!("purpose must be {known}, got \"{purpose}\": this server uses no other files.");
         return Err(ApiError::invalid("purpose", message));
-    }
-    let file = blocking(move || Ok(storage.add_file(upload, &name, Purpose::FineTune)?)).await?;
+    };
+    let file = blocking(move || Ok(storage.add_file(upload, &name, purpose)?)).await?;
     let mut response = Json(object(&file)).into_response();
     answer::name_ignored(&mut response, &others);
     Ok(response)
@@ -191,7 +192,7 @@ fn no_file(id: &str) -> ApiError {
 
 fn object(file: &StoredFile) -> Value {
     json!({
-        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": file.created, "expires_at": null,
+        "id": file.id, "object": "file", "bytes": file.bytes, "created_at": file.created, "expires_at": file.expires,
         "filename": file.filename, "purpose": file.purpose.name(), "status": "processed", "status_details": null,
     })
 }

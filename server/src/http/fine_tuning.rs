@@ -13,7 +13,7 @@ use super::{
     App, answer, blocking,
     body::JsonBody,
     error::{ApiError, Kind, sentence},
-    fields::{Fields, wrong},
+    fields::{Fields, metadata},
     files::list_of,
     messages::required,
     params::{self, Endpoint},
@@ -31,8 +31,6 @@ use crate::{
 
 /// Of a suffix, in characters.
 const MAX_SUFFIX: usize = 64;
-/// Of metadata: pairs, and characters of a name and a value.
-const MAX_METADATA: [usize; 3] = [16, 64, 512];
 const MAX_LIMIT: usize = 100;
 
 /// Adds a job.
@@ -107,25 +105,6 @@ fn hyperparameters(fields: Fields<'_>) -> Result<(Map<String, Value>, &'static s
     let supervised = Fields::nested(supervised, "method.supervised")?;
     supervised.has_only(&["hyperparameters"])?;
     Ok((supervised.object("hyperparameters")?.cloned().unwrap_or_default(), WITHIN))
-}
-
-fn metadata(fields: Fields<'_>) -> Result<Map<String, Value>, ApiError> {
-    let map = fields.object("metadata")?.cloned().unwrap_or_default();
-    let [pairs, name_length, value_length] = MAX_METADATA;
-    if map.len() > pairs {
-        let message = format!("metadata must have at most {pairs} pairs, got {}.", map.len());
-        return Err(ApiError::invalid("metadata", message));
-    }
-    for (name, value) in &map {
-        let path = format!("metadata.{name}");
-        let text = value.as_str().ok_or_else(|| wrong(&path, "a string", value))?;
-        if name.chars().count() > name_length || text.chars().count() > value_length {
-            let message =
-                format!("Names of metadata must have at most {name_length} characters, values {value_length}.");
-            return Err(ApiError::invalid(path, message));
-        }
-    }
-    Ok(map)
 }
 
 /// All jobs, the latest first.

@@ -9,6 +9,7 @@
 //! | `/v1/models` | [`models`] |
 //! | `/v1/files` | [`files`] |
 //! | `/v1/fine_tuning/jobs` | [`fine_tuning`] |
+//! | `/v1/batches` | [`batches`] |
 //! | `/v1/load_lora_adapter`, `/v1/unload_lora_adapter` | [`adapters`] |
 //! | `/health`, `/version`, `/metrics` | [`health`] |
 //!
@@ -18,6 +19,7 @@
 
 pub mod adapters;
 pub mod answer;
+pub mod batches;
 pub mod body;
 pub mod chat;
 pub mod completions;
@@ -60,7 +62,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{adapters::AdapterError, engine::Served, finetune::jobs::Jobs, metrics, storage::Storage};
+use crate::{
+    adapters::AdapterError, batch::jobs::BatchJobs, engine::Served, finetune::jobs::Jobs, lines::input::MAX_LINE_BYTES,
+    metrics, storage::Storage,
+};
 use error::{ApiError, Kind};
 
 /// How long answered connections may take to be read to their end when the server ends.
@@ -103,6 +108,7 @@ pub struct App {
     preparations: Semaphore,
     storage: Option<Arc<Storage>>,
     jobs: OnceLock<Arc<Jobs>>,
+    batches: OnceLock<Arc<BatchJobs>>,
 }
 
 /// Prompts that are tokenised at a time: a body of the largest size takes some hundred times its bytes meanwhile.
@@ -119,7 +125,15 @@ impl App {
             preparations: Semaphore::new(MAX_PREPARATIONS),
             storage,
             jobs: OnceLock::new(),
+            batches: OnceLock::new(),
         }
+    }
+
+    /// One that answers as this one does, for lines of files: it goes on while this one's server ends.
+    #[must_use]
+    pub fn for_lines(&self) -> Self {
+        let options = HttpOptions { max_body_bytes: MAX_LINE_BYTES, runtime_adapters: false, ..self.options };
+        Self::new(self.metrics.clone(), options, None)
     }
 
     /// What outlives the server.
@@ -142,6 +156,20 @@ impl App {
     pub fn jobs(&self) -> Result<&Arc<Jobs>, ApiError> {
         self.served()?;
         self.jobs.get().ok_or_else(ApiError::loading)
+    }
+
+    /// Batches can run.
+    pub fn batches_ready(&self, batches: Arc<BatchJobs>) {
+        let _ = self.batches.set(batches);
+    }
+
+    /// The batches.
+    ///
+    /// # Errors
+    /// As [`App::served`].
+    pub fn batches(&self) -> Result<&Arc<BatchJobs>, ApiError> {
+        self.served()?;
+        self.batches.get().ok_or_else(ApiError::loading)
     }
 
     /// Runs `work`, which templates and tokenises, beside few others; a client that leaves while it waits gives its
@@ -231,6 +259,9 @@ pub fn router(app: Arc<App>) -> Router {
             .route("/v1/files", get(files::list).post(files::upload))
             .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
             .route("/v1/files/{id}/content", get(files::content))
+            .route("/v1/batches", get(batches::list).post(batches::create))
+            .route("/v1/batches/{id}", get(batches::retrieve))
+            .route("/v1/batches/{id}/cancel", post(batches::cancel))
             .route("/v1/fine_tuning/jobs", get(fine_tuning::list).post(fine_tuning::create))
             .route("/v1/fine_tuning/jobs/{id}", get(fine_tuning::retrieve))
             .route("/v1/fine_tuning/jobs/{id}/cancel", post(fine_tuning::cancel))
@@ -337,6 +368,7 @@ fn route_label(path: &str) -> &'static str {
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
         "/v1/files",
+        "/v1/batches",
         "/v1/fine_tuning/jobs",
         "/v1/chat/completions",
         "/v1/completions",
@@ -351,6 +383,7 @@ fn route_label(path: &str) -> &'static str {
     const BELOW: &[(&str, &str)] = &[
         ("/v1/models/", "/v1/models/{model}"),
         ("/v1/files/", "/v1/files/{file}"),
+        ("/v1/batches/", "/v1/batches/{batch}"),
         ("/v1/fine_tuning/jobs/", "/v1/fine_tuning/jobs/{job}"),
     ];
     let exact = EXACT.iter().find(|&&route| route == path).copied();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cadre_engine::{
-    request::{Request, Scoring, SubmitError},
+    request::{Priority, Request, Scoring, SubmitError},
     score::{Passage, in_turn},
 };
 use serde_json::{Map, Value};
@@ -77,7 +77,7 @@ impl Prepared {
     ///
     /// # Errors
     /// When the engine fails or the server ends.
-    pub async fn score(self, app: &App) -> Result<(Vec<f64>, Usage), ApiError> {
+    pub async fn score(self, app: &App, priority: Priority) -> Result<(Vec<f64>, Usage), ApiError> {
         let Self { served, passages, options } = self;
         let turns = in_turn(&passages);
         let mut scores = vec![0.0; passages.len()];
@@ -85,7 +85,8 @@ impl Prepared {
         for first in [true, false] {
             let places: Vec<usize> =
                 turns.iter().filter(|(_, needs)| needs.is_none() == first).map(|(place, _)| *place).collect();
-            let requests: Vec<Request> = places.iter().map(|&place| passages[place].clone().request()).collect();
+            let requests: Vec<Request> =
+                places.iter().map(|&place| Request { priority, ..passages[place].clone().request() }).collect();
             let mut generation = Generation::start(&served.machine(), requests, OutputOptions::default())?;
             let completed = app.unless_closing(generation.collect()).await?;
             for (place, told) in places.into_iter().zip(completed.scores) {

@@ -23,6 +23,8 @@ pub enum Endpoint {
     Adapters,
     /// `/v1/fine_tuning/jobs`
     FineTuning,
+    /// `/v1/batches`
+    Batches,
     /// `/v1/score`
     Score,
     /// `/v1/rerank`
@@ -86,6 +88,10 @@ const HONOURED_ADAPTERS: &[&str] = &["load_inplace", "lora_name", "lora_path"];
 /// Honoured where fine-tuning jobs are created.
 const HONOURED_FINE_TUNING: &[&str] =
     &["hyperparameters", "metadata", "method", "model", "seed", "suffix", "training_file", "validation_file"];
+
+/// Honoured where batches are created.
+const HONOURED_BATCHES: &[&str] =
+    &["completion_window", "endpoint", "input_file_id", "metadata", "output_expires_after"];
 
 /// Honoured where pairs are scored.
 const HONOURED_PAIRS: &[&str] =
@@ -251,6 +257,7 @@ pub fn is_honoured(name: &str) -> bool {
         HONOURED_TOKENIZE,
         HONOURED_ADAPTERS,
         HONOURED_FINE_TUNING,
+        HONOURED_BATCHES,
         HONOURED_PAIRS,
         HONOURED_SCORE,
         HONOURED_RERANK,
@@ -273,6 +280,7 @@ pub fn admit(body: &Map<String, Value>, endpoint: Endpoint, strict: bool) -> Res
         }
         Endpoint::Adapters => (&[HONOURED_ADAPTERS], &[]),
         Endpoint::FineTuning => (&[HONOURED_FINE_TUNING], &[REFUSED_FINE_TUNING]),
+        Endpoint::Batches => (&[HONOURED_BATCHES], &[]),
         Endpoint::Score => (&[HONOURED_PAIRS, HONOURED_SCORE, WITHOUT_EFFECT], &[REFUSED_PAIRS]),
         Endpoint::Rerank => (&[HONOURED_PAIRS, HONOURED_RERANK, WITHOUT_EFFECT], &[REFUSED_PAIRS]),
     };

@@ -1,6 +1,8 @@
 //! Answers that tell nothing of when they were made, nor of what else was going on: those for the lines of a file, which may be
 //! worked on a second time.
 
+use cadre_engine::request::Priority;
+
 /// In a request's extensions, it stands for what its answer would else take from clock and chance: time, id, and the seed where
 /// the request gives none. Nor does such an answer tell how much of its prompt was cached. It
 /// gives way to those that somebody waits for.
@@ -15,6 +17,11 @@ pub struct Reproducible {
 }
 
 impl Reproducible {
+    /// Who goes first: nobody waits for a line of a file.
+    pub fn priority(of: Option<Self>) -> Priority {
+        if of.is_some() { Priority::Background } else { Priority::Interactive }
+    }
+
     /// What the ids of its answer end in.
     pub fn id(self) -> String {
         format!("{:016x}{:016x}", self.seed, self.number)

@@ -32,7 +32,7 @@ pub async fn create(
     let served = app.served_as(Fields::new(&body).string("model")?).await?;
     let (prepared, told) = app.prepare(move || prepare(&served, &body)).await?;
     let envelope = Envelope::new("rerank", "list", prepared.model(), reproducible);
-    let (scores, usage) = prepared.score(&app).await?;
+    let (scores, usage) = prepared.score(&app, Reproducible::priority(reproducible)).await?;
     let mut response = answer::whole(envelope.with("results", told.results(&scores)), usage, reproducible);
     answer::name_ignored(&mut response, &unknown);
     Ok(response)

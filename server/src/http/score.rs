@@ -36,7 +36,7 @@ pub async fn create(
     let served = app.served_as(Fields::new(&body).string("model")?).await?;
     let prepared = app.prepare(move || prepare(&served, &body)).await?;
     let envelope = Envelope::new("score", "list", prepared.model(), reproducible);
-    let (scores, usage) = prepared.score(&app).await?;
+    let (scores, usage) = prepared.score(&app, Reproducible::priority(reproducible)).await?;
     let score = |(index, score): (usize, f64)| json!({"index": index, "object": "score", "score": score});
     let data = scores.into_iter().enumerate().map(score).collect();
     let mut response = answer::whole(envelope.with("data", data), usage, reproducible);

@@ -58,11 +58,6 @@ impl BatchStatus {
             Self::Cancelled => "cancelled",
         }
     }
-
-    /// Whether nothing follows.
-    pub fn is_final(self) -> bool {
-        matches!(self, Self::Failed | Self::Completed | Self::Expired | Self::Cancelled)
-    }
 }
 
 /// What a batch is made of.

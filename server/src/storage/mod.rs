@@ -238,7 +238,7 @@ fn swept_later(path: &Path, removed: io::Result<()>) {
 }
 
 /// Seconds since 1970.
-fn now() -> i64 {
+pub fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().cast_signed())
 }
 

@@ -30,16 +30,16 @@ fn upload(client: &Client, examples: usize) -> String {
 }
 
 fn upload_text(client: &Client, text: &str) -> String {
-    post_file(client, text, &[]).ok()["id"].as_str().unwrap().to_owned()
+    post_file(client, "fine-tune", text, &[]).ok()["id"].as_str().unwrap().to_owned()
 }
 
 /// Uploads a file, with further fields of the form.
-fn post_file(client: &Client, text: &str, more: &[(&str, &str)]) -> Answer {
+pub fn post_file(client: &Client, purpose: &str, text: &str, more: &[(&str, &str)]) -> Answer {
     let field = |name: &str, value: &str| {
         format!("--edge\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n")
     };
     let more: String = more.iter().map(|(name, value)| field(name, value)).collect();
-    let body = field("purpose", "fine-tune") + &more + &field("file\"; filename=\"train.jsonl", text) + "--edge--\r\n";
+    let body = field("purpose", purpose) + &more + &field("file\"; filename=\"train.jsonl", text) + "--edge--\r\n";
     client.post_bytes("/v1/files", "multipart/form-data; boundary=edge", body.as_bytes())
 }
 
@@ -330,16 +330,16 @@ fn files_are_kept_found_and_removed() {
         "{}",
         answer.text
     );
-    let empty = post_file(client, "", &[]);
+    let empty = post_file(client, "fine-tune", "", &[]);
     assert_eq!((empty.status, &empty.json()["error"]["param"]), (400, &json!("file")), "{}", empty.text);
     // What was refused leaves nothing behind.
     assert_eq!(fs::read_dir(storage.path().join("files")).unwrap().count(), 1);
     let expiring = [("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "3600")];
-    let kept = post_file(client, "three\n", &expiring);
+    let kept = post_file(client, "fine-tune", "three\n", &expiring);
     assert_eq!((kept.status, kept.headers["x-cadre-ignored"].as_str()), (200, "expires_after"));
     drop(server);
     let strict = Server::start(&["--storage", storage.path().to_str().unwrap(), "--strict-params"]);
-    let refused = post_file(strict.client(), "four\n", &expiring);
+    let refused = post_file(strict.client(), "fine-tune", "four\n", &expiring);
     assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("expires_after")));
     // Without a place for them there are no such routes.
     assert_eq!(Server::start(&[]).client().get("/v1/files").status, 404);

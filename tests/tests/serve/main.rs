@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "integration tests: a failed unwrap is a failed test")]
 
 mod adapters;
+mod batches;
 mod chat;
 mod completions;
 mod concurrency;

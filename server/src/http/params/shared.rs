@@ -127,8 +127,7 @@ impl Shared {
             add_special_tokens: fields.boolean("add_special_tokens")?,
             truncate: truncate(fields, served.max_model_len)?,
             adapter: served.adapter.clone(),
-            // Nobody waits for a line of a file.
-            priority: if reproducible.is_some() { Priority::Background } else { Priority::Interactive },
+            priority: Reproducible::priority(reproducible),
         })
     }
 

@@ -1,0 +1,360 @@
+//! Batches that outlive the server: what `/v1/batches` asks for, one after the other, beside requests and after them.
+//!
+//! Two threads share the work. One *settles*: it looks at new files ([`check`]), and makes the files of batches that are at
+//! their end ([`answers`]): answered, cancelled, or out of time. The other *answers*: the oldest batch that isn't done, line by
+//! line, into a file in the batch's folder, which alone says what is done. So a server that is killed goes on where it was.
+
+mod answers;
+mod check;
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use serde_json::Map;
+
+use super::{
+    Answered, Answerer, result,
+    run::{self, Ended, Limits},
+};
+use crate::{
+    http::App,
+    lines::{
+        input::Input,
+        manifest::Manifest,
+        output::{Output, Resumed},
+    },
+    metrics,
+    storage::{Batch, BatchError, BatchStatus, NewBatch, Progress, Purpose, Storage, StorageError, now},
+};
+
+/// How often a look is taken at whether a batch's time is over.
+const TICK: Duration = Duration::from_secs(1);
+/// How often it is while there is no batch, for files whose time is over.
+const IDLE_TICK: Duration = Duration::from_secs(60);
+/// How often progress is kept.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// How long batches wait at first, and at most, where the storage has failed.
+const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+/// Lines under way for each sequence of a step, and lines of a window.
+const LINES_PER_SEQUENCE: [usize; 2] = [2, 32];
+/// Within a batch's folder, what is answered.
+const ANSWERS: &str = "answers.jsonl";
+
+/// Why something can't be done with a batch.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchJobsError {
+    /// There is no such batch.
+    #[error("no batch has the id `{0}`")]
+    NotFound(String),
+    /// It is too late.
+    #[error("the batch `{id}` is {status}: it can't be cancelled")]
+    Done {
+        /// The batch.
+        id: String,
+        /// What it is.
+        status: &'static str,
+    },
+    /// The storage.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+/// The batches of a server.
+pub struct BatchJobs {
+    storage: Arc<Storage>,
+    /// Tells the weights that answer from others.
+    base: String,
+    app: Arc<App>,
+    limits: Limits,
+    state: Mutex<State>,
+    /// There may be something to do.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The batch that is answered.
+    current: Option<Current>,
+    /// The server ends.
+    is_ending: bool,
+}
+
+struct Current {
+    id: String,
+    expires: i64,
+    stop: Arc<AtomicBool>,
+}
+
+/// The threads that batches are worked on by.
+pub struct BatchRunner {
+    jobs: Arc<BatchJobs>,
+    threads: [JoinHandle<()>; 2],
+}
+
+impl BatchRunner {
+    /// Lets go of what is under way, which is asked again when the server starts again; nothing new begins.
+    pub fn stop(&self) {
+        let mut state = self.jobs.state();
+        state.is_ending = true;
+        state.stop_current(|_| true);
+        drop(state);
+        self.jobs.changed.notify_all();
+    }
+
+    /// Waits until that is on disk.
+    pub fn end(self) {
+        self.stop();
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of batches has panicked");
+            }
+        }
+    }
+}
+
+impl State {
+    fn stop_current(&self, asked: impl Fn(&Current) -> bool) {
+        self.current
+            .iter()
+            .filter(|current| asked(current))
+            .for_each(|current| current.stop.store(true, Ordering::Relaxed));
+    }
+}
+
+impl BatchJobs {
+    /// Goes on with the batches that aren't done. `app` answers their lines, `max_num_seqs` at a time; `base` is the fingerprint
+    /// of its weights.
+    ///
+    /// # Errors
+    /// When the storage can't be read, or a thread not be started.
+    pub fn start(
+        storage: Arc<Storage>,
+        base: String,
+        app: Arc<App>,
+        max_num_seqs: usize,
+    ) -> Result<(Arc<Self>, BatchRunner)> {
+        let [in_flight, window] = LINES_PER_SEQUENCE.map(|lines| max_num_seqs.saturating_mul(lines));
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        let jobs = Arc::new(Self { storage, base, app, limits: Limits { in_flight, window }, state, changed });
+        for batch in jobs.storage.batches_of_others(&jobs.base)? {
+            tracing::warn!(batch = batch.id, "a batch of another model waits for a server with its own");
+        }
+        jobs.show_counts();
+        let [settler, answerer] = [(); 2].map(|()| jobs.clone());
+        let settle = thread::Builder::new().name("batch-settle".into()).spawn(move || settler.settle_all())?;
+        let answer = thread::Builder::new().name("batch-answer".into()).spawn(move || answerer.answer_all())?;
+        Ok((jobs.clone(), BatchRunner { jobs, threads: [settle, answer] }))
+    }
+
+    /// Adds a batch, whose file is looked at meanwhile.
+    ///
+    /// # Errors
+    /// When the file isn't there, or the storage fails.
+    pub fn create(&self, asked: NewBatch) -> Result<Batch, StorageError> {
+        let batch = self.storage.add_batch(asked, &self.base)?;
+        self.wake();
+        self.show_counts();
+        Ok(batch)
+    }
+
+    /// Cancels a batch that isn't done; requests under way are let go of.
+    ///
+    /// # Errors
+    /// When it is done, or there is no such batch.
+    pub fn cancel(&self, id: &str) -> Result<Batch, BatchJobsError> {
+        let open = [BatchStatus::Validating, BatchStatus::InProgress];
+        let state = self.state();
+        let is_cancelled = self.storage.set_batch_status(id, &open, BatchStatus::Cancelling)?;
+        state.stop_current(|current| current.id == id);
+        drop(state);
+        let batch = self.storage.batch(id)?.ok_or_else(|| BatchJobsError::NotFound(id.to_owned()))?;
+        if !is_cancelled && batch.status != BatchStatus::Cancelling {
+            return Err(BatchJobsError::Done { id: batch.id, status: batch.status.name() });
+        }
+        self.wake();
+        self.show_counts();
+        Ok(batch)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing under the lock can leave it half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There may be something to do.
+    fn wake(&self) {
+        // Who is about to wait has either seen what there is to do, or waits by now.
+        let _state = self.state();
+        self.changed.notify_all();
+    }
+
+    fn show_counts(&self) {
+        for status in BatchStatus::ALL {
+            if let Ok(count) = self.storage.count_batches(status) {
+                metrics::batches(status.name(), count);
+            }
+        }
+    }
+
+    fn settle_all(&self) {
+        let next = |state: &mut State| {
+            state.stop_current(|current| current.expires <= now());
+            self.storage.remove_expired_files()?;
+            self.storage.next_to_settle(state.current.as_ref().map(|current| current.id.as_str()))
+        };
+        self.work(next, |batch| self.settle(&batch));
+    }
+
+    fn answer_all(&self) {
+        let next = |state: &mut State| {
+            let next = self.storage.next_to_answer(&self.base)?;
+            Ok(next.map(|batch| {
+                let stop = Arc::new(AtomicBool::new(false));
+                state.current = Some(Current { id: batch.id.clone(), expires: batch.expires, stop: stop.clone() });
+                (batch, stop)
+            }))
+        };
+        self.work(next, |(batch, stop)| {
+            let answered = self.answer(&batch, &stop);
+            self.state().current = None;
+            self.wake();
+            answered
+        });
+    }
+
+    /// Does one thing after the other until the server ends; `next` says which.
+    fn work<T>(&self, next: impl Fn(&mut State) -> Result<Option<T>, StorageError>, part: impl Fn(T) -> Result<()>) {
+        let mut pause = Duration::ZERO;
+        while let Some(next) = self.wait(pause, &next) {
+            pause = match next.map_err(Into::into).and_then(&part) {
+                Ok(()) => Duration::ZERO,
+                Err(error) => {
+                    let [shortest, longest] = PAUSES;
+                    pause = (2 * pause).clamp(shortest, longest);
+                    tracing::error!(error = format!("{error:#}"), seconds = pause.as_secs(), "batches wait");
+                    pause
+                }
+            };
+            self.show_counts();
+        }
+    }
+
+    /// What is next after a pause, or why it isn't known; `None` when the server ends.
+    fn wait<T>(
+        &self,
+        pause: Duration,
+        next: impl Fn(&mut State) -> Result<Option<T>, StorageError>,
+    ) -> Option<Result<T, StorageError>> {
+        let paused = self.changed.wait_timeout_while(self.state(), pause, |state| !state.is_ending);
+        let (mut state, _) = paused.unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if state.is_ending {
+                return None;
+            }
+            if let Some(found) = next(&mut state).transpose() {
+                return Some(found);
+            }
+            let is_open = self.storage.count_batches(BatchStatus::InProgress).is_ok_and(|count| count > 0);
+            let woken = self.changed.wait_timeout(state, if is_open { TICK } else { IDLE_TICK });
+            (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Brings a batch to what follows: a new one to its turn or its failure, others to their end.
+    fn settle(&self, batch: &Batch) -> Result<()> {
+        let to = match batch.status {
+            BatchStatus::Validating => return self.check(batch),
+            BatchStatus::Cancelling => BatchStatus::Cancelled,
+            BatchStatus::InProgress => BatchStatus::Expired,
+            _ => BatchStatus::Completed,
+        };
+        let input = self.input(batch)?;
+        let made = answers::files(&self.storage, &input, &self.answers(batch), batch, to)?;
+        Ok(self.storage.finish_batch(batch, to, made)?)
+    }
+
+    /// Looks at a new batch's file.
+    fn check(&self, batch: &Batch) -> Result<()> {
+        let errors: Vec<BatchError> = match check::check(&self.input(batch)?, &batch.endpoint)? {
+            Ok(check::Checked { lines, model }) => {
+                self.storage.begin_batch(&batch.id, lines, model.as_deref())?;
+                self.wake();
+                return Ok(());
+            }
+            Err(errors) => errors,
+        };
+        Ok(self.storage.fail_batch(&batch.id, &errors)?)
+    }
+
+    /// Answers a batch's lines until all are answered or `stop` is set.
+    fn answer(&self, batch: &Batch, stop: &AtomicBool) -> Result<()> {
+        let (input, place) = (self.input(batch)?, self.answers(batch));
+        fs::create_dir_all(self.storage.batch_folder(&batch.id)).context("cannot make the batch's folder")?;
+        let before = answers::progress(&place)?;
+        let scan = input.scan(|_| ())?;
+        let mut output = Output::open(&place.to_string_lossy())?;
+        let Resumed { done, .. } = output.resume(&scan, result::told)?;
+        let writer = output.begin(&Manifest::new(&scan, Map::new()), &done, false)?;
+        let cached_tokens = batch.progress.usage.cached_tokens;
+        let mut progress = Progress { usage: crate::storage::BatchUsage { cached_tokens, ..before.usage }, ..before };
+        let mut kept = Instant::now();
+        let see = |answered: &Answered| {
+            add(&mut progress, answered);
+            if kept.elapsed() >= PROGRESS_INTERVAL {
+                self.keep(batch, &progress);
+                kept = Instant::now();
+            }
+        };
+        let answerer = Answerer::new(self.app.clone(), seed(&batch.id), batch.created.cast_unsigned());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let ended = runtime.block_on(run::run(answerer, input.lines()?, done, writer, self.limits, stop, see));
+        // Work of lines that nobody waits for any more may still be under way.
+        runtime.shutdown_background();
+        self.keep(batch, &progress);
+        if ended? == Ended::Finished {
+            self.storage.set_batch_status(&batch.id, &[BatchStatus::InProgress], BatchStatus::Finalizing)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps how much of a batch is done: for those who ask; the answers alone decide.
+    fn keep(&self, batch: &Batch, progress: &Progress) {
+        if let Err(error) = self.storage.set_batch_progress(&batch.id, progress) {
+            tracing::warn!(%error, batch = batch.id, "the batch's progress isn't kept");
+        }
+    }
+
+    fn input(&self, batch: &Batch) -> Result<Input> {
+        let path = self.storage.file_path(&batch.input_file, Purpose::Batch);
+        Input::open(&path.to_string_lossy(), &self.storage.batch_folder(&batch.id))
+    }
+
+    fn answers(&self, batch: &Batch) -> PathBuf {
+        self.storage.batch_folder(&batch.id).join(ANSWERS)
+    }
+}
+
+fn add(progress: &mut Progress, answered: &Answered) {
+    let Progress { completed, failed, usage } = progress;
+    let has_failed = answered.line.told.failed;
+    metrics::batch_line(has_failed);
+    *if has_failed { failed } else { completed } += 1;
+    usage.input_tokens += answered.usage.prompt_tokens as u64;
+    usage.cached_tokens += answered.usage.cached_tokens as u64;
+    usage.output_tokens += answered.usage.completion_tokens as u64;
+}
+
+/// Stands for the draws of a batch's requests that have no seed: the same after a restart.
+fn seed(id: &str) -> u64 {
+    let digits = id.rsplit('_').next().and_then(|digits| digits.get(..16));
+    digits.and_then(|digits| u64::from_str_radix(digits, 16).ok()).unwrap_or_default()
+}

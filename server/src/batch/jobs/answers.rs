@@ -1,0 +1,149 @@
+//! What is answered of a batch, and the files that are made of it.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, BufWriter, Write},
+    path::Path,
+};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::{
+    batch::{
+        request::BatchRequest,
+        result::{self, Outcome},
+    },
+    http::reproducible::Reproducible,
+    lines::{LineSet, input::Input, output::Told},
+    storage::{Batch, BatchStatus, BatchUsage, Made, Progress, Storage, Upload},
+};
+
+/// The tokens that an answer tells of.
+#[derive(Deserialize)]
+struct Answer {
+    response: Option<Response>,
+}
+
+#[derive(Deserialize)]
+struct Response {
+    body: Option<Body>,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    usage: Option<Usage>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
+/// How much is done, but for the tokens that were cached, which answers don't tell.
+///
+/// # Errors
+/// When the file can't be read.
+pub(super) fn progress(answers: &Path) -> Result<Progress> {
+    let mut progress = Progress::default();
+    each(answers, |line, told| {
+        add(&mut progress, line, told.failed);
+        Ok(())
+    })?;
+    Ok(progress)
+}
+
+/// The files of a batch that ends as `to`: answers, and errors. Of one whose time is over, requests that have no answer are
+/// errors.
+///
+/// # Errors
+/// When they can't be written.
+pub(super) fn files(storage: &Storage, input: &Input, answers: &Path, batch: &Batch, to: BatchStatus) -> Result<Made> {
+    let mut output = Sheet::new(storage);
+    let mut errors = Sheet::new(storage);
+    let (mut progress, mut done) = (Progress::default(), LineSet::default());
+    each(answers, |line, told| {
+        done.insert(told.number);
+        add(&mut progress, line, told.failed);
+        if told.failed { &mut errors } else { &mut output }.write(line)
+    })?;
+    if to == BatchStatus::Expired {
+        let mut lines = input.lines()?;
+        for line in &mut lines {
+            let line = line?;
+            if done.contains(line.number) {
+                continue;
+            }
+            let request = line.text.as_deref().ok().and_then(|text| BatchRequest::parse(text).ok());
+            let custom_id = request.map(|request| request.custom_id);
+            let expired =
+                Outcome::Expired.line(custom_id.as_deref(), Reproducible { number: line.number, seed: 0, created: 0 });
+            errors.write((expired + "\n").as_bytes())?;
+            progress.failed += 1;
+        }
+    }
+    progress.usage.cached_tokens = batch.progress.usage.cached_tokens;
+    Ok(Made { output: output.finish()?, errors: errors.finish()?, progress })
+}
+
+/// Shows every whole line of the answers, with what it is of. A torn last one is none.
+fn each(answers: &Path, mut see: impl FnMut(&[u8], Told) -> io::Result<()>) -> Result<()> {
+    let failed = || format!("cannot read {}", answers.display());
+    let file = match File::open(answers) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened.with_context(failed)?,
+    };
+    let mut reader = BufReader::new(file);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).with_context(failed)? > 0 {
+        if let Some(told) = result::told(&line).filter(|_| line.ends_with(b"\n")) {
+            see(&line, told).context("cannot write the batch's files")?;
+        }
+        line.clear();
+    }
+    Ok(())
+}
+
+fn add(progress: &mut Progress, line: &[u8], failed: bool) {
+    let Progress { completed, failed: failures, usage } = progress;
+    *if failed { failures } else { completed } += 1;
+    let answer = serde_json::from_slice::<Answer>(line).ok();
+    if let Some(Usage { prompt_tokens, completion_tokens }) = answer.and_then(|answer| answer.response?.body?.usage) {
+        *usage = BatchUsage {
+            input_tokens: usage.input_tokens + prompt_tokens,
+            output_tokens: usage.output_tokens + completion_tokens,
+            ..*usage
+        };
+    }
+}
+
+/// A file that is there once it has a line.
+struct Sheet<'a> {
+    storage: &'a Storage,
+    begun: Option<(Upload, BufWriter<File>)>,
+}
+
+impl<'a> Sheet<'a> {
+    fn new(storage: &'a Storage) -> Self {
+        Self { storage, begun: None }
+    }
+
+    fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        let (_, file) = match &mut self.begun {
+            Some(begun) => begun,
+            none => {
+                let upload = self.storage.new_upload();
+                let file = BufWriter::new(File::create(&upload.path)?);
+                none.insert((upload, file))
+            }
+        };
+        file.write_all(line)
+    }
+
+    fn finish(self) -> Result<Option<Upload>> {
+        let Some((upload, mut file)) = self.begun else { return Ok(None) };
+        file.flush().context("cannot write the batch's files")?;
+        Ok(Some(upload))
+    }
+}
