@@ -30,3 +30,11 @@ fn the_official_client_fine_tunes() {
     let said = run("openai_jobs.py", &Server::start(&["--storage", storage]));
     assert!(said.ends_with("passed"), "it did not come to its end:\n{said}");
 }
+
+#[test]
+fn the_official_client_answers_a_file_of_requests() {
+    let storage = tempfile::tempdir().expect("a temporary directory");
+    let storage = storage.path().to_str().expect("paths are UTF-8");
+    let said = run("openai_batches.py", &Server::start(&["--storage", storage]));
+    assert!(said.ends_with("passed"), "it did not come to its end:\n{said}");
+}

@@ -358,3 +358,6 @@ fn seed(id: &str) -> u64 {
     let digits = id.rsplit('_').next().and_then(|digits| digits.get(..16));
     digits.and_then(|digits| u64::from_str_radix(digits, 16).ok()).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;
