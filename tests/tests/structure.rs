@@ -312,7 +312,7 @@ fn the_document_names_every_test_here() {
 /// The words in quotes of `const <name>: … = &[…];`.
 fn list(text: &str, name: &str) -> Vec<String> {
     let (_, rest) = text.split_once(&format!("const {name}: ")).unwrap_or_else(|| unreachable!("no {name}"));
-    let (_, rest) = rest.split_once("= &[").unwrap();
+    let (_, rest) = rest.split_once('=').and_then(|(_, rest)| rest.split_once("&[")).unwrap();
     let (body, _) = rest.split_once("];").unwrap();
     body.split('"').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -337,6 +337,7 @@ fn the_http_document_is_true_to_the_code() {
     for (heading, lists) in [
         ("### Honoured", &["HONOURED", "HONOURED_CHAT", "HONOURED_COMPLETIONS"][..]),
         ("### Accepted without effect", &["WITHOUT_EFFECT"]),
+        ("## Batches", &["HONOURED_BATCHES"]),
         ("## Scores", &["HONOURED_PAIRS", "HONOURED_SCORE", "HONOURED_RERANK"]),
     ] {
         let section = section(&document, heading);
