@@ -85,6 +85,13 @@ pub fn rows_after(before: Option<&Passage>, passage: &Passage) -> usize {
     passage.computed() - before.map_or(0, |before| rows::shared_blocks(before, passage) * BLOCK_SIZE)
 }
 
+/// An order for passages that go to a runtime with a prefix cache: each with the one, if any, that should be scored before it
+/// comes, so that what both begin with is computed once.
+#[must_use]
+pub fn in_turn(passages: &[Passage]) -> Vec<(usize, Option<usize>)> {
+    rows::in_turn(passages)
+}
+
 /// The limits of a [`LayerMajor`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerMajorConfig {

@@ -29,13 +29,13 @@ pub enum Error {
         /// What to do.
         hint: &'static str,
     },
-    /// The system could not read a file.
-    #[error("cannot read {file}: {source}")]
+    /// The system could not read a file. Servers show this text alone, so it has the reason, which is no source then.
+    #[error("cannot read {file}: {reason}")]
     Read {
         /// The file.
         file: String,
         /// What the system said.
-        source: io::Error,
+        reason: io::Error,
     },
     /// `CADRE_IO` names no way of reading.
     #[error("CADRE_IO is `{name}`: expected `pread` or `io_uring`; or leave it unset")]
@@ -44,10 +44,10 @@ pub enum Error {
         name: String,
     },
     /// The way of reading that `CADRE_IO` asks for can't be had.
-    #[error("CADRE_IO asks for io_uring, which this system refuses ({source}): leave it unset, or set it to `pread`")]
+    #[error("CADRE_IO asks for io_uring, which this system refuses ({reason}): leave it unset, or set it to `pread`")]
     IoUring {
         /// What the system said.
-        source: io::Error,
+        reason: io::Error,
     },
     /// A text file is larger than any real one.
     #[error("{file} has {found_bytes} bytes: expected at most {limit_bytes}; it is not the file that its name says")]

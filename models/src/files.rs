@@ -48,7 +48,7 @@ impl Files {
         let mut names: Vec<String> = match self {
             Self::Embedded(files) => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
             Self::Directory(directory) => {
-                let failed = |source| Error::Read { file: directory.display().to_string(), source };
+                let failed = |reason| Error::Read { file: directory.display().to_string(), reason };
                 let entries = std::fs::read_dir(directory).map_err(failed)?;
                 let name = |entry: io::Result<DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
                 entries.map(name).collect::<io::Result<_>>().map_err(failed)?
@@ -123,7 +123,7 @@ pub(crate) struct OpenFile {
 impl Source {
     /// The file at `path`; `None` if there is none.
     pub(crate) fn open(label: String, path: &std::path::Path) -> Result<Option<Self>> {
-        let failed = |source| Error::Read { file: label.clone(), source };
+        let failed = |reason| Error::Read { file: label.clone(), reason };
         // Asked before it is opened: opening a named pipe would wait for its writer.
         let metadata = match std::fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -204,15 +204,15 @@ impl Source {
     }
 
     /// What it means that `bytes` bytes at `offset` could not be read.
-    pub(crate) fn read_error(&self, offset: u64, bytes: usize, source: io::Error) -> Error {
+    pub(crate) fn read_error(&self, offset: u64, bytes: usize, reason: io::Error) -> Error {
         Error::Read {
             file: self.label.clone(),
-            source: match source.kind() {
+            reason: match reason.kind() {
                 io::ErrorKind::UnexpectedEof => io::Error::new(
                     io::ErrorKind::UnexpectedEof,
                     format!("expected {bytes} bytes at offset {offset}, but the file ends before: it was cut off"),
                 ),
-                _ => source,
+                _ => reason,
             },
         }
     }
@@ -247,7 +247,9 @@ mod tests {
             let mut out = [0; 3];
             source.read_exact_at(2, &mut out).unwrap();
             assert_eq!((&out, source.len()), (b"llo", 5));
-            let error = source.read_exact_at(3, &mut out).unwrap_err().to_string();
+            let error = source.read_exact_at(3, &mut out).unwrap_err();
+            assert!(std::error::Error::source(&error).is_none(), "a chain of causes would say it twice");
+            let error = error.to_string();
             assert!(error.contains("a.txt") && error.contains("expected 3 bytes at offset 3"), "{error}");
             assert!(source.read_exact_at(u64::MAX - 1, &mut out).is_err());
         }

@@ -109,7 +109,7 @@ pub fn pack(
 /// Which shards are there already; nothing else may be.
 fn finished(writing: &Writing<'_>, shards: &[Shard]) -> Result<Vec<bool>> {
     let output = writing.output;
-    let failed = |source| Error::Read { file: output.display().to_string(), source };
+    let failed = |reason| Error::Read { file: output.display().to_string(), reason };
     for entry in fs::read_dir(output).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
         let foreign = name.ends_with(".safetensors") && !shards.iter().any(|shard| shard.file == name);

@@ -195,7 +195,7 @@ pub(crate) fn rewrite(
 /// Refuses files in `output` that aren't known and might be read together with those that are. Directories and hidden
 /// files are of no consequence, and neither is what an interrupted run left.
 fn refuse_others(output: &Path, is_known: impl Fn(&str) -> bool) -> Result<()> {
-    let failed = |source| Error::Read { file: output.display().to_string(), source };
+    let failed = |reason| Error::Read { file: output.display().to_string(), reason };
     for entry in fs::read_dir(output).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name().to_string_lossy().into_owned();

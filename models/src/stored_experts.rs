@@ -135,7 +135,7 @@ impl UnopenedExperts {
         let tier: Box<dyn Tier> = if self.tensors.pack().is_some() {
             Pack { name, tensors: self.tensors, layers: self.layers }.open(self.io)?
         } else {
-            let failed = |source| Error::Read { file: name.clone(), source };
+            let failed = |reason| Error::Read { file: name.clone(), reason };
             let plain = Plain::new(name.clone(), self.tensors, self.layers)?;
             Box::new(Threads::start(plain, THREADS).map_err(failed)?)
         };

@@ -20,6 +20,8 @@ pub struct Summary {
     pub hidden_size: Option<u64>,
     /// Width of the logits.
     pub vocab_size: Option<u64>,
+    /// The longest sequence that the position encoding was made for.
+    pub max_position_embeddings: Option<u64>,
     /// Routed experts of a layer.
     pub experts: Option<u64>,
     /// Routed experts that a token uses.
@@ -173,6 +175,7 @@ impl Summary {
             layers,
             hidden_size: config.count("hidden_size")?,
             vocab_size: config.count("vocab_size")?,
+            max_position_embeddings: config.count("max_position_embeddings")?,
             experts,
             experts_per_token,
             total_parameters: used.clone().map(|part| part.parameters).sum(),

@@ -4,7 +4,8 @@
 //! read when a request names it, and those that nobody has used for the longest time leave.
 
 use std::{
-    io,
+    fs::File,
+    io::{self, BufRead as _},
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::{SystemTime, UNIX_EPOCH},
@@ -25,6 +26,29 @@ pub struct AdapterSource {
     pub name: String,
     /// The folder, as PEFT saves it.
     pub directory: PathBuf,
+}
+
+impl AdapterSource {
+    /// A number that tells its files from those of others.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn fingerprint(&self) -> io::Result<String> {
+        let mut hash = crc32fast::Hasher::new();
+        for name in FILES {
+            let mut file = io::BufReader::new(File::open(self.directory.join(name))?);
+            loop {
+                let bytes = file.fill_buf()?;
+                if bytes.is_empty() {
+                    break;
+                }
+                hash.update(bytes);
+                let read = bytes.len();
+                file.consume(read);
+            }
+        }
+        Ok(format!("{:08x}", hash.finalize()))
+    }
 }
 
 /// An adapter that requests may name.
@@ -332,7 +356,7 @@ impl Adapters {
 
     fn read(&self, source: &AdapterSource) -> Result<Arc<LoadedAdapter>, AdapterError> {
         let Lora { trained, parameters, .. } = Lora::read_for(&source.directory, &self.places)?;
-        Ok(Arc::new(LoadedAdapter::new(&source.name, &trained, &parameters, &self.places)?))
+        Ok(Arc::new(LoadedAdapter::new(&source.name, &trained, parameters, &self.places)?))
     }
 
     /// Reads an adapter into the memory that is meant for those that don't stay.

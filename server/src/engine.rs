@@ -36,6 +36,8 @@ use crate::{
 
 /// The KV cache's size when no flag gives one.
 const DEFAULT_KV_BYTES: u64 = 512 << 20;
+/// The part of a budget that a large KV cache takes at most: the more sequences a step has, the more tokens use each expert that is read.
+const LARGE_KV_SHARE: u64 = 4;
 /// The part of the memory that adapters which are added while it runs may take when no flag says how much.
 const ADAPTER_SHARE: u64 = 8;
 
@@ -52,6 +54,8 @@ pub struct EngineOptions {
     pub memory: Option<u64>,
     /// Bytes for the KV cache.
     pub kv_memory: Option<u64>,
+    /// If none are given, as many as there may be: throughput counts, and whatever else the machine could do with them doesn't.
+    pub large_kv: bool,
     /// Sequences in one step.
     pub max_num_seqs: usize,
     /// Tokens in one step.
@@ -361,7 +365,7 @@ impl StoredBytes {
 
 impl Loaded {
     /// All weights of a model, but for `experts`.
-    fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
+    pub fn all(info: &ModelInfo, experts: Option<&UnopenedExperts>) -> Self {
         let stored = experts.map_or(0, |_| info.routed_bytes());
         let weights = host::rss_bytes().unwrap_or(info.weight_bytes - stored);
         Self { weights, ahead: 0, experts: experts.map(StoredBytes::of) }
@@ -417,8 +421,9 @@ impl MemorySplit {
         let held = loaded.weights.saturating_add(step).saturating_add(adapters);
         let memory = ExpertMemory { slot_bytes: stored.slot, count: experts, least, staging_bytes: stored.staging };
         let room = budget.bytes().map(|bytes| {
+            let most = if options.large_kv { bytes / LARGE_KV_SHARE } else { default_kv_bytes(Some(bytes)) };
             // Half of it: experts are worth more than a long context.
-            default_kv_bytes(Some(bytes)).min(bytes.saturating_sub(held.saturating_add(memory.least_bytes())) / 2)
+            most.min(bytes.saturating_sub(held.saturating_add(memory.least_bytes())) / 2)
         });
         let free = host::free_memory_bytes().map(|free| free.saturating_sub(loaded.ahead));
         let kv = KvPlan::new(options, room, free, info, formats)?;
@@ -544,7 +549,7 @@ pub fn open(model: Option<&str>) -> Result<Checkpoint> {
 }
 
 /// The names asked for; else the checkpoint's own, and what it was opened by.
-fn served_names(options: &EngineOptions, checkpoint: &Checkpoint) -> Vec<String> {
+pub fn served_names(options: &EngineOptions, checkpoint: &Checkpoint) -> Vec<String> {
     if !options.served_names.is_empty() {
         return options.served_names.clone();
     }
@@ -593,6 +598,7 @@ impl KvPlan {
         let sizes = KvSizes {
             block_bytes,
             max_num_seqs: options.max_num_seqs,
+            large: options.large_kv,
             asked_bytes: options.kv_memory,
             asked_len: options.max_model_len,
             trained_len: info.max_position_embeddings,
@@ -614,6 +620,7 @@ impl KvPlan {
 struct KvSizes {
     block_bytes: usize,
     max_num_seqs: usize,
+    large: bool,
     asked_bytes: Option<u64>,
     asked_len: Option<usize>,
     trained_len: usize,
@@ -653,18 +660,21 @@ impl KvSizes {
     }
 
     /// As much as all sequences could use, but no more than the default, a quarter of the free memory and what a budget
-    /// leaves; one sequence of the length asked for may exceed the default.
+    /// leaves; one sequence of the length asked for may exceed the default. A large one is bounded by half of the free memory in
+    /// place of the default.
     fn default_blocks(self, wanted_len: usize) -> usize {
         let one_sequence = wanted_len.div_ceil(BLOCK_SIZE);
         let useful = one_sequence.saturating_mul(self.max_num_seqs);
-        let quarter = self.free_bytes.map_or(usize::MAX, |bytes| self.blocks_in(bytes / 4));
-        let mut default = self.blocks_in(DEFAULT_KV_BYTES);
+        let share = if self.large { 2 } else { 4 };
+        let of_free = self.free_bytes.map_or(usize::MAX, |bytes| self.blocks_in(bytes / share));
+        let mut default =
+            if self.large && self.free_bytes.is_some() { of_free } else { self.blocks_in(DEFAULT_KV_BYTES) };
         if self.asked_len.is_some() {
             default = default.max(one_sequence);
         }
         // A budget with no room for a block is refused by those who know what it would need.
         let room = self.room_bytes.map_or(usize::MAX, |bytes| self.blocks_in(bytes).max(1));
-        useful.min(default).min(quarter).min(room)
+        useful.min(default).min(of_free).min(room)
     }
 
     fn blocks_in(self, bytes: u64) -> usize {
@@ -687,6 +697,7 @@ mod tests {
     const SIZES: KvSizes = KvSizes {
         block_bytes: 1 << 20,
         max_num_seqs: 4,
+        large: false,
         asked_bytes: None,
         asked_len: None,
         trained_len: 1024,
@@ -716,6 +727,14 @@ mod tests {
         let sizes = KvSizes { room_bytes: Some(50 << 20), ..SIZES };
         assert_eq!(sizes.fit().unwrap().0, 50);
         assert_eq!(KvSizes { room_bytes: Some(0), ..SIZES }.fit().unwrap().0, 1);
+    }
+
+    #[test]
+    fn a_large_one_takes_half_of_the_free_memory_if_its_sequences_can_use_it() {
+        let sizes = KvSizes { large: true, trained_len: 1 << 20, ..SIZES };
+        assert_eq!(sizes.fit().unwrap().0, 8 << 10);
+        assert_eq!(KvSizes { room_bytes: Some(50 << 20), ..sizes }.fit().unwrap().0, 50);
+        assert_eq!(KvSizes { large: true, ..SIZES }.fit().unwrap().0, 4 * 64);
     }
 
     #[test]

@@ -2,15 +2,17 @@
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
 //! it through [`generation`]; [`adapters`] has those that are served beside the model; [`finetune`] trains, [`storage`] keeps what
-//! outlives a server; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
+//! outlives a server; [`batch`] and [`score`] work on the lines of a file, whose long runs [`lines`] keeps whole; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
 mod adapters;
+mod batch;
 mod cli;
 mod engine;
 mod finetune;
 mod generation;
 mod host;
 mod http;
+mod lines;
 mod measure;
 mod memory;
 mod metrics;
@@ -19,6 +21,7 @@ mod profile;
 mod progress;
 mod random;
 mod routing_trace;
+mod score;
 mod storage;
 #[cfg(test)]
 mod testing;

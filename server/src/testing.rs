@@ -35,6 +35,7 @@ pub fn engine_options() -> EngineOptions {
         threads: Some(1),
         memory: None,
         kv_memory: None,
+        large_kv: false,
         max_num_seqs: 2,
         max_num_batched_tokens: 512,
         max_model_len: None,

@@ -59,6 +59,17 @@ fn curl_works() {
 }
 
 #[test]
+fn the_file_of_requests_is_answered() {
+    let folder = tempfile::tempdir().unwrap();
+    let cadre = binary::cadre().to_str().unwrap();
+    let script = block("sh", "requests.jsonl").replace("cargo run --release --", cadre);
+    let output = Command::new("bash").args(["-euc", &script]).current_dir(folder.path()).output().unwrap();
+    python::assert_success(&script, &output);
+    let results = std::fs::read_to_string(folder.path().join("results.jsonl")).unwrap();
+    assert!(results.contains("15 + 17 = 32.") && results.lines().count() == 2, "{results}");
+}
+
+#[test]
 fn the_python_example_works() {
     let interpreter = python::interpreter();
     let server = Server::start_unnamed(&[]);

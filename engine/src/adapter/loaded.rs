@@ -40,11 +40,12 @@ pub(super) struct LowRank {
 }
 
 impl LoadedAdapter {
-    /// Lays out the adapters `trained`, whose numbers are `parameters`, for a decoder that has `places`.
+    /// Lays out the adapters `trained`, whose numbers are `parameters`, for a decoder that has `places`. Numbers that are laid out
+    /// leave: an adapter is never in memory twice.
     ///
     /// # Errors
     /// When an adapter is of a place that the decoder hasn't.
-    pub fn new(name: &str, trained: &Trained, parameters: &Parameters, places: &[PlaceInfo]) -> Result<Self> {
+    pub fn new(name: &str, trained: &Trained, mut parameters: Parameters, places: &[PlaceInfo]) -> Result<Self> {
         static LAST_ID: AtomicU64 = AtomicU64::new(0);
         let mut matrices = HashMap::new();
         for info in places {
@@ -53,9 +54,10 @@ impl LoadedAdapter {
                 let paired = matches!(info.place, Place::GateUp { .. } | Place::SharedGateUp { .. });
                 let gate = paired.then_some(info.outputs() / 2);
                 let outputs = gate.map_or(info.outputs(), |gate| 2 * gate.next_multiple_of(PANEL));
-                let values = AdapterValues { adapters, parameters, paired: gate };
+                let values = AdapterValues { adapters, parameters: &parameters, paired: gate };
                 let (a, b) = (values.a_transposed(info.inputs), values.b_transposed(outputs));
                 matrices.insert(info.place, LowRank { rank: values.rank(), a, b });
+                adapters.iter().flat_map(|adapter| [adapter.a, adapter.b]).for_each(|id| parameters.remove(id));
             }
         }
         let mut adapted = trained.matrices().filter(|(_, matrix)| !matrix.adapters.is_empty());

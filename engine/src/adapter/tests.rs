@@ -74,7 +74,7 @@ fn adapter(seed: usize, fused: bool) -> (Arc<LoadedAdapter>, Deltas) {
         }
         deltas.push((info.place, delta));
     }
-    (Arc::new(LoadedAdapter::new("test", &trained, &parameters, &places()).unwrap()), deltas)
+    (Arc::new(LoadedAdapter::new("test", &trained, parameters, &places()).unwrap()), deltas)
 }
 
 fn expert_value(expert: usize, part: ExpertPart, row: usize, column: usize) -> f32 {
@@ -256,7 +256,7 @@ fn an_adapter_of_another_model_is_refused() {
     let (a, b) = (push([1, 8]), push([8, 1]));
     let place = Place::AttentionOutput { layer: 3 };
     trained.of_mut(place).adapters.push(Adapter { rows: 0..8, a, b, rank: 1, scale: 1.0 });
-    let error = LoadedAdapter::new("mine", &trained, &parameters, &places()).unwrap_err().to_string();
+    let error = LoadedAdapter::new("mine", &trained, parameters, &places()).unwrap_err().to_string();
     assert!(error.contains("mine") && error.contains("layer: 3"), "{error}");
 }
 

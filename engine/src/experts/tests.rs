@@ -185,7 +185,7 @@ fn adapter() -> Arc<LoadedAdapter> {
             places.push(PlaceInfo { place, inputs, format: Format::F32, modules });
         }
     }
-    Arc::new(LoadedAdapter::new("test", &trained, &parameters, &places).unwrap())
+    Arc::new(LoadedAdapter::new("test", &trained, parameters, &places).unwrap())
 }
 
 /// Every expert of a layer is used.

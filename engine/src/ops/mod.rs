@@ -18,7 +18,7 @@ pub use attention::{attention, split_qkv};
 pub use ffn::{FfnAdapters, Routes, grouped_ffn, route, stored_ffn};
 pub use linear::linear;
 pub use norm::rms_norm;
-pub use rows::{add, embed, select_rows, values};
+pub use rows::{add, embed, from_values, select_rows, values};
 
 use crate::{Error, Result, Tensor};
 

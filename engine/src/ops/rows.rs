@@ -46,6 +46,14 @@ pub fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     })
 }
 
+/// A tensor `[rows, width]` of these values, row after row.
+///
+/// # Errors
+/// When there is no memory for it.
+pub fn from_values(values: Vec<f32>, width: usize) -> Result<Tensor> {
+    output(values, width)
+}
+
 /// Gives the values of a tensor, row after row, to `f`.
 ///
 /// # Errors

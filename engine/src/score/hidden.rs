@@ -2,8 +2,6 @@
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
-use candle_core::Device;
-
 use crate::{Error, Result, Tensor, ops};
 
 /// f32 `[rows, width]`, in memory or in a file.
@@ -33,7 +31,7 @@ impl Hidden {
                 values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
             }
         };
-        Ok(Tensor::from_vec(values, (rows.len(), self.width), &Device::Cpu)?)
+        ops::from_values(values, self.width)
     }
 
     pub(super) fn write(&mut self, rows: Range<usize>, values: &Tensor) -> Result<()> {

@@ -62,18 +62,49 @@ fn adapter(passage: &Passage) -> u64 {
     passage.adapter.as_ref().map_or(0, |adapter| adapter.id())
 }
 
+/// The passages in an order in which those that begin alike stand together. It descends: what begins another one comes after
+/// it, and adds nothing to it.
+fn sorted(passages: &[Passage]) -> Vec<usize> {
+    let key = |&index: &usize| (adapter(&passages[index]), &passages[index].tokens[..passages[index].computed()]);
+    let mut order: Vec<usize> = (0..passages.len()).collect();
+    order.sort_by(|one, other| key(other).cmp(&key(one)));
+    order
+}
+
+/// The passages in the order of [`sorted`], each with the one that has to be computed before it, so that all blocks that it
+/// shares with any before it are there.
+pub(super) fn in_turn(passages: &[Passage]) -> Vec<(usize, Option<usize>)> {
+    // Of the blocks at hand, up to which one, and who computes the last of these.
+    let mut owners: Vec<(usize, usize)> = Vec::new();
+    let mut before = None;
+    let turn = |index: usize| {
+        let passage = &passages[index];
+        let shared = before.replace(passage).map_or(0, |before| shared_blocks(before, passage));
+        let begins = |owners: &[(usize, usize)]| owners.len().checked_sub(2).map_or(0, |at| owners[at].0);
+        while !owners.is_empty() && begins(&owners) >= shared {
+            owners.pop();
+        }
+        if let Some(last) = owners.last_mut() {
+            last.0 = shared.min(last.0);
+        }
+        let needs = owners.last().map(|(_, owner)| *owner);
+        let blocks = passage.computed() / BLOCK_SIZE;
+        if blocks > shared {
+            owners.push((blocks, index));
+        }
+        (index, needs)
+    };
+    sorted(passages).into_iter().map(turn).collect()
+}
+
 impl Rows {
     /// Lays out `passages` in chunks of at most `chunk_rows` rows, in each of which at most `chunk_blocks` blocks are begun;
     /// both at least 1.
     pub(super) fn new(passages: &[Passage], chunk_rows: usize, chunk_blocks: usize) -> Self {
-        let key = |&index: &usize| (adapter(&passages[index]), &passages[index].tokens[..passages[index].computed()]);
-        let mut order: Vec<usize> = (0..passages.len()).collect();
-        // Descending: what begins another one comes after it, and adds nothing.
-        order.sort_by(|one, other| key(other).cmp(&key(one)));
         let mut layout = Layout::new(chunk_rows.max(1), chunk_blocks.max(1));
         let mut targets = Vec::new();
         let mut before = None;
-        for index in order {
+        for index in sorted(passages) {
             let passage = &passages[index];
             layout.add(index, passage, before);
             targets.extend(layout.targets(index, passage));

@@ -94,6 +94,26 @@ fn what_passages_begin_with_is_computed_once() {
 }
 
 #[test]
+fn in_turn_a_beginning_comes_before_those_that_need_it() {
+    let stem = |length: u32| (0..length).map(|at| at % 50).collect::<Vec<_>>();
+    let with = |length, end: &[u32]| passage([&stem(length)[..], end].concat(), 1, vec![1]);
+    // Two choices of one prompt, two of another one that begins alike, and a stranger.
+    let passages = [
+        with(64, &[50, 1]),
+        with(64, &[51, 1]),
+        with(32, &[52; 40]),
+        with(32, &[52; 41]),
+        passage(vec![63; 40], 1, vec![]),
+    ];
+    let turns = in_turn(&passages);
+    let needs = |index: usize| turns.iter().find(|turn| turn.0 == index).expect("each has a turn").1;
+    assert_eq!((needs(4), needs(3), needs(2)), (None, None, Some(3)), "{turns:?}");
+    assert_eq!((needs(1), needs(0)), (Some(3), Some(1)), "the first blocks are 3's, the others 1's: {turns:?}");
+    let place = |index: usize| turns.iter().position(|turn| turn.0 == index);
+    assert!(turns.iter().all(|(index, needs)| needs.is_none_or(|needs| place(needs) < place(*index))));
+}
+
+#[test]
 fn logits_that_are_not_finite_are_their_own_passage_s_error() {
     let passages =
         [passage(vec![1, 2, 3], 0, vec![]), passage(vec![1, POISONS, 3], 0, vec![]), passage(vec![4, 5], 0, vec![])];

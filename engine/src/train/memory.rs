@@ -74,7 +74,20 @@ impl StepMemory {
     /// What a step needs at least.
     #[must_use]
     pub fn least(&self) -> u64 {
-        (self.inputs + self.layer.max(self.head)).saturating_add(self.parameters)
+        (self.inputs + self.work() + self.holes()).saturating_add(self.parameters)
+    }
+
+    /// One layer's work and the head's. They take turns, but what one of them gives back lies in pieces between what stays: the
+    /// other can't have it.
+    #[must_use]
+    pub fn work(&self) -> u64 {
+        self.layer + self.head
+    }
+
+    /// What is free between buffers, but too short for others: measured as a fiftieth of what these take, counted as more.
+    #[must_use]
+    pub fn holes(&self) -> u64 {
+        (self.inputs + self.work()) / 16
     }
 }
 

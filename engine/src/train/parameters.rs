@@ -43,6 +43,12 @@ impl Parameters {
         &self.all[id.0]
     }
 
+    /// Lets go of the numbers of one; its place stays, and has none.
+    pub(crate) fn remove(&mut self, id: ParameterId) {
+        let Parameter { shape, values, .. } = &mut self.all[id.0];
+        (*shape, *values) = (vec![0], Vec::new());
+    }
+
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
         self.all.iter()

@@ -27,6 +27,12 @@ impl Default for Workspace {
     }
 }
 
+/// How many values a new buffer for `len` has: one of few sizes, so that it serves others later. Experts have other numbers of
+/// rows in each step: buffers made to measure would be made anew, in memory that lies in pieces.
+fn size(len: usize) -> usize {
+    len.next_multiple_of((len.next_power_of_two() / 8).max(1))
+}
+
 struct Spare {
     buffer: Vec<f32>,
     /// The step in which it was last used.
@@ -41,7 +47,8 @@ impl Workspace {
         let fits = |spare: &Spare| (len..=len + len / 4).contains(&spare.buffer.capacity());
         let fitting = (0..spare.len()).filter(|&index| fits(&spare[index]));
         let Some(best) = fitting.min_by_key(|&index| spare[index].buffer.capacity()) else {
-            self.out.set(self.out.get() + len);
+            let size = size(len);
+            self.out.set(self.out.get() + size);
             let beyond = |kept: usize| self.out.get().saturating_add(kept) > self.limit.get();
             let count = spare.iter().take_while(|spare| {
                 let is_beyond = beyond(self.kept.get());
@@ -52,7 +59,9 @@ impl Workspace {
             });
             let count = count.count();
             drop(spare.drain(..count));
-            return vec![0.0; len];
+            let mut buffer = vec![0.0; size];
+            buffer.truncate(len);
+            return buffer;
         };
         let mut buffer = spare.remove(best).buffer;
         self.kept.set(self.kept.get() - buffer.capacity());
@@ -102,19 +111,28 @@ mod tests {
     #[test]
     fn the_longest_spare_make_room_within_a_limit() {
         let workspace = Workspace::default();
-        workspace.limit(4 * 1000);
-        let buffers = [100, 200, 300].map(|len| workspace.take(len));
+        workspace.limit(4 * 1088);
+        let buffers = [128, 256, 320].map(|len| workspace.take(len));
         buffers.into_iter().for_each(|buffer| workspace.give(buffer));
         let sizes = || workspace.spare.borrow().iter().map(|spare| spare.buffer.capacity()).collect::<Vec<_>>();
-        let first = workspace.take(400);
-        assert_eq!(sizes(), [100, 200, 300], "1000 in all");
-        let second = workspace.take(250);
-        assert_eq!((second.capacity(), sizes()), (300, vec![100, 200]), "one was there");
-        let third = workspace.take(500);
-        assert_eq!(sizes(), [0; 0], "1200 are out");
+        let first = workspace.take(384);
+        assert_eq!(sizes(), [128, 256, 320], "1088 in all");
+        let second = workspace.take(280);
+        assert_eq!((second.capacity(), sizes()), (320, vec![128, 256]), "one was there");
+        let third = workspace.take(512);
+        assert_eq!(sizes(), [0; 0], "1216 are out");
         [third, first].into_iter().for_each(|buffer| workspace.give(buffer));
-        assert_eq!(sizes(), [500, 400]);
-        assert_eq!((workspace.take(10).capacity(), sizes()), (10, vec![400]));
+        assert_eq!(sizes(), [512, 384]);
+        assert_eq!((workspace.take(10).capacity(), sizes()), (10, vec![384]));
+    }
+
+    #[test]
+    fn a_new_buffer_serves_somewhat_longer_values_later() {
+        let workspace = Workspace::default();
+        let buffer = workspace.take(900);
+        assert_eq!(buffer.len(), 900);
+        workspace.give(buffer);
+        assert_eq!((workspace.take(1000).len(), workspace.spare.borrow().len()), (1000, 0));
     }
 
     #[test]
@@ -125,7 +143,7 @@ mod tests {
         }
         let buffer = workspace.take(110);
         assert_eq!((buffer.len(), buffer.capacity(), buffer[0]), (110, 120, 1.0));
-        assert_eq!(workspace.take(500).capacity(), 500, "a much larger one stays");
+        assert_eq!(workspace.take(512).capacity(), 512, "a much larger one stays");
         assert_eq!(workspace.zeros(900), vec![0.0; 900]);
         workspace.give(buffer);
         workspace.end_step();

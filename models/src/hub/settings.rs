@@ -41,7 +41,7 @@ impl HubSettings {
         };
         // hf-hub links snapshots to blobs by relative paths, which it can only make of absolute ones.
         let home =
-            std::path::absolute(&home).map_err(|source| Error::Read { file: home.display().to_string(), source })?;
+            std::path::absolute(&home).map_err(|reason| Error::Read { file: home.display().to_string(), reason })?;
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
         let endpoint = endpoint.trim_end_matches('/').to_owned();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {

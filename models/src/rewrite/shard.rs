@@ -148,7 +148,7 @@ impl Writing<'_> {
         check: &dyn Fn(&[TensorChange]) -> Result<()>,
     ) -> Result<()> {
         self.put(shard, &mut Sink::There(there, 0), check).map_err(|stopped| match stopped {
-            Stopped::Io(source) => Error::Read { file: there.label().to_owned(), source },
+            Stopped::Io(reason) => Error::Read { file: there.label().to_owned(), reason },
             Stopped::Other(error) => error,
         })
     }

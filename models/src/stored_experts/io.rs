@@ -35,7 +35,7 @@ pub(super) fn choose<T>(asked: Option<Io>, set_up: impl FnOnce() -> io::Result<T
     }
     match set_up() {
         Ok(ring) => Ok(Some(ring)),
-        Err(source) if asked.is_some() => Err(Error::IoUring { source }),
+        Err(reason) if asked.is_some() => Err(Error::IoUring { reason }),
         Err(error) => {
             tracing::info!(%error, "the system refuses io_uring: experts are read by threads");
             Ok(None)

@@ -34,7 +34,7 @@ impl Pack {
     /// The tier that reads it, in the way that is `asked` for, or in the better one that can be had.
     pub(super) fn open(self, asked: Option<Io>) -> Result<Box<dyn Tier>> {
         let name = self.name.clone();
-        let failed = |source| Error::Read { file: name, source };
+        let failed = |reason| Error::Read { file: name, reason };
         #[cfg(target_os = "linux")]
         if let Some(ring) = choose(asked, super::uring::set_up)? {
             return Ok(Box::new(ring::RingTier::start(self, ring).map_err(failed)?));

@@ -49,8 +49,8 @@ impl Rig {
     /// A store of the pack that reads in this way; `None` if the system doesn't have it.
     fn store(&self, io: Io, slots: usize) -> Option<ExpertStore> {
         match (UnopenedExperts { io: Some(io), ..self.unopened() }).open(slots) {
-            Err(crate::Error::IoUring { source }) => {
-                eprintln!("io_uring isn't tested: {source}");
+            Err(crate::Error::IoUring { reason }) => {
+                eprintln!("io_uring isn't tested: {reason}");
                 None
             }
             store => Some(store.unwrap()),

@@ -113,6 +113,10 @@ impl Watcher for Terminal<'_> {
     }
 
     fn saved(&mut self, _: u64) {}
+
+    fn saves_what_is_stopped(&mut self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The command line: one subcommand, one file. What several share is here: the engine's flags, sizes, logging.
 
+mod batch;
 mod bench;
 mod chat;
 mod finetune;
@@ -8,6 +9,7 @@ mod inspect;
 mod merge;
 mod pack;
 mod plan;
+mod score;
 mod serve;
 mod terminal;
 
@@ -16,11 +18,12 @@ use std::{path::PathBuf, str::FromStr};
 use anyhow::Result;
 use cadre_engine::compute::Compute;
 use cadre_engine::{kv::KvDtype, nn::Format};
-use cadre_models::FormatOptions;
+use cadre_models::{Checkpoint, FormatOptions};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::{Map, Value};
 use tracing_subscriber::EnvFilter;
 
-use crate::{engine::EngineOptions, finetune::FinetuneArgs};
+use crate::{adapters::AdapterSource, engine::EngineOptions, finetune::FinetuneArgs};
 
 /// Serves mixture-of-experts language models on small hardware.
 #[derive(Debug, Parser)]
@@ -38,12 +41,16 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk with the model in this terminal
     Chat(chat::ChatArgs),
+    /// Tell how likely the texts of a file are: log-likelihoods, choices, labels
+    Score(score::ScoreArgs),
     /// Show what a checkpoint is: architecture, parameters, bytes by part, chat template
     Inspect(inspect::InspectArgs),
     /// Write a checkpoint whose weights lie as they are computed with, quantised if asked for
     Pack(pack::PackArgs),
     /// Tell how a model would divide the memory, and how fast it would be on this machine
     Plan(plan::PlanArgs),
+    /// Answer the requests of a file, as many at once as memory holds; run again, it goes on where it was
+    Batch(batch::BatchArgs),
     /// Fine-tune the weights that are served: LoRA adapters of attention, experts and the rest
     Finetune(Box<FinetuneArgs>),
     /// Merge an adapter into a checkpoint's weights, or average the last checkpoints of a fine-tuning run
@@ -64,9 +71,11 @@ pub fn run() -> Result<()> {
         Command::Serve(args) => serve::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Finetune(args) => finetune::run(*args),
         Command::Merge(args) => merge::run(&args),
         Command::Bench(args) => bench::run(&args),
@@ -138,6 +147,7 @@ impl EngineArgs {
             threads: self.threads.map(usize::from),
             memory: self.memory,
             kv_memory: self.kv_memory,
+            large_kv: false,
             max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
@@ -154,6 +164,21 @@ impl EngineArgs {
             adapter_memory: None,
         }
     }
+}
+
+/// What of the engine's flags decides the bytes of a resumable run, by name.
+fn deciding(options: &EngineOptions, model: &Checkpoint) -> Result<Map<String, Value>> {
+    let formats = options.formats;
+    let name = |value: Option<String>| value.map_or(Value::Null, Value::from);
+    let deciding = [
+        ("model", model.fingerprint()?.into()),
+        ("format", name(formats.format.map(|format| format.to_string()))),
+        ("experts_format", name(formats.experts.map(|format| format.to_string()))),
+        ("dense_format", name(formats.dense.map(|format| format.to_string()))),
+        ("kv_dtype", name(options.kv_dtype.map(|dtype| dtype.to_string()))),
+        ("instructions", Compute::new(1).isa.to_string().into()),
+    ];
+    Ok(deciding.map(|(name, value)| (name.to_owned(), value)).into_iter().collect())
 }
 
 /// The flags that say what weights are packed as.
@@ -214,6 +239,16 @@ impl From<KvDtypeArg> for Option<KvDtype> {
             KvDtypeArg::Bf16 => Some(KvDtype::Bf16),
             KvDtypeArg::Int8 => Some(KvDtype::Int8),
         }
+    }
+}
+
+/// `NAME=DIR`
+fn adapter_source(text: &str) -> Result<AdapterSource, String> {
+    match text.split_once('=') {
+        Some((name, directory)) if !name.is_empty() && !directory.is_empty() => {
+            Ok(AdapterSource { name: name.to_owned(), directory: directory.into() })
+        }
+        _ => Err(format!("expected NAME=DIR, found `{text}`")),
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use super::{EngineArgs, at_least_one, parse_bytes};
+use super::{EngineArgs, adapter_source, at_least_one, parse_bytes};
 use crate::{
     adapters::AdapterSource,
     engine::{self, EngineOptions},
@@ -117,16 +117,6 @@ impl ServeArgs {
             adapter_memory: self.adapter_memory,
             ..options
         })
-    }
-}
-
-/// `NAME=DIR`
-fn adapter_source(text: &str) -> Result<AdapterSource, String> {
-    match text.split_once('=') {
-        Some((name, directory)) if !name.is_empty() && !directory.is_empty() => {
-            Ok(AdapterSource { name: name.to_owned(), directory: directory.into() })
-        }
-        _ => Err(format!("expected NAME=DIR, found `{text}`")),
     }
 }
 

@@ -180,7 +180,7 @@ fn request(
     let fields = Fields::new(&body);
     let asked = fields.count("max_tokens", 1, u32::MAX)?;
     let max_tokens = asked.map_or(MaxTokens::Default(u32::MAX), MaxTokens::Asked);
-    let shared = Shared::parse(fields, served, max_tokens)?;
+    let shared = Shared::parse(fields, served, max_tokens, None)?;
     let prompt = match prompt {
         Prompt::Messages(_) => chat::prompt(served, fields, false)?,
         Prompt::Raw(text) => served.tokenizer.encode(text, true).map_err(ApiError::internal)?,

@@ -7,6 +7,8 @@ use super::FinetuneArgs;
 /// The learning rate that a multiplier of 1 stands for.
 const LEARNING_RATE: f64 = 2e-4;
 const MULTIPLIER: &str = "learning_rate_multiplier";
+/// What no hyperparameter is larger or smaller than; messages have digits for those between.
+const NUMBERS: std::ops::RangeInclusive<f64> = 1e-15..=1e15;
 /// OpenAI's, each with its default and with the one of ours that is given in its place.
 const OPENAIS: [(&str, u64, Option<&str>); 3] =
     [("n_epochs", 3, Some("max_steps")), ("batch_size", 4, None), (MULTIPLIER, 1, Some("learning_rate"))];
@@ -96,6 +98,13 @@ pub fn fields(hyperparameters: &Map<String, Value>) -> Result<Map<String, Value>
             HyperparameterError::of(name, message)
         };
         let flag = flag(name).ok_or_else(unknown)?;
+        if let Some(number) = value.as_f64()
+            && number != 0.0
+            && !NUMBERS.contains(&number.abs())
+        {
+            let message = format!("`{name}` must be a number that could be meant, found {value}");
+            return Err(HyperparameterError::of(name, message));
+        }
         if name != MULTIPLIER {
             return Ok((flag, value.clone()));
         }
@@ -170,11 +179,14 @@ mod tests {
             (json!({"n_epochs": 3, "max_steps": 5}), "n_epochs", "max_steps"),
             (json!({"learning_rate_multiplier": 3, "learning_rate": 0.1}), "learning_rate_multiplier", "both"),
             (json!({"output": "/etc"}), "output", "not a hyperparameter"),
+            (json!({"rank": 1e300}), "rank", "found 1e+300"),
+            (json!({"learning_rate_multiplier": 1e300}), "learning_rate_multiplier", "found 1e+300"),
+            (json!({"dropout": -1e-300}), "dropout", "found -1e-300"),
         ] {
             let error = completed(given.clone()).unwrap_err();
             assert_eq!(error.name.as_deref(), Some(name), "{given}: {error}");
             assert!(error.message.contains(name) && error.message.contains(word), "{given}: {error}");
-            assert!(!error.message.contains("--"), "{given}: {error}");
+            assert!(!error.message.contains("--") && error.message.len() < 500, "{given}: {error}");
         }
     }
 }

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     adapters::{self, AdapterSource, Adapters},
     metrics,
-    storage::{EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError, Upload},
+    storage::{Checkpoint, EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError, Upload},
 };
 
 /// What model names have in the place of OpenAI's organization.
@@ -171,8 +171,6 @@ impl Jobs {
             jobs.serve_again(&job)?;
         }
         for job in jobs.storage.jobs_of_others(&jobs.base.fingerprint)? {
-            const OTHER: &str =
-                "The job belongs to another model than this server's: it waits for a server with that one";
             tracing::warn!(
                 job = job.id,
                 model = job.asked.model,
@@ -180,7 +178,11 @@ impl Jobs {
             );
             if !job.status.is_final() {
                 jobs.storage.set_status(&job.id, &[JobStatus::Running], JobStatus::Queued)?;
-                jobs.storage.add_event(&job.id, Level::Warn, OTHER, EventKind::Message)?;
+                let message = format!(
+                    "The job belongs to another model than this server's, {}: it waits for a server with its own",
+                    jobs.base.names.join(", ")
+                );
+                jobs.storage.add_event_once(&job.id, Level::Warn, &message)?;
             }
         }
         jobs.show_counts();
@@ -428,14 +430,25 @@ impl Jobs {
             Err(error) => match error.downcast::<StorageError>() {
                 Ok(error) => return Err(error),
                 Err(error) if lacks_space(&error) => {
-                    let message = format!(
-                        "The job was paused: {error:#}. Make room and resume it: it goes on from its latest checkpoint"
+                    const FULL: &str = "The job was paused: the server's disk has no space left. Make room and resume it: it \
+                                        goes on from its latest checkpoint";
+                    tracing::warn!(
+                        job = id,
+                        error = format!("{error:#}"),
+                        "a fine-tuning job waits for space on the disk"
                     );
                     self.storage.set_paused(id, true)?;
                     self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued)?;
-                    self.storage.add_event(id, Level::Warn, &message, EventKind::Message)?;
+                    self.storage.add_event(id, Level::Warn, FULL, EventKind::Message)?;
                 }
-                Err(error) => self.fail(id, "training_failed", &format!("{error:#}"), None)?,
+                Err(error) if is_servers(&error) => {
+                    const WHY: &str = "the server failed while it trained; its log says why";
+                    tracing::error!(job = id, error = format!("{error:#}"), "a fine-tuning job can't go on");
+                    self.fail(id, "server_error", WHY, None)?;
+                }
+                Err(error) => {
+                    self.fail(id, "training_failed", &hyperparameters::by_names(&format!("{error:#}")), None)?;
+                }
             },
         }
         drop(turn);
@@ -450,16 +463,8 @@ impl Jobs {
         let each = steps_between_checkpoints(prepared.data.steps(1.0), prepared.steps);
         (settings.save_every, settings.eval_every) = (each, each);
         let resume = run::has_begun(&settings.output)?;
-        let mut watcher = JobWatcher {
-            jobs: self,
-            job,
-            steps: 0,
-            told: [0; 2],
-            tokens: 0,
-            first: None,
-            trained: None,
-            held_out: None,
-        };
+        let mut watcher =
+            JobWatcher { jobs: self, job, steps: 0, told: [0; 2], tokens: 0, first: None, latest: [None, None] };
         let ended = run::run(&settings, prepared, resume, stop, &mut watcher)?;
         if let Ended::Finished { .. } = ended {
             let model = self.model_name(job);
@@ -568,6 +573,14 @@ fn lacks_space(error: &anyhow::Error) -> bool {
     kinds.into_iter().any(|kind| matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
 }
 
+/// Whether something is wrong with the server's files, of which clients know neither names nor places.
+fn is_servers(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let is_read = matches!(cause.downcast_ref(), Some(cadre_engine::Error::Fetch { .. }));
+        is_read || cause.is::<io::Error>() || cause.is::<cadre_models::Error>() || cause.is::<DatasetError>()
+    })
+}
+
 /// What a panic said.
 fn said(panic: &(dyn Any + Send)) -> &str {
     let owned = panic.downcast_ref::<String>().map(String::as_str);
@@ -585,15 +598,54 @@ struct JobWatcher<'a> {
     tokens: u64,
     /// The first step that this process makes.
     first: Option<(u64, Instant)>,
-    /// What the latest step found.
-    trained: Option<(f64, f64)>,
-    /// What the latest evaluation found.
-    held_out: Option<EvaluationLine>,
+    /// What the latest step and the latest evaluation found.
+    latest: [Option<Line>; 2],
 }
 
 impl JobWatcher<'_> {
     fn event(&self, level: Level, message: &str, kind: EventKind) {
         note(self.jobs.storage.add_event(&self.job.id, level, message, kind));
+    }
+
+    /// What is known of the job's checkpoints.
+    fn rows(&self) -> Vec<Checkpoint> {
+        self.jobs.storage.checkpoints(&self.job.id, None, u32::MAX as usize).map(|page| page.data).unwrap_or_default()
+    }
+
+    /// Whether nothing follows, because the job was cancelled.
+    fn is_done(&self) -> bool {
+        self.jobs.job(&self.job.id).is_ok_and(|job| job.status.is_final())
+    }
+
+    /// Serves the checkpoint of a step, which is as good as these lines of the log say, and no longer those that are gone.
+    fn list<'a>(&self, step: u64, lines: impl IntoIterator<Item = &'a Line>) {
+        let (id, storage) = (&self.job.id, &self.jobs.storage);
+        let folder = storage.job_folder(id);
+        let model = format!("{}:ckpt-step-{step}", self.jobs.model_name(self.job));
+        let mut found = Map::from_iter([("step".to_owned(), step.into())]);
+        for line in lines {
+            let values = match line {
+                Line::Step(line) if line.step + 1 == step => {
+                    [(TRAIN_LOSS, line.loss), ("train_mean_token_accuracy", line.accuracy)]
+                }
+                Line::Evaluation(line) if line.step == step => {
+                    [(VALID_LOSS, line.loss), ("full_valid_mean_token_accuracy", line.accuracy)]
+                }
+                _ => continue,
+            };
+            found.extend(values.map(|(name, value)| (name.to_owned(), value.into())));
+        }
+        let _state = self.jobs.state();
+        // Nothing has been learnt before the first step, and a job that was cancelled gets no more checkpoints.
+        if step == 0 || self.is_done() {
+            return;
+        }
+        note(storage.add_checkpoint(id, step, &model, &found.into()));
+        self.jobs.serve(&model, &checkpoint::folder(&folder, step));
+        for old in self.rows().into_iter().filter(|one| !checkpoint::folder(&folder, one.step).exists()) {
+            note(storage.remove_checkpoint(id, old.step));
+            self.jobs.base.adapters.unload(&old.model);
+        }
     }
 }
 
@@ -611,14 +663,19 @@ impl Watcher for JobWatcher<'_> {
         // Steps that are made again after a kill are told once.
         self.told = [TRAIN_LOSS, VALID_LOSS]
             .map(|number| self.jobs.storage.last_step_with(&self.job.id, number).unwrap_or_default());
-        let lines = StepLog::read(&self.jobs.storage.job_folder(&self.job.id).join(LOG_FILE)).unwrap_or_default();
+        let folder = self.jobs.storage.job_folder(&self.job.id);
+        let lines = StepLog::read(&folder.join(LOG_FILE)).unwrap_or_default();
         let tokens = lines.iter().map(|line| if let Line::Step(step) = line { step.tokens } else { 0 });
         self.tokens = tokens.sum();
+        // The server may have been killed between a checkpoint and its row.
+        let rows = self.rows();
+        let saved = checkpoint::found(&folder).unwrap_or_default().into_iter().map(|(step, _)| step);
+        saved.filter(|step| rows.iter().all(|row| row.step != *step)).for_each(|step| self.list(step, &lines));
     }
 
     fn step(&mut self, line: &StepLine) {
         self.tokens += line.tokens;
-        self.trained = Some((line.loss, line.accuracy));
+        self.latest[0] = Some(Line::Step(line.clone()));
         metrics::finetune_step(line.loss, line.tokens, line.seconds);
         let done = line.step + 1;
         if done.is_multiple_of(self.steps.div_ceil(STEPS_TOLD).clamp(1, MOST_STEPS_UNTOLD)) || done == self.steps {
@@ -653,37 +710,15 @@ impl Watcher for JobWatcher<'_> {
         if line.step > self.told[1] {
             self.event(Level::Info, &message, EventKind::Metrics(object(data)));
         }
-        self.held_out = Some(line.clone());
+        self.latest[1] = Some(Line::Evaluation(line.clone()));
     }
 
     fn saved(&mut self, step: u64) {
-        let id = &self.job.id;
-        let folder = self.jobs.storage.job_folder(id);
-        let model = format!("{}:ckpt-step-{step}", self.jobs.model_name(self.job));
-        let mut found = Map::from_iter([("step".to_owned(), step.into())]);
-        if let Some((loss, accuracy)) = self.trained {
-            found.extend([
-                (TRAIN_LOSS.to_owned(), loss.into()),
-                ("train_mean_token_accuracy".to_owned(), accuracy.into()),
-            ]);
-        }
-        if let Some(EvaluationLine { loss, accuracy, .. }) = self.held_out.as_ref().filter(|line| line.step == step) {
-            let values = [(VALID_LOSS, *loss), ("full_valid_mean_token_accuracy", *accuracy)];
-            found.extend(values.map(|(name, value)| (name.to_owned(), value.into())));
-        }
-        let _state = self.jobs.state();
-        // Nothing has been learnt before the first step, and a job that was cancelled gets no more checkpoints.
-        if step == 0 || self.jobs.job(id).is_ok_and(|job| job.status.is_final()) {
-            return;
-        }
-        note(self.jobs.storage.add_checkpoint(id, step, &model, &found.into()));
-        self.jobs.serve(&model, &checkpoint::folder(&folder, step));
-        let known =
-            self.jobs.storage.checkpoints(id, None, u32::MAX as usize).map(|page| page.data).unwrap_or_default();
-        for old in known.into_iter().filter(|one| !checkpoint::folder(&folder, one.step).exists()) {
-            note(self.jobs.storage.remove_checkpoint(id, old.step));
-            self.jobs.base.adapters.unload(&old.model);
-        }
+        self.list(step, self.latest.iter().flatten());
+    }
+
+    fn saves_what_is_stopped(&mut self) -> bool {
+        !self.is_done()
     }
 }
 

@@ -165,9 +165,9 @@ impl MemoryPlan {
         self.base + self.weights + self.experts + self.step.least() + kept
     }
 
-    /// What a step may hold beside what is trained.
+    /// What a step's buffers may take beside what is trained.
     pub fn room(&self) -> u64 {
-        self.budget - (self.base + self.weights + self.experts + self.step.parameters)
+        self.budget - (self.base + self.weights + self.experts + self.step.parameters + self.step.holes())
     }
 
     fn table(&self) -> String {
@@ -187,7 +187,8 @@ impl MemoryPlan {
             ("what is trained, with gradients and moments".to_owned(), self.step.parameters),
             ("layers' inputs".to_owned(), self.step.inputs),
             (again, kept),
-            ("one layer's work, or the head's".to_owned(), self.step.layer.max(self.step.head)),
+            ("one layer's work, and the head's".to_owned(), self.step.work()),
+            ("too short pieces between these".to_owned(), self.step.holes()),
             ("the process itself".to_owned(), self.base),
             (format!("peak, of {} that may be used", mebibytes(self.budget)), self.peak()),
         ];
@@ -251,7 +252,7 @@ impl Prepared {
         };
         ensure!(
             settings.routing_warmup_steps == 0 || trainee.changes_routers(),
-            "--routing-warmup-steps is for routers that are trained: name them in --targets, or use --method router"
+            "--routing-warmup-steps is for routers that are trained: name them in --targets"
         );
         let step = step(trainee.numbers());
         let plan = match served {

@@ -62,6 +62,8 @@ pub trait Watcher {
     fn evaluated(&mut self, line: &EvaluationLine);
     /// A checkpoint is safe on disk.
     fn saved(&mut self, step: u64);
+    /// Whether a run that is stopped is saved, to be gone on with.
+    fn saves_what_is_stopped(&mut self) -> bool;
 }
 
 /// How a run ended.
@@ -72,7 +74,7 @@ pub enum Ended {
         /// What there is now.
         made: String,
     },
-    /// It was asked to stop, and can be gone on with.
+    /// It was asked to stop, and can be gone on with if its watcher had it saved.
     Stopped {
         /// Steps made.
         step: u64,
@@ -99,7 +101,9 @@ pub fn run(
     if run.steps(stop)? {
         return Ok(Ended::Finished { made: run.finish(stop)? });
     }
-    run.save()?;
+    if run.watcher.saves_what_is_stopped() {
+        run.save()?;
+    }
     Ok(Ended::Stopped { step: run.position.step })
 }
 

@@ -3,12 +3,14 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::{
+    Json,
     http::{HeaderName, HeaderValue},
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
 
+use super::reproducible::Reproducible;
 use crate::{
     generation::{Delta, Finish, Usage},
     metrics,
@@ -26,9 +28,11 @@ pub struct Envelope {
 
 impl Envelope {
     /// A new answer, whose id begins with `prefix`.
-    pub fn new(prefix: &str, object: &'static str, model: &str) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        let id = format!("{prefix}-{:016x}{:016x}", random_seed(), random_seed());
+    pub fn new(prefix: &str, object: &'static str, model: &str, reproducible: Option<Reproducible>) -> Self {
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let random = || format!("{:016x}{:016x}", random_seed(), random_seed());
+        let id = format!("{prefix}-{}", reproducible.map_or_else(random, Reproducible::id));
+        let created = reproducible.map_or_else(now, |reproducible| reproducible.created);
         Self { id, object, created, model: model.to_owned() }
     }
 
@@ -42,6 +46,18 @@ impl Envelope {
         answer.insert("choices".to_owned(), choices.into());
         answer
     }
+}
+
+/// The answer with its usage, which who asks within this process finds among the response's extensions too.
+pub fn whole(mut answer: Map<String, Value>, used: Usage, reproducible: Option<Reproducible>) -> Response {
+    let mut told = usage(used);
+    if let (Some(_), Some(told)) = (reproducible, told.as_object_mut()) {
+        told.remove("prompt_tokens_details");
+    }
+    answer.insert("usage".to_owned(), told);
+    let mut response = Json(answer).into_response();
+    response.extensions_mut().insert(used);
+    response
 }
 
 /// OpenAI's usage object.
@@ -75,6 +91,9 @@ pub fn add_routed_experts(choice: &mut Map<String, Value>, delta: &Delta) {
     }
 }
 
+/// The header that names fields of the request that were ignored.
+pub const IGNORED: HeaderName = HeaderName::from_static("x-cadre-ignored");
+
 /// Tells the client which of its fields were ignored.
 pub fn name_ignored(response: &mut Response, unknown: &[String]) {
     const LIMIT: usize = 16;
@@ -86,6 +105,6 @@ pub fn name_ignored(response: &mut Response, unknown: &[String]) {
         |name: &&String| name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
     let names: Vec<&str> = unknown.iter().filter(plain).take(LIMIT).map(String::as_str).collect();
     if let Ok(value) = HeaderValue::from_str(&names.join(",")) {
-        response.headers_mut().insert(HeaderName::from_static("x-cadre-ignored"), value);
+        response.headers_mut().insert(IGNORED, value);
     }
 }

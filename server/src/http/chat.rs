@@ -2,11 +2,7 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use axum::{
-    Json,
-    extract::State,
-    response::{IntoResponse, Response},
-};
+use axum::{Extension, extract::State, response::Response};
 use cadre_engine::request::Request;
 use cadre_models::RenderOptions;
 use serde_json::{Map, Value, json};
@@ -23,6 +19,7 @@ use super::{
         self, Endpoint,
         shared::{MAX_LOGPROBS, MaxTokens, Shared},
     },
+    reproducible::Reproducible,
     sse::{self, Chunks},
 };
 use crate::{
@@ -36,10 +33,15 @@ const REASONING_EFFORTS: &[&str] = &["none", "minimal", "low", "medium", "high",
 ///
 /// # Errors
 /// When the request is at fault, or the engine fails.
-pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<Arc<App>>,
+    reproducible: Option<Extension<Reproducible>>,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let reproducible = reproducible.map(|Extension(reproducible)| reproducible);
     let unknown = params::admit(&body, Endpoint::Chat, app.options.strict_params)?;
     let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let prepared = app.prepare(move || Prepared::new(&served, &body)).await?;
+    let prepared = app.prepare(move || Prepared::new(&served, &body, reproducible)).await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);
     Ok(response)
@@ -48,39 +50,42 @@ pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Re
 /// A chat request, checked and tokenised.
 struct Prepared {
     served: Arc<Served>,
+    reproducible: Option<Reproducible>,
     shared: Shared,
     logprobs: Option<u32>,
     request: Request,
 }
 
 impl Prepared {
-    fn new(served: &Arc<Served>, body: &Map<String, Value>) -> Result<Self, ApiError> {
+    fn new(
+        served: &Arc<Served>,
+        body: &Map<String, Value>,
+        reproducible: Option<Reproducible>,
+    ) -> Result<Self, ApiError> {
         let fields = Fields::new(body);
-        let shared = Shared::parse(fields, served, max_tokens(fields)?)?;
+        let shared = Shared::parse(fields, served, max_tokens(fields)?, reproducible)?;
         let logprobs = logprobs(fields)?;
         let prompt = prompt(served, fields, shared.add_special_tokens.unwrap_or(false))?;
         let request =
             shared.request(prompt, served.max_model_len, logprobs).map_err(|error| error.or_param("messages"))?;
-        Ok(Self { served: served.clone(), shared, logprobs, request })
+        Ok(Self { served: served.clone(), reproducible, shared, logprobs, request })
     }
 
     async fn answer(self, app: Arc<App>) -> Result<Response, ApiError> {
-        let Self { served, shared, logprobs, request } = self;
+        let Self { served, reproducible, shared, logprobs, request } = self;
         let prompt = request.prompt.clone();
         let mut generation = Generation::start(&served.machine(), vec![request], shared.output.clone())
             .map_err(|error| ApiError::from(error).or_param("messages"))?;
         let names = TokenNames::new(served.tokenizer.clone(), shared.tokens_as_ids);
         let answer = ChatAnswer { prompt, names, logprobs: logprobs.is_some(), token_ids: shared.return_token_ids };
         if let Some(options) = shared.stream {
-            let envelope = Envelope::new("chatcmpl", "chat.completion.chunk", served.name());
+            let envelope = Envelope::new("chatcmpl", "chat.completion.chunk", served.name(), reproducible);
             let chunks = ChatChunks { envelope, answer, begun: HashSet::new() };
             return Ok(sse::respond(app, generation, chunks, options));
         }
         let completed = app.unless_closing(generation.collect()).await?;
-        let envelope = Envelope::new("chatcmpl", "chat.completion", served.name());
-        let mut body = answer.whole(&envelope, completed);
-        body.insert("usage".to_owned(), answer::usage(generation.usage()));
-        Ok(Json(body).into_response())
+        let envelope = Envelope::new("chatcmpl", "chat.completion", served.name(), reproducible);
+        Ok(answer::whole(answer.whole(&envelope, completed), generation.usage(), reproducible))
     }
 }
 

@@ -2,11 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::{
-    Json,
-    extract::State,
-    response::{IntoResponse, Response},
-};
+use axum::{Extension, extract::State, response::Response};
 use cadre_engine::request::{Request, TokenLogprobs};
 use serde_json::{Map, Value};
 
@@ -22,6 +18,7 @@ use super::{
         self, Endpoint,
         shared::{MAX_LOGPROBS, MaxTokens, Shared},
     },
+    reproducible::Reproducible,
     sse::{self, Chunks},
 };
 use crate::{
@@ -38,10 +35,15 @@ const MAX_CHOICES: usize = 4096;
 ///
 /// # Errors
 /// When the request is at fault, or the engine fails.
-pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<Arc<App>>,
+    reproducible: Option<Extension<Reproducible>>,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ApiError> {
+    let reproducible = reproducible.map(|Extension(reproducible)| reproducible);
     let unknown = params::admit(&body, Endpoint::Completions, app.options.strict_params)?;
     let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let prepared = app.prepare(move || Prepared::new(&served, &body)).await?;
+    let prepared = app.prepare(move || Prepared::new(&served, &body, reproducible)).await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);
     Ok(response)
@@ -50,16 +52,21 @@ pub async fn create(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Re
 /// A completion request, checked and tokenised.
 struct Prepared {
     served: Arc<Served>,
+    reproducible: Option<Reproducible>,
     shared: Shared,
     requests: Vec<Request>,
     answer: TextAnswer,
 }
 
 impl Prepared {
-    fn new(served: &Arc<Served>, body: &Map<String, Value>) -> Result<Self, ApiError> {
+    fn new(
+        served: &Arc<Served>,
+        body: &Map<String, Value>,
+        reproducible: Option<Reproducible>,
+    ) -> Result<Self, ApiError> {
         let fields = Fields::new(body);
         let echo = fields.boolean("echo")?.unwrap_or(false);
-        let mut shared = Shared::parse(fields, served, max_tokens(fields, echo)?)?;
+        let mut shared = Shared::parse(fields, served, max_tokens(fields, echo)?, reproducible)?;
         check_best_of(fields, shared.n)?;
         let logprobs = fields.count("logprobs", 0, MAX_LOGPROBS)?;
         let told_prompt_logprobs = shared.prompt_logprobs.is_some();
@@ -90,21 +97,19 @@ impl Prepared {
             token_ids: shared.return_token_ids,
             begun: vec![false; choices],
         };
-        Ok(Self { served: served.clone(), shared, requests, answer })
+        Ok(Self { served: served.clone(), reproducible, shared, requests, answer })
     }
 
     async fn answer(self, app: Arc<App>) -> Result<Response, ApiError> {
-        let Self { served, shared, requests, mut answer } = self;
+        let Self { served, reproducible, shared, requests, mut answer } = self;
         let mut generation = Generation::start(&served.machine(), requests, shared.output)
             .map_err(|error| ApiError::from(error).or_param("prompt"))?;
-        let envelope = Envelope::new("cmpl", "text_completion", served.name());
+        let envelope = Envelope::new("cmpl", "text_completion", served.name(), reproducible);
         if let Some(options) = shared.stream {
             return Ok(sse::respond(app, generation, TextChunks { envelope, answer }, options));
         }
         let completed = app.unless_closing(generation.collect()).await?;
-        let mut body = answer.whole(&envelope, completed);
-        body.insert("usage".to_owned(), answer::usage(generation.usage()));
-        Ok(Json(body).into_response())
+        Ok(answer::whole(answer.whole(&envelope, completed), generation.usage(), reproducible))
     }
 }
 

@@ -12,7 +12,8 @@
 //! | `/health`, `/version`, `/metrics` | [`health`] |
 //!
 //! What they share: [`body`] reads JSON, [`fields`] its fields, [`query`] what stands behind a `?`, [`params`] knows every parameter, [`error`]
-//! every error, [`logprobs`] and [`answer`] the shapes of answers, [`sse`] streams.
+//! every error, [`logprobs`] and [`answer`] the shapes of answers, [`sse`] streams,
+//! [`reproducible`] answers that depend on nothing but the request.
 
 pub mod adapters;
 pub mod answer;
@@ -29,6 +30,7 @@ pub mod messages;
 pub mod models;
 pub mod params;
 pub mod query;
+pub mod reproducible;
 pub mod sse;
 pub mod tokenize;
 

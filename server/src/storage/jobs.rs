@@ -478,6 +478,17 @@ impl Storage {
         insert_event(&self.database(), job, level, message, kind)
     }
 
+    /// Something has happened to a job that is told once, however often it happens.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn add_event_once(&self, job: &str, level: Level, message: &str) -> Result<(), StorageError> {
+        let database = self.database();
+        let query = "SELECT COUNT(*) FROM events WHERE job = ? AND message = ?";
+        let told: i64 = database.query_row(query, [job, message], |row| row.get(0))?;
+        if told > 0 { Ok(()) } else { insert_event(&database, job, level, message, EventKind::Message) }
+    }
+
     /// The last step of a job of which an event tells this number; 0 if there is none.
     ///
     /// # Errors

@@ -65,7 +65,7 @@ impl Runner {
     fn adapter(&self, folder: &Path) -> Result<Arc<LoadedAdapter>> {
         let Lora { trained, parameters, .. } = Lora::read(folder, &self.decoder)?;
         let name = folder.file_name().context("a name")?.to_string_lossy();
-        Ok(Arc::new(LoadedAdapter::new(&name, &trained, &parameters, &places(&self.decoder))?))
+        Ok(Arc::new(LoadedAdapter::new(&name, &trained, parameters, &places(&self.decoder))?))
     }
 
     /// The logits of all tokens, in steps of `chunk` tokens a sequence.

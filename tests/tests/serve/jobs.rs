@@ -416,7 +416,7 @@ fn a_job_without_room_on_the_disk_waits_and_ends_once() {
     change(client, &before, "cancel").ok();
     wait_for("a pause", 120, || job(client, &id)["paused"] == true && job(client, &id)["status"] == "queued");
     let rows = |what: &str| all(client, &format!("/v1/fine_tuning/jobs/{id}/{what}"));
-    assert!(rows("events")[0]["message"].as_str().unwrap().contains("No space left"), "{}", rows("events")[0]);
+    assert!(rows("events")[0]["message"].as_str().unwrap().contains("no space left"), "{}", rows("events")[0]);
     let saved = rows("checkpoints");
     fs::remove_file(run.join("report.html")).unwrap();
     change(client, &id, "resume").ok();

@@ -42,7 +42,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> Request {
 
 /// An adapter that changes nothing: to the scheduler they are names.
 pub(super) fn adapter(name: &str) -> Arc<LoadedAdapter> {
-    Arc::new(LoadedAdapter::new(name, &Trained::default(), &Parameters::default(), &[]).expect("no place"))
+    Arc::new(LoadedAdapter::new(name, &Trained::default(), Parameters::default(), &[]).expect("no place"))
 }
 
 pub(super) struct Simulation {

@@ -108,7 +108,7 @@ fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
     }
     let base = jobs.base.clone();
     drop(jobs);
-    for (fingerprint, served) in [("others", 0), ("weights", 1)] {
+    for (fingerprint, served) in [("others", 0), ("others", 0), ("weights", 1)] {
         let storage = Arc::new(Storage::open(folder.path()).unwrap());
         let is_other = fingerprint == "others";
         // On its own weights it would go on.
@@ -125,6 +125,46 @@ fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
             thread::yield_now();
         }
     }
+}
+
+#[test]
+fn a_job_that_is_stopped_is_saved_unless_it_was_cancelled() {
+    let (_folder, jobs) = jobs();
+    let [paused, cancelled] = [(); 2].map(|()| job(&jobs));
+    for job in [&paused, &cancelled] {
+        jobs.validate(job).unwrap();
+    }
+    jobs.cancel(&cancelled.id).unwrap();
+    for (job, saved) in [(&paused, 1), (&cancelled, 0)] {
+        assert_eq!(jobs.make_steps(job, &AtomicBool::new(true)).unwrap(), Ended::Stopped { step: 0 });
+        assert_eq!(checkpoint::found(&jobs.storage.job_folder(&job.id)).unwrap().len(), saved);
+    }
+}
+
+#[test]
+fn a_checkpoint_whose_row_was_lost_to_a_kill_is_listed_when_the_job_goes_on() {
+    let (_folder, jobs) = jobs();
+    let job = job(&jobs);
+    jobs.validate(&job).unwrap();
+    let make_steps = || jobs.make_steps(&job, &AtomicBool::new(false)).unwrap();
+    make_steps();
+    let listed = || jobs.storage.checkpoints(&job.id, None, 9).unwrap().data;
+    let told = |one: &crate::storage::Checkpoint| (one.step, one.model.clone(), one.metrics.clone());
+    let before: Vec<_> = listed().iter().map(told).collect();
+    assert!(before.len() == 3 && before.iter().all(|(_, _, metrics)| metrics["train_loss"].is_number()), "{before:?}");
+    jobs.storage.remove_checkpoint(&job.id, 2).unwrap();
+    jobs.base.adapters.unload(&before[1].1);
+    make_steps();
+    assert_eq!(listed().iter().map(told).collect::<Vec<_>>(), before);
+    assert!(jobs.base.adapters.find(&before[1].1).is_some());
+}
+
+#[test]
+fn a_client_is_not_told_of_the_server_s_files() {
+    let below = cadre_models::Error::Write { file: "/srv/a".to_owned(), source: io::ErrorKind::NotFound.into() };
+    assert!(is_servers(&anyhow::Error::from(below).context("cannot save")));
+    assert!(is_servers(&anyhow::Error::from(io::Error::from(io::ErrorKind::NotFound)).context("cannot read /srv/b")));
+    assert!(!is_servers(&anyhow::anyhow!("the loss has spiked").context("lower --learning-rate")));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::{
     engine::Served,
     generation::OutputOptions,
-    http::{error::ApiError, fields::Fields},
+    http::{error::ApiError, fields::Fields, reproducible::Reproducible},
     random::random_seed,
 };
 
@@ -91,12 +91,19 @@ pub enum Side {
 }
 
 impl Shared {
-    /// Reads and checks the shared parameters. `max_tokens` is the endpoint's: their names and defaults differ.
+    /// Reads and checks the shared parameters. `max_tokens` is the endpoint's: their names and defaults differ. Without a seed
+    /// of their own, draws are random unless they are to be reproducible.
     ///
     /// # Errors
     /// When a parameter is malformed, out of range or contradicts another.
-    pub fn parse(fields: Fields<'_>, served: &Served, max_tokens: MaxTokens) -> Result<Self, ApiError> {
-        let sampling = sampling(fields, served)?;
+    pub fn parse(
+        fields: Fields<'_>,
+        served: &Served,
+        max_tokens: MaxTokens,
+        reproducible: Option<Reproducible>,
+    ) -> Result<Self, ApiError> {
+        let default_seed = reproducible.map_or_else(random_seed, Reproducible::draws);
+        let sampling = sampling(fields, served, default_seed)?;
         let stop = stop(fields, served, max_tokens)?;
         check_something_allowed(&sampling, &stop)?;
         let stream = stream_options(fields)?;
@@ -174,7 +181,7 @@ impl Truncate {
     }
 }
 
-fn sampling(fields: Fields<'_>, served: &Served) -> Result<SamplingParams, ApiError> {
+fn sampling(fields: Fields<'_>, served: &Served, default_seed: u64) -> Result<SamplingParams, ApiError> {
     let default = &served.sampling;
     let penalty = |name| fields.number(name, "in [-2, 2]", |x| (-2.0..=2.0).contains(&x));
     let vocab_size = served.vocab_size;
@@ -193,7 +200,7 @@ fn sampling(fields: Fields<'_>, served: &Served) -> Result<SamplingParams, ApiEr
         logit_bias: logit_bias(fields, vocab_size)?,
         allowed_token_ids: allowed_token_ids(fields, vocab_size)?,
         bad_words: bad_words(fields, served)?,
-        seed: fields.integer("seed", i64::MIN, i64::MAX)?.map_or_else(random_seed, i64::cast_unsigned),
+        seed: fields.integer("seed", i64::MIN, i64::MAX)?.map_or(default_seed, i64::cast_unsigned),
     })
 }
 

@@ -20,7 +20,7 @@ fn parse(body: Value) -> Result<Shared, ApiError> {
 }
 
 fn parse_with(body: Value, max_tokens: MaxTokens) -> Result<Shared, ApiError> {
-    Shared::parse(Fields::new(&object(body)), &served(Fake::saying("")), max_tokens)
+    Shared::parse(Fields::new(&object(body)), &served(Fake::saying("")), max_tokens, None)
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn what_is_not_given_is_the_checkpoints() {
     let mut served = Served::clone(&served(Fake::saying("")));
     served.sampling = SamplingParams { temperature: 0.6, top_k: 20, ..SamplingParams::default() };
     let body = object(json!({"top_k": 5}));
-    let sampling = Shared::parse(Fields::new(&body), &served, MaxTokens::Default(16)).unwrap().sampling;
+    let sampling = Shared::parse(Fields::new(&body), &served, MaxTokens::Default(16), None).unwrap().sampling;
     assert_eq!((sampling.temperature, sampling.top_k), (0.6, 5));
 }
 

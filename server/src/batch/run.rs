@@ -1,0 +1,124 @@
+//! A whole file's lines: read in windows, answered many at a time, written as they finish.
+//!
+//! Three stages beside each other, with short queues between them: a thread reads and sorts, tasks ask the engine, a thread
+//! writes. What memory holds is a window, the requests under way, and answers that wait for earlier ones.
+
+use std::{
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc as blocking,
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Result, anyhow};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{MissedTickBehavior, interval},
+};
+
+use super::{Answered, Answerer, order};
+use crate::lines::{LineSet, input, output::Writer};
+
+/// How often a look is taken at whether to stop.
+const TICK: Duration = Duration::from_millis(100);
+/// Answers that may wait for the disk.
+const UNWRITTEN: usize = 1024;
+/// Bytes of a window: a line more may be read.
+const WINDOW_BYTES: usize = 32 << 20;
+
+/// How much is taken at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Lines that are asked at a time.
+    pub in_flight: usize,
+    /// Lines that are sorted at a time.
+    pub window: usize,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// All lines are written.
+    Finished,
+    /// It was told to stop; what is written is whole.
+    Stopped,
+}
+
+/// Puts all lines that aren't `done` through, and shows every answer to `see`, until `stop` is set.
+///
+/// # Errors
+/// When the input can't be read, or the output not written.
+pub async fn run(
+    answerer: Answerer,
+    input: input::Lines,
+    done: LineSet,
+    writer: Writer,
+    limits: Limits,
+    stop: &AtomicBool,
+    mut see: impl FnMut(&Answered),
+) -> Result<Ended> {
+    let (read, mut to_ask) = mpsc::channel(limits.in_flight);
+    let (written, to_write) = blocking::sync_channel(UNWRITTEN);
+    let reading = thread::spawn(move || read_windows(input, &done, limits, &read));
+    let writing = thread::spawn(move || writer.write_all(&to_write));
+    let mut asked = JoinSet::new();
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut is_read, mut failure) = (false, None);
+    while !is_read || !asked.is_empty() {
+        tokio::select! {
+            line = to_ask.recv(), if !is_read && asked.len() < limits.in_flight => match line {
+                Some(line) => {
+                    let answerer = answerer.clone();
+                    asked.spawn(async move { answerer.answer(&line).await });
+                }
+                None => is_read = true,
+            },
+            Some(answered) = asked.join_next() => match answered {
+                Ok(answered) => {
+                    see(&answered);
+                    // Fails only if the writer has ended, which then says why.
+                    if written.send(answered.line).is_err() {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    failure = Some(anyhow!(error).context("a line was lost"));
+                    break;
+                }
+            },
+            _ = ticks.tick() => if stop.load(Ordering::Relaxed) { break },
+        }
+    }
+    let ended = if is_read && asked.is_empty() { Ended::Finished } else { Ended::Stopped };
+    // Nobody waits for those under way any more.
+    asked.shutdown().await;
+    drop((to_ask, written));
+    for thread in [reading, writing] {
+        thread.join().map_err(|_| anyhow!("a thread has failed"))??;
+    }
+    failure.map_or(Ok(ended), Err)
+}
+
+/// Sends the lines that aren't done, window by window, until nobody wants them.
+fn read_windows(
+    mut input: input::Lines,
+    done: &LineSet,
+    limits: Limits,
+    lines: &mpsc::Sender<input::Line>,
+) -> Result<()> {
+    loop {
+        let window = input.take_window(done, limits.window, WINDOW_BYTES)?;
+        if window.is_empty() {
+            return Ok(());
+        }
+        for line in order::sorted(window) {
+            if lines.blocking_send(line).is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
