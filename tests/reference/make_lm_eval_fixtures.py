@@ -5,6 +5,7 @@
 The model is tests/fixtures/parity/qwen3_moe-base, which has no tokenizer of its own. See README.md.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ TASKS = ["cadre_choices", "cadre_last_words", "cadre_texts", "cadre_answers"]
 MAX_LENGTH = 62  # of `hf`; local-completions cuts texts at the same places if its `max_length` is two more
 UNTIL, MAX_GEN_TOKS = ["b", " t"], 16  # as in tasks/answers.yaml
 LEAST_MARGIN = 1e-5  # of routers, as scores, and of the likeliest token, as logits: rounding decides nothing
+NEAR_TIE = (5e-5, 5e-4)  # of the two likeliest tokens: whoever rounds, or compares to 1e-3, takes both for the greedy one
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = ["<0xC3>", "<0xA9>", "<0xA8>", "<0xAA>"]  # "é", "è" and "ê" are two tokens each, all of which alone read "�"
@@ -36,6 +38,10 @@ MERGES = (
     "▁ t, h e, ▁t he, ▁ a, i n, ▁ s, e r, ▁ w, ▁ c, o n, ▁ b, ▁ o, ▁ f, e n, a n, r e, ▁ i, o u, a t, e s, ▁ m, ▁ h, ▁ p, "
     "i t, o r, ▁ d, in g, ▁ l, ▁ n, an d, e d, s t, ▁ k, l l, ▁ r, e a, ▁ g, ▁o f, i s, a r, o w, ▁ e, ▁ v, v e, l e, e l, u n"
 ).split(", ")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}, {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant,{% endif %}"
+)
 WORDS = (
     "the a river runs past an old mill and then under stone bridge where boys fish for trout until evening comes "
     "no one knows who built it or when but miller says his father was born here in that house with green café "
@@ -56,7 +62,7 @@ def save_tokenizer(folder):
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -110,6 +116,22 @@ def part_of_character(lm, generator):
                 return {"context": context, "continuation": last}
 
 
+def near_tie(lm, generator):
+    """Two items: a context with the likeliest token, and with the one that nearly is."""
+    while True:
+        ids = lm.tokenizer.encode(sentence(generator, 12, 12), add_special_tokens=False)[:MAX_LENGTH]
+        ranked = lm.model(torch.tensor([ids])).logits[0].topk(2, -1)
+        for place, margin in enumerate((ranked.values[:, 0] - ranked.values[:, 1]).tolist()):
+            context, tokens = lm.tokenizer.decode(ids[: place + 1]), ranked.indices[place].tolist()
+            texts = [lm.tokenizer.decode(token) for token in tokens]
+            same = [
+                lm.tokenizer.encode(context + text, add_special_tokens=False) == ids[: place + 1] + [token]
+                for token, text in zip(tokens, texts)
+            ]
+            if NEAR_TIE[0] < margin < NEAR_TIE[1] and all(same) and min(tokens) >= len(SPECIAL):
+                return [{"context": context, "continuation": text} for text in texts]
+
+
 def answer(lm, generator, right):
     text = None
     while text is None:
@@ -126,13 +148,15 @@ def choice(generator, long):
     return {"query": query, "choices": choices, "gold": generator.randrange(len(choices))}
 
 
-def write_items(lm):
+def write_items(lm, seed):
     """Some are longer than the model takes at once; every third last word and every other answer is the model's own."""
-    generator = random.Random(1)
+    generator = random.Random(seed)
     tasks = {
         "choices": [choice(generator, i % 6 == 0) for i in range(24)],
         "last_words": [last_word(lm, generator, i % 3 == 0, i % 4 == 0) for i in range(24)]
-        + [part_of_character(lm, generator) for _ in range(2)],
+        + [part_of_character(lm, generator) for _ in range(2)]
+        + near_tie(lm, generator)
+        + near_tie(lm, generator),
         "texts": [{"text": sentence(generator, words, words)} for words in (1, 3, 12, 20, 40, 90)],
         "answers": [answer(lm, generator, i % 2 == 0) for i in range(8)],
     }
@@ -141,17 +165,17 @@ def write_items(lm):
         (FOLDER / "tasks" / f"{name}.jsonl").write_text("".join(lines))
 
 
-def evaluate(lm):
+def evaluate(lm, names, chat):
     """Of each task its metrics, and of each item what the model answered, as lm-eval notes it."""
     tasks = TaskManager(include_path="tasks", include_defaults=False)
-    results = lm_eval.simple_evaluate(lm, tasks=TASKS, task_manager=tasks, bootstrap_iters=0)
+    results = lm_eval.simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=0, apply_chat_template=chat)
     metrics, samples = results["results"], results["samples"]
     return {
         task: {
             "metrics": {name: value for name, value in metrics[task].items() if is_metric(name)},
             "items": [sample["resps"] for sample in sorted(samples[task], key=lambda sample: sample["doc_id"])],
         }
-        for task in TASKS
+        for task in names
     }
 
 
@@ -167,14 +191,19 @@ def main():
         for file in [*MODEL.glob("model*"), MODEL / "config.json", *FOLDER.glob("tokenizer*")]:
             shutil.copy(file, folder)
         lm = HFLM(folder, dtype="float32", max_length=MAX_LENGTH, device="cpu", batch_size=1)
-        write_items(lm)
         margins = Margins(lm.model)
-        expected = evaluate(lm)
-    assert margins.least > LEAST_MARGIN, f"a router or a greedy token is {margins.least} from a tie: take another seed"
+        for seed in itertools.count(1):
+            write_items(lm, seed)
+            margins.least = float("inf")
+            expected = {"completions": evaluate(lm, TASKS, False), "chat": evaluate(lm, TASKS[-1:], True)}
+            print(f"seed {seed}: least margin {margins.least:.1e}")
+            if margins.least > LEAST_MARGIN:
+                break
     versions = {library.__name__: library.__version__ for library in (torch, transformers, lm_eval)}
-    lines = ",\n".join(f"{json.dumps(task)}: {json.dumps(result)}" for task, result in expected.items())
+    lines = ",\n".join(f"{json.dumps(way)}: {json.dumps(results)}" for way, results in expected.items())
     (FOLDER / "expected.json").write_text(f'{{"versions": {json.dumps(versions)},\n{lines}}}\n')
-    print({task: result["metrics"] for task, result in expected.items()}, f"least margin {margins.least:.1e}")
+    for way, results in expected.items():
+        print(way, {task: result["metrics"] for task, result in results.items()})
 
 
 if __name__ == "__main__":
