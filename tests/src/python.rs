@@ -28,7 +28,16 @@ pub fn interpreter(name: &str) -> PathBuf {
     }
     let path = |path: &Path| path.to_str().expect("paths are UTF-8").to_owned();
     run("python3", &["-m", "venv", "--clear", &path(&venv)]);
-    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--requirement"];
+    let install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-compile",
+        "--no-deps",
+        "--requirement",
+    ];
     run(&path(&interpreter), &[&install[..], &[path(&requirements).as_str()]].concat());
     fs::write(made, wanted).expect("the target directory can be written to");
     interpreter
