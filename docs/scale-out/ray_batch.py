@@ -73,7 +73,7 @@ def main():
     # As many CPUs as the smallest machine has: it works on one part at a time.
     cpus = min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"])
     rows = ray.data.from_items([{"part": str(part)} for part in parts], override_num_blocks=len(parts))
-    rows.map(answer, fn_args=[args.command], num_cpus=cpus, max_retries=-1).materialize()
+    rows.map(answer, fn_args=[args.command], num_cpus=cpus).materialize()
     results = [results_of(part) for part in parts]
     join(results, args.output)
     errors = [path.with_name(f"{path.name}.errors.jsonl") for path in results]

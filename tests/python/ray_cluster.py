@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it asks for nothing outside of this machine
+
 from ray.cluster_utils import Cluster
 
 work, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
@@ -23,8 +25,12 @@ def under_way(results):
     return 0 < lines(results) < lines(part)
 
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
-second = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
+# That a node is dead is noticed sooner than by default.
+HEALTH_CHECKS = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+
+cluster = Cluster(True, head_node_args={**NODE, "include_dashboard": False, "_system_config": HEALTH_CHECKS})
+second = cluster.add_node(**NODE)
 cluster.wait_for_nodes()
 try:
     run = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": cluster.address})

@@ -22,7 +22,7 @@ fn requests(count: usize) -> String {
 fn a_cluster_that_loses_a_node_gives_the_bytes_of_one_machine() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    fs::write(path("requests.jsonl"), requests(160)).unwrap();
+    fs::write(path("requests.jsonl"), requests(240)).unwrap();
     // Few at a time: so that there is a time to kill it.
     let batch = ["batch", "--max-num-seqs", "2", "--threads", "1"];
     let alone = ["-i", &path("requests.jsonl"), "-o", &path("alone.jsonl"), "--ordered"];
