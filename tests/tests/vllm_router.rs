@@ -5,7 +5,10 @@ use std::{
     collections::BTreeSet,
     net::TcpListener,
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
 };
 
@@ -37,6 +40,8 @@ impl Router {
         let (port, metrics_port) = (free_port(), free_port());
         let mut command = Command::new(program);
         command.args(["--host", "127.0.0.1", "--port", &port, "--prometheus-port", &metrics_port, "--policy", policy]);
+        // Below the five times that a request is tried: else all of them may go to a dead replica.
+        command.args(["--cb-failure-threshold", "3"]);
         command.arg("--worker-urls").args(replicas.iter().map(|replica| replica.address()));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let router = Self { child, client: Client::new(&format!("http://127.0.0.1:{port}")) };
@@ -85,12 +90,9 @@ fn ask_at_once(router: &Router, count: usize, see: impl Fn(usize, usize, (String
     });
 }
 
-/// Each client stays with one replica, and both have clients. Then one is killed while it works: every request of every
-/// client is still answered, with the text that it would have got otherwise.
-fn check(policy: &str) {
-    let (first, second) = (replica("first"), replica("second"));
-    let router = Router::start(policy, &[&first, &second]);
-    let answered_by: Vec<_> = (0..CLIENTS).map(|_| std::sync::Mutex::new(BTreeSet::new())).collect();
+/// Each client stays with one replica, and both have clients.
+fn check_that_clients_stay(router: &Router) {
+    let answered_by: Vec<_> = (0..CLIENTS).map(|_| Mutex::new(BTreeSet::new())).collect();
     ask_at_once(&router, 4, |client, _, (replica, _)| {
         answered_by[client].lock().unwrap().insert(replica);
     });
@@ -98,10 +100,14 @@ fn check(policy: &str) {
     assert!(answered_by.iter().all(|names| names.len() == 1), "a client went from one to the other: {answered_by:?}");
     let used: BTreeSet<String> = answered_by.into_iter().flatten().collect();
     assert_eq!(used.len(), 2, "only {used:?} had clients");
+}
 
+/// One replica is killed while it works: every request of every client is still answered, with the text that it would
+/// have got otherwise.
+fn check_that_nothing_is_lost(router: &Router, first: Server, second: &Server) {
     let (count, answered) = (12, AtomicUsize::new(0));
     thread::scope(|scope| {
-        let (router, answered, second) = (&router, &answered, &second);
+        let answered = &answered;
         scope.spawn(move || {
             let running = || first.metrics().value("vllm:num_requests_running", &[]) > 0.0;
             wait_for("answers, and requests under way", 60, || {
@@ -119,15 +125,31 @@ fn check(policy: &str) {
         });
     });
     assert_eq!(answered.into_inner(), CLIENTS * count);
-    assert_eq!(router.ask(0, 0).0, "second");
 }
 
 #[test]
 fn sessions_stay_with_a_replica_and_no_request_is_lost_when_one_is_killed() {
-    check("consistent_hash");
+    let (first, second) = (replica("first"), replica("second"));
+    let router = Router::start("consistent_hash", &[&first, &second]);
+    check_that_clients_stay(&router);
+    check_that_nothing_is_lost(&router, first, &second);
 }
 
 #[test]
 fn equal_beginnings_stay_with_a_replica_and_no_request_is_lost_when_one_is_killed() {
-    check("cache_aware");
+    let (first, second) = (replica("first"), replica("second"));
+    let router = Router::start("cache_aware", &[&first, &second]);
+    check_that_clients_stay(&router);
+    check_that_nothing_is_lost(&router, first, &second);
+}
+
+/// Where many ask at once, the router learns from the others' failures.
+#[test]
+fn a_client_alone_loses_no_request_either() {
+    let (first, second) = (replica("first"), replica("second"));
+    let router = Router::start("consistent_hash", &[&first, &second]);
+    let answered_by: BTreeSet<String> = (0..CLIENTS).map(|client| router.ask(client, 0).0).collect();
+    assert_eq!(answered_by.len(), 2, "only {answered_by:?} had clients");
+    drop(first);
+    assert!((0..CLIENTS).all(|client| router.ask(client, 1).0 == "second"));
 }
