@@ -93,7 +93,7 @@ fn ask_at_once(router: &Router, count: usize, see: impl Fn(usize, usize, (String
 /// Each client stays with one replica, and both have clients.
 fn check_that_clients_stay(router: &Router) {
     let answered_by: Vec<_> = (0..CLIENTS).map(|_| Mutex::new(BTreeSet::new())).collect();
-    ask_at_once(&router, 4, |client, _, (replica, _)| {
+    ask_at_once(router, 4, |client, _, (replica, _)| {
         answered_by[client].lock().unwrap().insert(replica);
     });
     let answered_by: Vec<BTreeSet<String>> = answered_by.into_iter().map(|names| names.into_inner().unwrap()).collect();
