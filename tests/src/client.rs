@@ -112,6 +112,17 @@ impl Client {
         answer.unwrap_or_else(|error| panic!("POST {path}: {error}"))
     }
 
+    /// POST of JSON with one more header.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    #[track_caller]
+    pub fn post_with(&self, (name, value): (&str, &str), path: &str, body: &Value) -> Answer {
+        let request = self.agent.post(self.url(path)).content_type("application/json").header(name, value);
+        let answer = request.send(body.to_string()).and_then(whole);
+        answer.unwrap_or_else(|error| panic!("POST {path}: {error}"))
+    }
+
     /// POST of JSON that is answered with a stream. Dropping the stream closes the connection.
     ///
     /// # Panics

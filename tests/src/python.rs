@@ -1,4 +1,4 @@
-//! Python programs of the tests, in a virtual environment with the pinned packages of `tests/python/requirements.txt`.
+//! Python programs of the tests, in virtual environments with the pinned packages of `tests/python/requirements-*.txt`.
 
 use std::{
     fs::{self, File},
@@ -8,14 +8,15 @@ use std::{
 
 use crate::{binary::target_directory, source::root};
 
-/// The environment's interpreter. The environment is made if there is none, or if the packages have changed.
+/// The interpreter of the environment with `requirements-<name>.txt`. It is made if there is none, or if the packages have
+/// changed. It holds those packages and no others: of some, the test needs only a part, and not all that they depend on.
 ///
 /// # Panics
 /// When it can't be made: a test that needs it fails then, it isn't skipped.
-pub fn interpreter() -> PathBuf {
-    let requirements = root().join("tests/python/requirements.txt");
-    let wanted = fs::read_to_string(&requirements).expect("tests/python/requirements.txt is committed");
-    let home = target_directory().join("python");
+pub fn interpreter(name: &str) -> PathBuf {
+    let requirements = root().join(format!("tests/python/requirements-{name}.txt"));
+    let wanted = fs::read_to_string(&requirements).expect("the requirements are committed");
+    let home = target_directory().join("python").join(name);
     fs::create_dir_all(&home).expect("the target directory can be written to");
     // Several test programs may want it at once: one makes it, the others wait.
     let lock = File::create(home.join("lock")).expect("a lock file");
@@ -27,7 +28,16 @@ pub fn interpreter() -> PathBuf {
     }
     let path = |path: &Path| path.to_str().expect("paths are UTF-8").to_owned();
     run("python3", &["-m", "venv", "--clear", &path(&venv)]);
-    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"];
+    let install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-compile",
+        "--no-deps",
+        "--requirement",
+    ];
     run(&path(&interpreter), &[&install[..], &[path(&requirements).as_str()]].concat());
     fs::write(made, wanted).expect("the target directory can be written to");
     interpreter

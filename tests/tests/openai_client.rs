@@ -11,8 +11,11 @@ use cadre_tests::{
 /// Runs a script against the server, and returns what it said.
 fn run(script: &str, server: &Server) -> String {
     let path = root().join("tests/python").join(script);
-    let output =
-        Command::new(python::interpreter()).arg(path).args([server.address(), MODEL]).output().expect("python runs");
+    let output = Command::new(python::interpreter("openai"))
+        .arg(path)
+        .args([server.address(), MODEL])
+        .output()
+        .expect("python runs");
     python::assert_success(script, &output);
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }

@@ -71,7 +71,7 @@ fn the_file_of_requests_is_answered() {
 
 #[test]
 fn the_python_example_works() {
-    let interpreter = python::interpreter();
+    let interpreter = python::interpreter("openai");
     let server = Server::start_unnamed(&[]);
     let script = block("python", "openai").replace("http://localhost:8000", server.address());
     let output = Command::new(interpreter).args(["-c", &script]).output().unwrap();

@@ -70,8 +70,12 @@ impl TokenNames {
         let all = std::iter::once((id, logprobs.logprob)).chain(logprobs.top.iter().copied());
         let mut map = Map::new();
         for (id, logprob) in all {
-            // Of two tokens with one text, the token itself or else the likelier one stays.
-            map.entry(self.name(id)).or_insert_with(|| finite(logprob).into());
+            // Of tokens with one text, such as parts of characters, the likeliest one's value stays: whoever asks whether
+            // the token was the greedy one (lm-evaluation-harness) holds its value against the greatest here.
+            let (name, value) = (self.name(id), finite(logprob));
+            if map.get(&name).and_then(Value::as_f64).is_none_or(|kept| f64::from(value) > kept) {
+                map.insert(name, value.into());
+            }
         }
         map
     }

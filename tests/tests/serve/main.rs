@@ -9,6 +9,7 @@ mod concurrency;
 mod ending;
 mod errors;
 mod formats;
+mod gateway;
 mod jobs;
 mod leaving;
 mod routed_experts;
