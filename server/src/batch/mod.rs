@@ -12,18 +12,19 @@ pub mod result;
 pub mod run;
 pub mod totals;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
     body::{Body, to_bytes},
     http::{Request, header},
 };
+use tokio::time::sleep;
 use tower::ServiceExt;
 
 use crate::{
     generation::Usage,
-    http::{self, App, reproducible::Reproducible},
+    http::{self, App, error::Kind, reproducible::Reproducible},
     lines::{
         input::Line,
         output::{Finished, Told},
@@ -31,6 +32,9 @@ use crate::{
 };
 use request::BatchRequest;
 use result::Outcome;
+
+/// How long a line waits for memory for its adapter, before it asks again.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers lines as the server does.
 #[derive(Clone)]
@@ -75,19 +79,25 @@ impl Answerer {
     }
 
     async fn ask(&self, request: &BatchRequest<'_>, reproducible: Reproducible) -> (Outcome, Usage, Option<String>) {
-        let asked = Request::post(request.url)
-            .header(header::CONTENT_TYPE, "application/json")
-            .extension(reproducible)
-            .body(Body::from(request.body.get().to_owned()));
-        let asked = match asked {
-            Ok(asked) => asked,
-            Err(error) => return (Outcome::lost(&error), Usage::default(), None),
+        let (parts, body) = loop {
+            let asked = Request::post(request.url)
+                .header(header::CONTENT_TYPE, "application/json")
+                .extension(reproducible)
+                .body(Body::from(request.body.get().to_owned()));
+            let asked = match asked {
+                Ok(asked) => asked,
+                Err(error) => return (Outcome::lost(&error), Usage::default(), None),
+            };
+            let (parts, body) = match self.router.clone().oneshot(asked).await {
+                Ok(response) => response.into_parts(),
+                Err(never) => match never {},
+            };
+            // A line has time: those that hold the memory come to their end.
+            if parts.extensions.get::<Kind>() != Some(&Kind::AdaptersBusy) {
+                break (parts, body);
+            }
+            sleep(PAUSE).await;
         };
-        let response = match self.router.clone().oneshot(asked).await {
-            Ok(response) => response,
-            Err(never) => match never {},
-        };
-        let (parts, body) = response.into_parts();
         let usage = parts.extensions.get::<Usage>().copied().unwrap_or_default();
         let ignored = parts.headers.get(http::answer::IGNORED).and_then(|names| names.to_str().ok()).map(str::to_owned);
         let outcome = match to_bytes(body, usize::MAX).await {

@@ -104,7 +104,7 @@ fn told(server: &Server, path: &str, body: Value) -> (u16, String) {
     (answer.status, if answer.status == 200 { answer.text.clone() } else { message() })
 }
 
-fn load(server: &Server, name: &str, path: &str) -> (u16, String) {
+pub(super) fn load(server: &Server, name: &str, path: &str) -> (u16, String) {
     told(server, "/v1/load_lora_adapter", json!({"lora_name": name, "lora_path": path}))
 }
 

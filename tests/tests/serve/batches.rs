@@ -1,15 +1,16 @@
 //! `/v1/batches`: files of requests in the background, beside requests, through kills and restarts.
 
-use std::{collections::BTreeMap, path::Path, thread, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use cadre_tests::{
+    adapter::{Adapts, write},
     client::Client,
     server::{MODEL, Server},
     wait_for,
 };
 use serde_json::{Value, json};
 
-use super::jobs::post_file;
+use super::{adapters::load, jobs::post_file};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -177,26 +178,50 @@ fn a_cancelled_batch_keeps_what_it_has() {
 #[test]
 fn requests_go_before_a_batch() {
     let storage = tempfile::tempdir().unwrap();
-    let server = start(storage.path());
+    // One place, which a line of the batch has, and a further line waits for.
+    let server = Server::start(&["--storage", storage.path().to_str().unwrap(), "--max-num-seqs", "1"]);
     let client = server.client();
-    let id = create(client, &upload(client, &requests(2000, 60)));
-    wait_for_lines(client, &id, 1);
-    // As many as a step takes: the batch has to make place for them.
-    let server_at = &server;
-    thread::scope(|scope| {
-        let ask = |index| {
-            scope.spawn(move || server_at.chat(&format!("Spell word {index}."), json!({"max_tokens": 30})).ok())
-        };
-        let asked: Vec<_> = (0..64).map(ask).collect();
-        asked.into_iter().for_each(|thread| _ = thread.join().unwrap());
+    let id = create(client, &upload(client, &requests(50, 900)));
+    let count = |name: &str| server.metrics().value(name, &[]);
+    wait_for("a line under way and one that waits", 60, || {
+        count("vllm:num_requests_running") == 1.0 && count("vllm:num_requests_waiting") == 1.0
     });
-    let meanwhile = batch(client, &id);
-    assert_eq!(
-        meanwhile["status"], "in_progress",
-        "the batch is done before those that somebody waits for: {meanwhile}"
-    );
+    let before = count("cadre_batch_lines_total");
+    for word in ["one", "two", "three"] {
+        server.chat(&format!("Spell {word}."), json!({"max_tokens": 2})).ok();
+    }
+    let meanwhile = count("cadre_batch_lines_total") - before;
+    assert!(meanwhile <= 1.0, "{meanwhile} lines went before those that somebody waits for");
     client.post(&format!("/v1/batches/{id}/cancel"), &json!({})).ok();
     wait_until(client, &id, "cancelled");
+}
+
+#[test]
+fn lines_wait_for_memory_for_their_adapters() {
+    const NAMES: [&str; 4] = ["a", "b", "c", "d"];
+    let folder = tempfile::tempdir().unwrap();
+    NAMES.iter().zip(0..).for_each(|(name, seed)| write(&folder.path().join(name), Adapts::Experts, seed));
+    let storage = folder.path().join("storage");
+    let flags = ["--allow-runtime-adapters", folder.path().to_str().unwrap(), "--storage", storage.to_str().unwrap()];
+    let unlimited = Server::start(&flags[..2]);
+    let load_all = |server| NAMES.iter().for_each(|name| assert_eq!(load(server, name, name).0, 200));
+    load_all(&unlimited);
+    // For one of the four, and a half.
+    let room = unlimited.metrics().value("cadre_memory_bytes", &[("pool", "adapters")]) / 4.0 * 1.5;
+    let server = Server::start(&[&flags[..], &["--adapter-memory", &(room as u64).to_string()]].concat());
+    load_all(&server);
+    let mut asked = requests(20, 12);
+    for (request, name) in asked.iter_mut().zip(NAMES.into_iter().cycle()) {
+        request["body"]["model"] = name.into();
+    }
+    let id = create(server.client(), &upload(server.client(), &asked));
+    let done = wait_until(server.client(), &id, "completed");
+    assert_eq!(done["request_counts"], json!({"total": 20, "completed": 20, "failed": 0}));
+    let answers = lines(server.client(), &done, "output_file_id");
+    for request in &asked {
+        let answer = &answers[request["custom_id"].as_str().unwrap()]["response"]["body"];
+        assert_eq!(answer["choices"], unlimited.client().post(CHAT, &request["body"]).ok()["choices"]);
+    }
 }
 
 #[test]
