@@ -136,10 +136,23 @@ fn a_folder_is_opened_by_one_process_of_the_same_layout() {
     let path = folder.path().join("storage");
     let error = Storage::open(&path).unwrap_err().to_string();
     assert!(error.contains("in use by another process"), "{error}");
-    storage.database().execute_batch("PRAGMA user_version = 3").unwrap();
+    storage.database().execute_batch("PRAGMA user_version = 9").unwrap();
     drop(storage);
     let error = Storage::open(&path).unwrap_err().to_string();
-    assert!(error.contains("layout 2") && error.contains("layout 3"), "{error}");
+    assert!(error.contains("layout 3") && error.contains("layout 9"), "{error}");
+}
+
+#[test]
+fn a_folder_from_before_there_were_batches_is_taken_over() {
+    let (folder, storage) = opened();
+    let id = job(&storage, "a").id;
+    let before = "DROP TABLE batches; ALTER TABLE files DROP COLUMN expires; PRAGMA user_version = 2";
+    storage.database().execute_batch(before).unwrap();
+    drop(storage);
+    let storage = Storage::open(&folder.path().join("storage")).unwrap();
+    let file = storage.job(&id).unwrap().unwrap().asked.training_file;
+    assert_eq!(storage.file(&file).unwrap().unwrap().expires, None);
+    assert!(storage.batches(None, 9).unwrap().data.is_empty());
 }
 
 #[test]
