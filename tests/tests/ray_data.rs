@@ -1,9 +1,12 @@
-//! `docs/scale-out/ray_batch.py` on a cluster of two nodes on this machine, one of which is killed.
+//! The script of `docs/scale-out.md` on a cluster of two nodes on this machine, one of which is killed.
 #![allow(clippy::unwrap_used, reason = "integration tests: a failed unwrap is a failed test")]
 
 use std::{fs, process::Command};
 
-use cadre_tests::{binary, python, source::root};
+use cadre_tests::{
+    binary, python,
+    source::{read, root},
+};
 use serde_json::json;
 
 /// Every third drawn by the number of its line, and every fortieth at fault.
@@ -18,10 +21,18 @@ fn requests(count: usize) -> String {
     (0..count).map(line).collect()
 }
 
+/// `ray_batch.py`, as the document has it.
+fn script() -> String {
+    let document = read("docs/scale-out.md");
+    let (_, rest) = document.split_once("```python\n").unwrap();
+    rest.split_once("```").unwrap().0.to_owned()
+}
+
 #[test]
 fn a_cluster_that_loses_a_node_gives_the_bytes_of_one_machine() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("ray_batch.py"), script()).unwrap();
     fs::write(path("requests.jsonl"), requests(240)).unwrap();
     // Few at a time: so that there is a time to kill it.
     let batch = ["batch", "--max-num-seqs", "2", "--threads", "1"];
@@ -31,7 +42,7 @@ fn a_cluster_that_loses_a_node_gives_the_bytes_of_one_machine() {
     let interpreter = python::interpreter("scale-out");
     let mut command = Command::new(&interpreter);
     command.arg(root().join("tests/python/ray_cluster.py")).arg(path("work"));
-    command.arg(&interpreter).arg(root().join("docs/scale-out/ray_batch.py"));
+    command.arg(&interpreter).arg(path("ray_batch.py"));
     command.args([
         "-i",
         &path("requests.jsonl"),

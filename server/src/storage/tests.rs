@@ -1,4 +1,4 @@
-//! Files, jobs and batches, written, listed page by page, and found again.
+//! Files and jobs, written, listed page by page, and found again.
 
 use proptest::prelude::*;
 use serde_json::{Map, json};
@@ -136,31 +136,23 @@ fn a_folder_is_opened_by_one_process_of_the_same_layout() {
     let path = folder.path().join("storage");
     let error = Storage::open(&path).unwrap_err().to_string();
     assert!(error.contains("in use by another process"), "{error}");
-    storage.database().execute_batch("PRAGMA user_version = 4").unwrap();
+    storage.database().execute_batch("PRAGMA user_version = 9").unwrap();
     drop(storage);
     let error = Storage::open(&path).unwrap_err().to_string();
-    assert!(error.contains("layout 3") && error.contains("layout 4"), "{error}");
+    assert!(error.contains("layout 3") && error.contains("layout 9"), "{error}");
 }
 
 #[test]
-fn a_folder_of_the_layout_before_batches_is_taken_over() {
-    let folder = tempfile::tempdir().unwrap();
-    let id = format!("file-{}", "7".repeat(24));
-    let database = Connection::open(folder.path().join("cadre.db")).unwrap();
-    database.execute_batch(FILES_AND_JOBS).unwrap();
-    let file = "INSERT INTO files (id, bytes, created, filename, purpose) VALUES (?, 2, 5, 'old.jsonl', 'fine-tune')";
-    database.execute(file, [&id]).unwrap();
-    database.execute_batch("PRAGMA user_version = 2").unwrap();
-    drop(database);
-    fs::create_dir(folder.path().join("files")).unwrap();
-    fs::write(folder.path().join("files").join(format!("{id}.jsonl")), "{}").unwrap();
-    for _ in 0..2 {
-        let storage = Storage::open(folder.path()).unwrap();
-        let file = storage.file(&id).unwrap().unwrap();
-        assert_eq!((file.filename.as_str(), file.expires), ("old.jsonl", None));
-        assert_eq!(fs::read_to_string(storage.file_path(&id, Purpose::FineTune)).unwrap(), "{}");
-        assert_eq!(storage.batches(None, 9).unwrap().data, []);
-    }
+fn a_folder_from_before_there_were_batches_is_taken_over() {
+    let (folder, storage) = opened();
+    let id = job(&storage, "a").id;
+    let before = "DROP TABLE batches; ALTER TABLE files DROP COLUMN expires; PRAGMA user_version = 2";
+    storage.database().execute_batch(before).unwrap();
+    drop(storage);
+    let storage = Storage::open(&folder.path().join("storage")).unwrap();
+    let file = storage.job(&id).unwrap().unwrap().asked.training_file;
+    assert_eq!(storage.file(&file).unwrap().unwrap().expires, None);
+    assert!(storage.batches(None, 9).unwrap().data.is_empty());
 }
 
 #[test]
