@@ -2,7 +2,7 @@
 //!
 //! [`cli`] has one file a subcommand, [`http`] one file an endpoint. Both start an engine with [`engine`] and ask
 //! it through [`generation`]; [`adapters`] has those that are served beside the model; [`finetune`] trains, [`storage`] keeps what
-//! outlives a server; [`batch`] and [`score`] work on the lines of a file, whose long runs [`lines`] keeps whole; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
+//! outlives a server, and [`turns`] work on it one after the other; [`batch`] and [`score`] work on the lines of a file, whose long runs [`lines`] keeps whole; [`metrics`] counts. [`measure`] and [`plan`] tell beforehand how fast it will be.
 
 mod adapters;
 mod batch;
@@ -25,6 +25,7 @@ mod score;
 mod storage;
 #[cfg(test)]
 mod testing;
+mod turns;
 
 use std::process::ExitCode;
 

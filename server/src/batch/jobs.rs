@@ -10,10 +10,7 @@ mod check;
 use std::{
     fs,
     path::PathBuf,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -34,6 +31,7 @@ use crate::{
     },
     metrics,
     storage::{Batch, BatchError, BatchStatus, NewBatch, Progress, Purpose, Storage, StorageError, now},
+    turns::{State, Turns},
 };
 
 /// How often a look is taken at whether a batch's time is over.
@@ -42,8 +40,6 @@ const TICK: Duration = Duration::from_secs(1);
 const IDLE_TICK: Duration = Duration::from_secs(60);
 /// How often progress is kept.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// How long batches wait at first, and at most, where the storage has failed.
-const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 /// Lines under way for each sequence of a step, and lines of a window.
 const LINES_PER_SEQUENCE: [usize; 2] = [2, 32];
 /// Within a batch's folder, what is answered.
@@ -75,23 +71,7 @@ pub struct BatchJobs {
     base: String,
     app: Arc<App>,
     limits: Limits,
-    state: Mutex<State>,
-    /// There may be something to do.
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// The batch that is answered.
-    current: Option<Current>,
-    /// The server ends.
-    is_ending: bool,
-}
-
-struct Current {
-    id: String,
-    expires: i64,
-    stop: Arc<AtomicBool>,
+    turns: Turns,
 }
 
 /// The threads that batches are worked on by.
@@ -103,11 +83,7 @@ pub struct BatchRunner {
 impl BatchRunner {
     /// Lets go of what is under way, which is asked again when the server starts again; nothing new begins.
     pub fn stop(&self) {
-        let mut state = self.jobs.state();
-        state.is_ending = true;
-        state.stop_current(|_| true);
-        drop(state);
-        self.jobs.changed.notify_all();
+        self.jobs.turns.end();
     }
 
     /// Waits until that is on disk.
@@ -118,15 +94,6 @@ impl BatchRunner {
                 tracing::error!("a thread of batches has panicked");
             }
         }
-    }
-}
-
-impl State {
-    fn stop_current(&self, asked: impl Fn(&Current) -> bool) {
-        self.current
-            .iter()
-            .filter(|current| asked(current))
-            .for_each(|current| current.stop.store(true, Ordering::Relaxed));
     }
 }
 
@@ -143,8 +110,8 @@ impl BatchJobs {
         max_num_seqs: usize,
     ) -> Result<(Arc<Self>, BatchRunner)> {
         let [in_flight, window] = LINES_PER_SEQUENCE.map(|lines| max_num_seqs.saturating_mul(lines));
-        let (state, changed) = (Mutex::default(), Condvar::new());
-        let jobs = Arc::new(Self { storage, base, app, limits: Limits { in_flight, window }, state, changed });
+        let limits = Limits { in_flight, window };
+        let jobs = Arc::new(Self { storage, base, app, limits, turns: Turns::default() });
         for batch in jobs.storage.batches_of_others(&jobs.base)? {
             tracing::warn!(batch = batch.id, "a batch of another model waits for a server with its own");
         }
@@ -161,7 +128,7 @@ impl BatchJobs {
     /// When the file isn't there, or the storage fails.
     pub fn create(&self, asked: NewBatch) -> Result<Batch, StorageError> {
         let batch = self.storage.add_batch(asked, &self.base)?;
-        self.wake();
+        self.turns.wake();
         self.show_counts();
         Ok(batch)
     }
@@ -172,29 +139,17 @@ impl BatchJobs {
     /// When it is done, or there is no such batch.
     pub fn cancel(&self, id: &str) -> Result<Batch, BatchJobsError> {
         let open = [BatchStatus::Validating, BatchStatus::InProgress];
-        let state = self.state();
+        let state = self.turns.state();
         let is_cancelled = self.storage.set_batch_status(id, &open, BatchStatus::Cancelling)?;
-        state.stop_current(|current| current.id == id);
+        state.stop(id);
         drop(state);
         let batch = self.storage.batch(id)?.ok_or_else(|| BatchJobsError::NotFound(id.to_owned()))?;
         if !is_cancelled && batch.status != BatchStatus::Cancelling {
             return Err(BatchJobsError::Done { id: batch.id, status: batch.status.name() });
         }
-        self.wake();
+        self.turns.wake();
         self.show_counts();
         Ok(batch)
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing under the lock can leave it half changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// There may be something to do.
-    fn wake(&self) {
-        // Who is about to wait has either seen what there is to do, or waits by now.
-        let _state = self.state();
-        self.changed.notify_all();
     }
 
     fn show_counts(&self) {
@@ -207,9 +162,14 @@ impl BatchJobs {
 
     fn settle_all(&self) {
         let next = |state: &mut State| {
-            state.stop_current(|current| current.expires <= now());
+            let current = state.current();
+            if let Some(batch) = current.map(|id| self.storage.batch(id)).transpose()?.flatten()
+                && batch.expires <= now()
+            {
+                state.stop(&batch.id);
+            }
             self.storage.remove_expired_files()?;
-            self.storage.next_to_settle(state.current.as_ref().map(|current| current.id.as_str()))
+            Ok(self.storage.next_to_settle(current)?)
         };
         self.work(next, |batch| self.settle(&batch));
     }
@@ -217,56 +177,28 @@ impl BatchJobs {
     fn answer_all(&self) {
         let next = |state: &mut State| {
             let next = self.storage.next_to_answer(&self.base)?;
-            Ok(next.map(|batch| {
-                let stop = Arc::new(AtomicBool::new(false));
-                state.current = Some(Current { id: batch.id.clone(), expires: batch.expires, stop: stop.clone() });
-                (batch, stop)
-            }))
+            Ok(next.map(|batch| (self.turns.begin(state, &batch.id), batch)))
         };
-        self.work(next, |(batch, stop)| {
-            let answered = self.answer(&batch, &stop);
-            self.state().current = None;
-            self.wake();
+        self.work(next, |(turn, batch)| {
+            let answered = self.answer(&batch, &turn.stop);
+            drop(turn);
+            self.turns.wake();
             answered
         });
     }
 
-    /// Does one thing after the other until the server ends; `next` says which.
-    fn work<T>(&self, next: impl Fn(&mut State) -> Result<Option<T>, StorageError>, part: impl Fn(T) -> Result<()>) {
-        let mut pause = Duration::ZERO;
-        while let Some(next) = self.wait(pause, &next) {
-            pause = match next.map_err(Into::into).and_then(&part) {
-                Ok(()) => Duration::ZERO,
-                Err(error) => {
-                    let [shortest, longest] = PAUSES;
-                    pause = (2 * pause).clamp(shortest, longest);
-                    tracing::error!(error = format!("{error:#}"), seconds = pause.as_secs(), "batches wait");
-                    pause
-                }
-            };
-            self.show_counts();
-        }
-    }
-
-    /// What is next after a pause, or why it isn't known; `None` when the server ends.
-    fn wait<T>(
-        &self,
-        pause: Duration,
-        next: impl Fn(&mut State) -> Result<Option<T>, StorageError>,
-    ) -> Option<Result<T, StorageError>> {
-        let paused = self.changed.wait_timeout_while(self.state(), pause, |state| !state.is_ending);
-        let (mut state, _) = paused.unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if state.is_ending {
-                return None;
-            }
-            if let Some(found) = next(&mut state).transpose() {
-                return Some(found);
-            }
+    /// Does a `part` of one batch after the other until the server ends; `next` says of which.
+    fn work<T>(&self, next: impl Fn(&mut State) -> Result<Option<T>>, part: impl Fn(T) -> Result<()>) {
+        let tick = || {
             let is_open = self.storage.count_batches(BatchStatus::InProgress).is_ok_and(|count| count > 0);
-            let woken = self.changed.wait_timeout(state, if is_open { TICK } else { IDLE_TICK });
-            (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
-        }
+            Some(if is_open { TICK } else { IDLE_TICK })
+        };
+        let part = |batch| {
+            let done = part(batch);
+            self.show_counts();
+            done
+        };
+        self.turns.work("batches wait", next, tick, part);
     }
 
     /// Brings a batch to what follows: a new one to its turn or its failure, others to their end.
@@ -287,7 +219,7 @@ impl BatchJobs {
         let errors: Vec<BatchError> = match check::check(&self.input(batch)?, &batch.endpoint)? {
             Ok(check::Checked { lines, model }) => {
                 self.storage.begin_batch(&batch.id, lines, model.as_deref())?;
-                self.wake();
+                self.turns.wake();
                 return Ok(());
             }
             Err(errors) => errors,

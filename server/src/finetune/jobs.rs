@@ -13,12 +13,9 @@ use std::{
     fs, io,
     panic::{self, AssertUnwindSafe},
     path::Path,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
@@ -36,6 +33,7 @@ use crate::{
     adapters::{self, AdapterSource, Adapters},
     metrics,
     storage::{Checkpoint, EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError, Upload},
+    turns::{State, Turn, Turns},
 };
 
 /// What model names have in the place of OpenAI's organization.
@@ -50,9 +48,6 @@ const MOST_STEPS_UNTOLD: u64 = 10;
 /// What events and checkpoints call the losses of the training and of the validation data.
 const TRAIN_LOSS: &str = "train_loss";
 const VALID_LOSS: &str = "full_valid_loss";
-/// How long jobs wait at first, and at most, where the storage has failed.
-const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
-
 /// What jobs train on top of.
 #[derive(Clone)]
 pub struct Base {
@@ -105,37 +100,7 @@ pub enum JobsError {
 pub struct Jobs {
     storage: Arc<Storage>,
     base: Base,
-    state: Mutex<State>,
-    /// There may be something to do.
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// The job that trains, and what stops it.
-    current: Option<(String, Arc<AtomicBool>)>,
-    /// The server ends.
-    is_ending: bool,
-}
-
-impl State {
-    /// Lets a job stop after its step if it is the one that trains; whether it is.
-    fn stop(&self, id: &str) -> bool {
-        let current = self.current.as_ref().filter(|(current, _)| current == id);
-        current.inspect(|(_, stop)| stop.store(true, Ordering::Relaxed)).is_some()
-    }
-}
-
-/// A job's turn: while it lives, that job is the one that trains.
-struct Turn<'a> {
-    jobs: &'a Jobs,
-    stop: Arc<AtomicBool>,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.jobs.state().current = None;
-    }
+    turns: Turns,
 }
 
 /// The thread that jobs train on.
@@ -147,13 +112,7 @@ pub struct Runner {
 impl Runner {
     /// Ends after the step that is running, whose job goes on when the server starts again.
     pub fn end(self) {
-        let mut state = self.jobs.state();
-        state.is_ending = true;
-        if let Some((_, stop)) = &state.current {
-            stop.store(true, Ordering::Relaxed);
-        }
-        drop(state);
-        self.jobs.changed.notify_all();
+        self.jobs.turns.end();
         if self.thread.join().is_err() {
             tracing::error!("the thread of fine-tuning jobs has panicked");
         }
@@ -166,7 +125,7 @@ impl Jobs {
     /// # Errors
     /// When the storage can't be read.
     pub fn start(storage: Arc<Storage>, base: Base) -> Result<(Arc<Self>, Runner)> {
-        let jobs = Arc::new(Self { storage, base, state: Mutex::default(), changed: Condvar::new() });
+        let jobs = Arc::new(Self { storage, base, turns: Turns::default() });
         for job in jobs.storage.jobs_with_models(&jobs.base.fingerprint)? {
             jobs.serve_again(&job)?;
         }
@@ -205,7 +164,7 @@ impl Jobs {
     /// When a file isn't there, or the storage fails.
     pub fn create(&self, asked: NewJob) -> Result<Job, StorageError> {
         let job = self.storage.add_job(asked, &self.base.fingerprint)?;
-        self.wake();
+        self.turns.wake();
         self.show_counts();
         Ok(job)
     }
@@ -233,7 +192,7 @@ impl Jobs {
     /// When it is, or there is no such job.
     pub fn cancel(&self, id: &str) -> Result<Job, JobsError> {
         let open = [JobStatus::ValidatingFiles, JobStatus::Queued, JobStatus::Running];
-        let state = self.state();
+        let state = self.turns.state();
         if !self.storage.set_status(id, &open, JobStatus::Cancelled)? {
             return Err(self.refuse(id, "cancelled"));
         }
@@ -251,7 +210,7 @@ impl Jobs {
     /// # Errors
     /// When it is done or paused, or there is no such job.
     pub fn pause(&self, id: &str) -> Result<Job, JobsError> {
-        let state = self.state();
+        let state = self.turns.state();
         let job = self.job(id)?;
         if job.status.is_final() || job.is_paused {
             return Err(self.refuse(id, "paused"));
@@ -273,7 +232,7 @@ impl Jobs {
         }
         self.storage.set_paused(id, false)?;
         self.storage.add_event(id, Level::Info, "The job was resumed", EventKind::Message)?;
-        self.wake();
+        self.turns.wake();
         self.job(id)
     }
 
@@ -291,18 +250,6 @@ impl Jobs {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing under the lock can leave it half changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// There may be something to do.
-    fn wake(&self) {
-        // Who is about to wait has either seen what there is to do, or waits by now.
-        let _state = self.state();
-        self.changed.notify_all();
-    }
-
     fn show_counts(&self) {
         for status in JobStatus::ALL {
             if let Ok(count) = self.storage.count_jobs(status) {
@@ -318,37 +265,13 @@ impl Jobs {
         part: fn(&Self, &Job) -> Result<(), StorageError>,
     ) {
         give_way();
-        let mut pause = Duration::ZERO;
-        while let Some(next) = self.wait(pause, next) {
-            pause = match next.and_then(|job| self.guarded(&job, part)) {
-                Ok(()) => Duration::ZERO,
-                Err(error) => {
-                    let pause = longer(pause);
-                    tracing::error!(%error, seconds = pause.as_secs(), "fine-tuning jobs wait for the storage");
-                    pause
-                }
-            };
+        let next = |_: &mut State| next(&self.storage, &self.base.fingerprint);
+        let part = |job: Job| {
+            let done = self.guarded(&job, part);
             self.show_counts();
-        }
-    }
-
-    /// The next job after a pause, or why it isn't known; `None` when the server ends.
-    fn wait(
-        &self,
-        pause: Duration,
-        next: fn(&Storage, &str) -> Result<Option<Job>, StorageError>,
-    ) -> Option<Result<Job, StorageError>> {
-        let paused = self.changed.wait_timeout_while(self.state(), pause, |state| !state.is_ending);
-        let (mut state, _) = paused.unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if state.is_ending {
-                return None;
-            }
-            if let Some(found) = next(&self.storage, &self.base.fingerprint).transpose() {
-                return Some(found);
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+            done
+        };
+        self.turns.work("fine-tuning jobs wait for the storage", next, || None, part);
     }
 
     /// Does a `part` of a job, which fails if that panics.
@@ -386,14 +309,14 @@ impl Jobs {
         if self.storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued)? {
             let message = "Files validated, moving job to queued state";
             self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
-            self.wake();
+            self.turns.wake();
         }
         Ok(())
     }
 
     fn fail(&self, id: &str, code: &str, message: &str, param: Option<&str>) -> Result<(), StorageError> {
         let error = JobError { code: code.to_owned(), message: message.to_owned(), param: param.map(str::to_owned) };
-        let _state = self.state();
+        let _state = self.turns.state();
         let Some(models) = self.storage.fail_job(id, &error)? else { return Ok(()) };
         tracing::warn!(job = id, message, "a fine-tuning job has failed");
         models.iter().for_each(|model| _ = self.base.adapters.unload(model));
@@ -402,14 +325,11 @@ impl Jobs {
 
     /// The turn of a job that waits for it.
     fn begin(&self, id: &str) -> Result<Option<Turn<'_>>, StorageError> {
-        let mut state = self.state();
+        let mut state = self.turns.state();
         if state.is_ending || !self.storage.begin_job(id)? {
             return Ok(None);
         }
-        let stop = Arc::new(AtomicBool::new(false));
-        state.current = Some((id.to_owned(), stop.clone()));
-        drop(state);
-        Ok(Some(Turn { jobs: self, stop }))
+        Ok(Some(self.turns.begin(&mut state, id)))
     }
 
     /// Trains a job until it ends or is stopped.
@@ -422,7 +342,7 @@ impl Jobs {
         self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
         match self.make_steps(job, &turn.stop) {
             Ok(Ended::Finished { .. }) => {}
-            Ok(Ended::Stopped { .. }) if self.state().is_ending => {}
+            Ok(Ended::Stopped { .. }) if self.turns.state().is_ending => {}
             // It was cancelled, or paused; it may have been resumed since.
             Ok(Ended::Stopped { .. }) => {
                 self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued)?;
@@ -470,7 +390,7 @@ impl Jobs {
             let model = self.model_name(job);
             let results = self.write_results(&job.id)?;
             // Nobody deletes a model that isn't served yet.
-            let _state = self.state();
+            let _state = self.turns.state();
             if self.storage.finish_job(&job.id, &model, results)? {
                 self.serve(&model, &settings.output);
             }
@@ -528,9 +448,9 @@ impl Jobs {
     /// # Errors
     /// When a job that isn't done needs it, or the storage fails.
     pub fn delete_model(&self, name: &str) -> Result<bool, JobsError> {
-        let state = self.state();
+        let state = self.turns.state();
         let Some((job, step)) = self.storage.maker_of(name)? else { return Ok(false) };
-        let is_current = state.current.as_ref().is_some_and(|(current, _)| *current == job.id);
+        let is_current = state.current() == Some(job.id.as_str());
         if !job.status.is_final() || job.status == JobStatus::Cancelled && is_current {
             return Err(JobsError::Needed { model: name.to_owned(), job: job.id });
         }
@@ -559,12 +479,6 @@ fn steps_between_checkpoints(epoch: u64, steps: u64) -> u64 {
     let epoch = epoch.clamp(1, MOST_STEPS_UNSAVED);
     let apart = steps.div_ceil(CHECKPOINTS).min(MOST_STEPS_UNSAVED);
     epoch * (apart / epoch).max(1)
-}
-
-/// How long jobs wait after a failure of the storage that follows a pause of this length.
-fn longer(pause: Duration) -> Duration {
-    let [shortest, longest] = PAUSES;
-    (2 * pause).clamp(shortest, longest)
 }
 
 /// Whether something could not be written for lack of space.
@@ -635,7 +549,7 @@ impl JobWatcher<'_> {
             };
             found.extend(values.map(|(name, value)| (name.to_owned(), value.into())));
         }
-        let _state = self.jobs.state();
+        let _state = self.jobs.turns.state();
         // Nothing has been learnt before the first step, and a job that was cancelled gets no more checkpoints.
         if step == 0 || self.is_done() {
             return;

@@ -1,4 +1,7 @@
-use std::{sync::atomic::AtomicUsize, thread::sleep};
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::sleep,
+};
 
 use serde_json::{Value, json};
 

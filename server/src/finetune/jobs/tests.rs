@@ -1,5 +1,7 @@
 //! What becomes of jobs when something about them goes wrong: on the embedded model, without threads.
 
+use std::sync::atomic::Ordering;
+
 use tempfile::TempDir;
 
 use super::*;
@@ -21,7 +23,7 @@ fn jobs() -> (TempDir, Jobs) {
         threads: 1,
         memory: None,
     };
-    (folder, Jobs { storage, base, state: Mutex::default(), changed: Condvar::new() })
+    (folder, Jobs { storage, base, turns: Turns::default() })
 }
 
 fn job(jobs: &Jobs) -> Job {
@@ -67,7 +69,7 @@ fn a_job_that_panics_fails_and_leaves_its_turn_and_nothing_else() {
     // The next one has its turn.
     jobs.validate(&next).unwrap();
     assert_eq!(jobs.storage.next_to_train("weights").unwrap().unwrap().id, next.id);
-    assert!(jobs.begin(&next.id).unwrap().is_some() && jobs.state().current.is_none());
+    assert!(jobs.begin(&next.id).unwrap().is_some() && jobs.turns.state().current().is_none());
 }
 
 #[test]
@@ -174,15 +176,6 @@ fn a_lack_of_space_is_found_below_what_was_tried() {
     assert!(lacks_space(&anyhow::Error::from(below).context("cannot save")));
     assert!(lacks_space(&anyhow::Error::from(full())));
     assert!(!lacks_space(&anyhow::Error::from(io::Error::from(io::ErrorKind::NotFound)).context("cannot save")));
-}
-
-#[test]
-fn pauses_grow_to_a_minute() {
-    let pauses: Vec<u64> = std::iter::successors(Some(Duration::ZERO), |pause| Some(longer(*pause)))
-        .map(|pause| pause.as_secs())
-        .take(9)
-        .collect();
-    assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
 }
 
 #[test]
