@@ -231,16 +231,19 @@ impl BatchJobs {
     fn answer(&self, batch: &Batch, stop: &AtomicBool) -> Result<()> {
         let (input, place) = (self.input(batch)?, self.answers(batch));
         fs::create_dir_all(self.storage.batch_folder(&batch.id)).context("cannot make the batch's folder")?;
-        let before = answers::progress(&place)?;
         let scan = input.scan(|_| ())?;
         let mut output = Output::open(&place.to_string_lossy())?;
-        let Resumed { done, .. } = output.resume(&scan, result::told)?;
+        let mut progress = answers::none(batch);
+        let Resumed { done, .. } = output.resume(&scan, |line| {
+            let told = result::told(line)?;
+            progress.add(told.failed, answers::usage(line));
+            Some(told)
+        })?;
         let writer = output.begin(&Manifest::new(&scan, Map::new()), &done, false)?;
-        let cached_tokens = batch.progress.usage.cached_tokens;
-        let mut progress = Progress { usage: crate::storage::BatchUsage { cached_tokens, ..before.usage }, ..before };
         let mut kept = Instant::now();
         let see = |answered: &Answered| {
-            add(&mut progress, answered);
+            metrics::batch_line(answered.line.told.failed);
+            progress.add(answered.line.told.failed, answered.usage);
             if kept.elapsed() >= PROGRESS_INTERVAL {
                 self.keep(batch, &progress);
                 kept = Instant::now();
@@ -273,16 +276,6 @@ impl BatchJobs {
     fn answers(&self, batch: &Batch) -> PathBuf {
         self.storage.batch_folder(&batch.id).join(ANSWERS)
     }
-}
-
-fn add(progress: &mut Progress, answered: &Answered) {
-    let Progress { completed, failed, usage } = progress;
-    let has_failed = answered.line.told.failed;
-    metrics::batch_line(has_failed);
-    *if has_failed { failed } else { completed } += 1;
-    usage.input_tokens += answered.usage.prompt_tokens as u64;
-    usage.cached_tokens += answered.usage.cached_tokens as u64;
-    usage.output_tokens += answered.usage.completion_tokens as u64;
 }
 
 /// Stands for the draws of a batch's requests that have no seed: the same after a restart.

@@ -29,9 +29,7 @@ impl Totals {
     pub fn add(&mut self, answered: &Answered) {
         self.lines += 1;
         self.failed += u64::from(answered.line.told.failed);
-        self.usage.prompt_tokens += answered.usage.prompt_tokens;
-        self.usage.completion_tokens += answered.usage.completion_tokens;
-        self.usage.cached_tokens += answered.usage.cached_tokens;
+        self.usage += answered.usage;
         let names = answered.ignored.iter().flat_map(|names| names.split(',')).filter(|name| !name.is_empty());
         for name in names {
             if self.ignored.len() < MOST_IGNORED {

@@ -6,7 +6,7 @@
 mod routed;
 mod stop;
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{collections::VecDeque, ops::AddAssign, sync::Arc, time::Instant};
 
 use cadre_engine::request::{Event, FinishReason, Request, RequestError, Scores, SubmitError, TokenLogprobs};
 use cadre_engine::runtime::RuntimeHandle;
@@ -159,6 +159,14 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Tokens of the prompts that the prefix cache held.
     pub cached_tokens: usize,
+}
+
+impl AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.prompt_tokens += other.prompt_tokens;
+        self.completion_tokens += other.completion_tokens;
+        self.cached_tokens += other.cached_tokens;
+    }
 }
 
 /// Why a generation failed.

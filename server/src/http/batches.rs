@@ -139,9 +139,9 @@ fn object(batch: &Batch) -> Value {
             "total": batch.total, "completed": batch.progress.completed, "failed": batch.progress.failed,
         },
         "usage": {
-            "input_tokens": usage.input_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "output_tokens": usage.output_tokens, "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage.input_tokens + usage.output_tokens,
+            "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         },
         "metadata": batch.metadata,
     });

@@ -94,10 +94,7 @@ impl Prepared {
                 let logprobs: Vec<f64> = told.next.iter().map(|label| f64::from(label.logprob)).collect();
                 scores[place] = score(&logprobs, options);
             }
-            let Usage { prompt_tokens, completion_tokens, cached_tokens } = generation.usage();
-            used.prompt_tokens += prompt_tokens;
-            used.completion_tokens += completion_tokens;
-            used.cached_tokens += cached_tokens;
+            used += generation.usage();
         }
         Ok((scores, used))
     }

@@ -137,7 +137,7 @@ impl Output {
     ///
     /// # Errors
     /// When there is something that this run can't have written.
-    pub fn resume(&mut self, input: &Scan, read: impl Fn(&[u8]) -> Option<Told>) -> Result<Resumed> {
+    pub fn resume(&mut self, input: &Scan, mut read: impl FnMut(&[u8]) -> Option<Told>) -> Result<Resumed> {
         let mut resumed = Resumed { done: input.blank.clone(), lines: 0, failed: 0 };
         let Target::File { path, file, compression } = &mut self.target else { return Ok(resumed) };
         let shown = path.display();

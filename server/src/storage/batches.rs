@@ -5,6 +5,8 @@ use std::{fs, path::PathBuf};
 use rusqlite::{OptionalExtension, Row, params, types::FromSqlError};
 use serde_json::{Map, Value, json};
 
+use crate::generation::Usage;
+
 use super::{
     Page, Purpose, Storage, StorageError, Upload, entries,
     files::{check_file, insert},
@@ -90,17 +92,6 @@ pub struct BatchError {
     pub line: Option<u64>,
 }
 
-/// Tokens that a batch has used.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct BatchUsage {
-    /// Of the prompts.
-    pub input_tokens: u64,
-    /// Those of them that the prefix cache held.
-    pub cached_tokens: u64,
-    /// Generated.
-    pub output_tokens: u64,
-}
-
 /// How much of a batch is done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -109,7 +100,15 @@ pub struct Progress {
     /// Requests that have failed.
     pub failed: u64,
     /// What they have used.
-    pub usage: BatchUsage,
+    pub usage: Usage,
+}
+
+impl Progress {
+    /// A request is done, or has failed, and has used so much.
+    pub fn add(&mut self, has_failed: bool, usage: Usage) {
+        *if has_failed { &mut self.failed } else { &mut self.completed } += 1;
+        self.usage += usage;
+    }
 }
 
 /// A batch.
@@ -378,9 +377,9 @@ impl BatchError {
 }
 
 fn set_progress(database: &rusqlite::Connection, id: &str, progress: &Progress) -> Result<(), StorageError> {
-    let Progress { completed, failed, usage: BatchUsage { input_tokens, cached_tokens, output_tokens } } = progress;
-    let [completed, failed, input, cached, output] =
-        [completed, failed, input_tokens, cached_tokens, output_tokens].map(|count| count.cast_signed());
+    let Progress { completed, failed, usage: Usage { prompt_tokens, cached_tokens, completion_tokens } } = *progress;
+    let [completed, failed] = [completed, failed].map(u64::cast_signed);
+    let [input, cached, output] = [prompt_tokens, cached_tokens, completion_tokens].map(|tokens| tokens as i64);
     database.execute(
         "UPDATE batches SET completed = ?, failed = ?, input_tokens = ?, cached_tokens = ?, output_tokens = ? WHERE id = ?",
         params![completed, failed, input, cached, output, id],
@@ -390,6 +389,7 @@ fn set_progress(database: &rusqlite::Connection, id: &str, progress: &Progress) 
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Batch> {
     let count = |column: usize| row.get::<_, i64>(column).map(i64::cast_unsigned);
+    let tokens = |column: usize| count(column).map(|tokens| tokens as usize);
     let json = |column: usize, text: &str| {
         serde_json::from_str(text).map_err(|error| unreadable(column, FromSqlError::Other(error.into())))
     };
@@ -414,7 +414,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Batch> {
         progress: Progress {
             completed: count(11)?,
             failed: count(12)?,
-            usage: BatchUsage { input_tokens: count(13)?, cached_tokens: count(14)?, output_tokens: count(15)? },
+            usage: Usage { prompt_tokens: tokens(13)?, cached_tokens: tokens(14)?, completion_tokens: tokens(15)? },
         },
         output_file: row.get(16)?,
         error_file: row.get(17)?,

@@ -29,7 +29,7 @@ use rusqlite::{
     types::{FromSqlError, Type},
 };
 
-pub use batches::{Batch, BatchError, BatchStatus, BatchUsage, Made, NewBatch, Progress};
+pub use batches::{Batch, BatchError, BatchStatus, Made, NewBatch, Progress};
 pub use files::{FileQuery, Purpose, StoredFile, Upload};
 pub use jobs::{Checkpoint, Event, EventKind, Job, JobError, JobStatus, Level, NewJob};
 

@@ -14,12 +14,12 @@ use crate::{
         request::BatchRequest,
         result::{self, Outcome},
     },
+    generation::Usage,
     http::reproducible::Reproducible,
     lines::{LineSet, input::Input, output::Told},
-    storage::{Batch, BatchStatus, BatchUsage, Made, Progress, Storage, Upload},
+    storage::{Batch, BatchStatus, Made, Progress, Storage, Upload},
 };
 
-/// The tokens that an answer tells of.
 #[derive(Deserialize)]
 struct Answer {
     response: Option<Response>,
@@ -32,26 +32,30 @@ struct Response {
 
 #[derive(Deserialize)]
 struct Body {
-    usage: Option<Usage>,
+    usage: Option<Tokens>,
 }
 
 #[derive(Deserialize)]
-struct Usage {
-    prompt_tokens: u64,
-    completion_tokens: u64,
+struct Tokens {
+    prompt_tokens: usize,
+    completion_tokens: usize,
 }
 
-/// How much is done, but for the tokens that were cached, which answers don't tell.
-///
-/// # Errors
-/// When the file can't be read.
-pub(super) fn progress(answers: &Path) -> Result<Progress> {
-    let mut progress = Progress::default();
-    each(answers, |line, told| {
-        add(&mut progress, line, told.failed);
-        Ok(())
-    })?;
-    Ok(progress)
+/// What a batch's progress counts from before its answers are added: answers don't tell of the tokens that were cached.
+pub(super) fn none(batch: &Batch) -> Progress {
+    let cached_tokens = batch.progress.usage.cached_tokens;
+    Progress { usage: Usage { cached_tokens, ..Usage::default() }, ..Progress::default() }
+}
+
+/// The tokens that an answer tells of.
+pub(super) fn usage(line: &[u8]) -> Usage {
+    let answer = serde_json::from_slice::<Answer>(line).ok();
+    let told = answer.and_then(|answer| answer.response?.body?.usage);
+    told.map_or_else(Usage::default, |Tokens { prompt_tokens, completion_tokens }| Usage {
+        prompt_tokens,
+        completion_tokens,
+        cached_tokens: 0,
+    })
 }
 
 /// The files of a batch that ends as `to`: answers, and errors. Of one whose time is over, requests that have no answer are
@@ -62,10 +66,10 @@ pub(super) fn progress(answers: &Path) -> Result<Progress> {
 pub(super) fn files(storage: &Storage, input: &Input, answers: &Path, batch: &Batch, to: BatchStatus) -> Result<Made> {
     let mut output = Sheet::new(storage);
     let mut errors = Sheet::new(storage);
-    let (mut progress, mut done) = (Progress::default(), LineSet::default());
+    let (mut progress, mut done) = (none(batch), LineSet::default());
     each(answers, |line, told| {
         done.insert(told.number);
-        add(&mut progress, line, told.failed);
+        progress.add(told.failed, usage(line));
         if told.failed { &mut errors } else { &mut output }.write(line)
     })?;
     if to == BatchStatus::Expired {
@@ -83,7 +87,6 @@ pub(super) fn files(storage: &Storage, input: &Input, answers: &Path, batch: &Ba
             progress.failed += 1;
         }
     }
-    progress.usage.cached_tokens = batch.progress.usage.cached_tokens;
     Ok(Made { output: output.finish()?, errors: errors.finish()?, progress })
 }
 
@@ -103,19 +106,6 @@ fn each(answers: &Path, mut see: impl FnMut(&[u8], Told) -> io::Result<()>) -> R
         line.clear();
     }
     Ok(())
-}
-
-fn add(progress: &mut Progress, line: &[u8], failed: bool) {
-    let Progress { completed, failed: failures, usage } = progress;
-    *if failed { failures } else { completed } += 1;
-    let answer = serde_json::from_slice::<Answer>(line).ok();
-    if let Some(Usage { prompt_tokens, completion_tokens }) = answer.and_then(|answer| answer.response?.body?.usage) {
-        *usage = BatchUsage {
-            input_tokens: usage.input_tokens + prompt_tokens,
-            output_tokens: usage.output_tokens + completion_tokens,
-            ..*usage
-        };
-    }
 }
 
 /// A file that is there once it has a line.

@@ -148,7 +148,7 @@ fn a_server_that_ends_writes_no_line_that_is_none() {
     assert_eq!((done.progress.completed, done.progress.failed), (9, 0));
     let answers = rig.lines(done.output_file.as_ref());
     assert!(answers.iter().all(|line| line["response"]["body"]["choices"][0]["message"]["content"] == "hello"));
-    assert_eq!(done.progress.usage.output_tokens, 9 * 6, "also of those before the end");
+    assert_eq!(done.progress.usage.completion_tokens, 9 * 6, "also of those before the end");
     runner.end();
 }
 
