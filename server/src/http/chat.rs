@@ -16,7 +16,7 @@ use super::{
     logprobs::TokenNames,
     messages,
     params::{
-        self, Endpoint,
+        Endpoint,
         shared::{MAX_LOGPROBS, MaxTokens, Shared},
     },
     reproducible::Reproducible,
@@ -39,9 +39,8 @@ pub async fn create(
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let reproducible = reproducible.map(|Extension(reproducible)| reproducible);
-    let unknown = params::admit(&body, Endpoint::Chat, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let prepared = app.prepare(move || Prepared::new(&served, &body, reproducible)).await?;
+    let (prepared, unknown) =
+        app.admitted(body, Endpoint::Chat, move |served, body| Prepared::new(served, body, reproducible)).await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);
     Ok(response)

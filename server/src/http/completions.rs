@@ -15,7 +15,7 @@ use super::{
     logprobs::{TextLogprobs, TokenNames},
     messages::required,
     params::{
-        self, Endpoint,
+        Endpoint,
         shared::{MAX_LOGPROBS, MaxTokens, Shared},
     },
     reproducible::Reproducible,
@@ -41,9 +41,9 @@ pub async fn create(
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let reproducible = reproducible.map(|Extension(reproducible)| reproducible);
-    let unknown = params::admit(&body, Endpoint::Completions, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let prepared = app.prepare(move || Prepared::new(&served, &body, reproducible)).await?;
+    let (prepared, unknown) = app
+        .admitted(body, Endpoint::Completions, move |served, body| Prepared::new(served, body, reproducible))
+        .await?;
     let mut response = prepared.answer(app).await?;
     answer::name_ignored(&mut response, &unknown);
     Ok(response)

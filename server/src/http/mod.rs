@@ -56,6 +56,7 @@ use axum::{
     routing::{delete, get, post},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
+use serde_json::{Map, Value};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, oneshot, watch},
@@ -67,6 +68,8 @@ use crate::{
     metrics, storage::Storage,
 };
 use error::{ApiError, Kind};
+use fields::Fields;
+use params::Endpoint;
 
 /// How long answered connections may take to be read to their end when the server ends.
 const FLUSH: Duration = Duration::from_millis(700);
@@ -172,12 +175,27 @@ impl App {
         self.batches.get().ok_or_else(ApiError::loading)
     }
 
+    /// What `make` makes of a body, with the model that it names; and the names of the fields that nobody knows.
+    ///
+    /// # Errors
+    /// As [`params::admit`], [`App::served_as`] and `make`.
+    pub async fn admitted<T: Send + 'static>(
+        &self,
+        body: Map<String, Value>,
+        endpoint: Endpoint,
+        make: impl FnOnce(&Arc<Served>, &Map<String, Value>) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<(T, Vec<String>), ApiError> {
+        let unknown = params::admit(&body, endpoint, self.options.strict_params)?;
+        let served = self.served_as(Fields::new(&body).string("model")?).await?;
+        Ok((self.prepare(move || make(&served, &body)).await?, unknown))
+    }
+
     /// Runs `work`, which templates and tokenises, beside few others; a client that leaves while it waits gives its
     /// turn away.
     ///
     /// # Errors
     /// As `work`.
-    pub async fn prepare<T: Send + 'static>(
+    async fn prepare<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
@@ -207,7 +225,7 @@ impl App {
     ///
     /// # Errors
     /// Also when no model of that name is served, or there is no memory for its adapter.
-    pub async fn served_as(&self, model: Option<&str>) -> Result<Arc<Served>, ApiError> {
+    async fn served_as(&self, model: Option<&str>) -> Result<Arc<Served>, ApiError> {
         let served = self.served()?.clone();
         let Some(name) = model.filter(|name| !served.names.iter().any(|known| known == name)) else {
             return Ok(served);

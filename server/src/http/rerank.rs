@@ -13,7 +13,7 @@ use super::{
     fields::{Fields, wrong},
     messages::required,
     pairs::{Asking, Prepared, check_count},
-    params::{self, Endpoint},
+    params::Endpoint,
     reproducible::Reproducible,
 };
 use crate::engine::Served;
@@ -28,9 +28,7 @@ pub async fn create(
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let reproducible = reproducible.map(|Extension(reproducible)| reproducible);
-    let unknown = params::admit(&body, Endpoint::Rerank, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let (prepared, told) = app.prepare(move || prepare(&served, &body)).await?;
+    let ((prepared, told), unknown) = app.admitted(body, Endpoint::Rerank, prepare).await?;
     let envelope = Envelope::new("rerank", "list", prepared.model(), reproducible);
     let (scores, usage) = prepared.score(&app, Reproducible::priority(reproducible)).await?;
     let mut response = answer::whole(envelope.with("results", told.results(&scores)), usage, reproducible);

@@ -13,7 +13,7 @@ use super::{
     fields::{Fields, token_ids, wrong},
     messages::required,
     pairs::{Asked, Asking, Prepared, check_count, texts},
-    params::{self, Endpoint},
+    params::Endpoint,
     reproducible::Reproducible,
 };
 use crate::engine::Served;
@@ -32,9 +32,7 @@ pub async fn create(
     JsonBody(body): JsonBody,
 ) -> Result<Response, ApiError> {
     let reproducible = reproducible.map(|Extension(reproducible)| reproducible);
-    let unknown = params::admit(&body, Endpoint::Score, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let prepared = app.prepare(move || prepare(&served, &body)).await?;
+    let (prepared, unknown) = app.admitted(body, Endpoint::Score, prepare).await?;
     let envelope = Envelope::new("score", "list", prepared.model(), reproducible);
     let (scores, usage) = prepared.score(&app, Reproducible::priority(reproducible)).await?;
     let score = |(index, score): (usize, f64)| json!({"index": index, "object": "score", "score": score});

@@ -9,15 +9,7 @@ use axum::{
 };
 use serde_json::{Map, Value, json};
 
-use super::{
-    App, answer,
-    body::JsonBody,
-    chat,
-    error::ApiError,
-    fields::Fields,
-    messages::required,
-    params::{self, Endpoint},
-};
+use super::{App, answer, body::JsonBody, chat, error::ApiError, fields::Fields, messages::required, params::Endpoint};
 use crate::engine::Served;
 
 /// A text, or a conversation through the chat template, to token ids.
@@ -25,20 +17,14 @@ use crate::engine::Served;
 /// # Errors
 /// When the request is at fault.
 pub async fn tokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
-    admitted(&app, body, tokens).await
+    let (made, unknown) = app.admitted(body, Endpoint::Tokenize, |served, body| tokens(served, body)).await?;
+    Ok(told(made, &unknown))
 }
 
-/// What `make` makes of an admitted body.
-async fn admitted(
-    app: &App,
-    body: Map<String, Value>,
-    make: fn(&Served, &Map<String, Value>) -> Result<Value, ApiError>,
-) -> Result<Response, ApiError> {
-    let unknown = params::admit(&body, Endpoint::Tokenize, app.options.strict_params)?;
-    let served = app.served_as(Fields::new(&body).string("model")?).await?;
-    let mut response = Json(app.prepare(move || make(&served, &body)).await?).into_response();
-    answer::name_ignored(&mut response, &unknown);
-    Ok(response)
+fn told(made: Value, unknown: &[String]) -> Response {
+    let mut response = Json(made).into_response();
+    answer::name_ignored(&mut response, unknown);
+    response
 }
 
 fn tokens(served: &Served, body: &Map<String, Value>) -> Result<Value, ApiError> {
@@ -63,7 +49,8 @@ fn tokens(served: &Served, body: &Map<String, Value>) -> Result<Value, ApiError>
 /// # Errors
 /// When the request is at fault.
 pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
-    admitted(&app, body, text).await
+    let (made, unknown) = app.admitted(body, Endpoint::Tokenize, |served, body| text(served, body)).await?;
+    Ok(told(made, &unknown))
 }
 
 fn text(served: &Served, body: &Map<String, Value>) -> Result<Value, ApiError> {

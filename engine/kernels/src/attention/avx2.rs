@@ -49,6 +49,21 @@ pub(super) unsafe fn attend<T: Stored>(
 /// and leave room for its operands.
 type Sums<const Q: usize, const P: usize> = [[[__m256; 2]; P]; Q];
 
+/// How many queries are multiplied at once, of so many.
+const fn at_once(queries: usize) -> usize {
+    match queries {
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
+/// How many panels beside so many queries, of so many.
+const fn beside(queries: usize, panels: usize) -> usize {
+    let most = 4 / queries;
+    if panels < most { 1 } else { most }
+}
+
 /// 16 lanes.
 ///
 /// # Safety
@@ -172,44 +187,22 @@ impl Products for Avx2 {
         let places = queries.len() / Q;
         let mut q = 0;
         while q < Q {
-            let queries = &queries[q * places..];
-            let (mut block, taken) = (
-                0,
-                if Q - q >= 4 {
-                    4
-                } else if Q - q >= 2 {
-                    2
-                } else {
-                    1
-                },
-            );
+            let taken = at_once(Q - q);
+            let (queries, out) = (&queries[q * places..][..taken * places], &mut out[q..][..taken]);
+            let mut block = 0;
             while block < keys.len() {
-                let (queries, out) = (&queries[..taken * places], &mut out[q..q + taken]);
+                let blocks = beside(taken, keys.len() - block);
                 // SAFETY: the caller's promise.
-                block += unsafe {
-                    match (taken, keys.len() - block) {
-                        (4, _) => {
-                            scores::<4, 1>(queries, keys, out, block);
-                            1
-                        }
-                        (2, 2..) => {
-                            scores::<2, 2>(queries, keys, out, block);
-                            2
-                        }
-                        (2, _) => {
-                            scores::<2, 1>(queries, keys, out, block);
-                            1
-                        }
-                        (_, 4..) => {
-                            scores::<1, 4>(queries, keys, out, block);
-                            4
-                        }
-                        _ => {
-                            scores::<1, 1>(queries, keys, out, block);
-                            1
-                        }
+                unsafe {
+                    match (taken, blocks) {
+                        (4, _) => scores::<4, 1>(queries, keys, out, block),
+                        (2, 2) => scores::<2, 2>(queries, keys, out, block),
+                        (2, _) => scores::<2, 1>(queries, keys, out, block),
+                        (_, 4) => scores::<1, 4>(queries, keys, out, block),
+                        _ => scores::<1, 1>(queries, keys, out, block),
                     }
-                };
+                }
+                block += blocks;
             }
             q += taken;
         }
@@ -224,46 +217,24 @@ impl Products for Avx2 {
         sums: &mut [f32],
     ) {
         let places = sums.len() / Q;
-        let panels = places / LANES;
         let mut q = 0;
         while q < Q {
-            let (mut panel, taken) = (
-                0,
-                if Q - q >= 4 {
-                    4
-                } else if Q - q >= 2 {
-                    2
-                } else {
-                    1
-                },
-            );
-            let (weights, sums) = (&weights[q..q + taken], &mut sums[q * places..(q + taken) * places]);
-            while panel < panels {
+            let taken = at_once(Q - q);
+            let (weights, sums) = (&weights[q..][..taken], &mut sums[q * places..][..taken * places]);
+            let mut panel = 0;
+            while panel < places / LANES {
+                let panels = beside(taken, places / LANES - panel);
                 // SAFETY: the caller's promise.
-                panel += unsafe {
-                    match (taken, panels - panel) {
-                        (4, _) => {
-                            add_values::<4, 1>(weights, &tokens, values, sums, panel);
-                            1
-                        }
-                        (2, 2..) => {
-                            add_values::<2, 2>(weights, &tokens, values, sums, panel);
-                            2
-                        }
-                        (2, _) => {
-                            add_values::<2, 1>(weights, &tokens, values, sums, panel);
-                            1
-                        }
-                        (_, 4..) => {
-                            add_values::<1, 4>(weights, &tokens, values, sums, panel);
-                            4
-                        }
-                        _ => {
-                            add_values::<1, 1>(weights, &tokens, values, sums, panel);
-                            1
-                        }
+                unsafe {
+                    match (taken, panels) {
+                        (4, _) => add_values::<4, 1>(weights, &tokens, values, sums, panel),
+                        (2, 2) => add_values::<2, 2>(weights, &tokens, values, sums, panel),
+                        (2, _) => add_values::<2, 1>(weights, &tokens, values, sums, panel),
+                        (_, 4) => add_values::<1, 4>(weights, &tokens, values, sums, panel),
+                        _ => add_values::<1, 1>(weights, &tokens, values, sums, panel),
                     }
-                };
+                }
+                panel += panels;
             }
             q += taken;
         }
