@@ -1,7 +1,8 @@
 //! A whole file's lines: read in windows, answered many at a time, written as they finish.
 //!
 //! Three stages beside each other, with short queues between them: a thread reads and sorts, tasks ask the engine, a thread
-//! writes. What memory holds is a window, the requests under way, and answers that wait for earlier ones.
+//! writes. What memory holds is a window, the requests under way, and answers that wait for earlier ones: of all these as many
+//! as a window has lines, for one is begun only then.
 
 use std::{
     sync::{
@@ -34,7 +35,7 @@ const WINDOW_BYTES: usize = 32 << 20;
 pub struct Limits {
     /// Lines that are asked at a time.
     pub in_flight: usize,
-    /// Lines that are sorted at a time.
+    /// Lines that are sorted at a time, and that are begun and not written: at least as many as are asked.
     pub window: usize,
 }
 
@@ -62,8 +63,15 @@ pub async fn run(
 ) -> Result<Ended> {
     let (read, mut to_ask) = mpsc::channel(limits.in_flight);
     let (written, to_write) = blocking::sync_channel(UNWRITTEN);
-    let reading = thread::spawn(move || read_windows(input, &done, limits, &read));
-    let writing = thread::spawn(move || writer.write_all(&to_write));
+    // Holds a place for each line that is begun. All lines of a window come before the next one's, so those that wait for a line
+    // that isn't begun are of its own window, and leave a place for it.
+    let (begin, begun) = blocking::sync_channel(limits.window);
+    let reading = thread::spawn(move || read_windows(input, &done, limits, &begin, &read));
+    let writing = thread::spawn(move || {
+        writer.write_all(&to_write, || {
+            let _ = begun.try_recv();
+        })
+    });
     let mut asked = JoinSet::new();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -108,6 +116,7 @@ fn read_windows(
     mut input: input::Lines,
     done: &LineSet,
     limits: Limits,
+    begin: &blocking::SyncSender<()>,
     lines: &mpsc::Sender<input::Line>,
 ) -> Result<()> {
     loop {
@@ -116,7 +125,7 @@ fn read_windows(
             return Ok(());
         }
         for line in order::sorted(window) {
-            if lines.blocking_send(line).is_err() {
+            if begin.send(()).is_err() || lines.blocking_send(line).is_err() {
                 return Ok(());
             }
         }

@@ -1,9 +1,12 @@
 use std::{
     fs,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
+use cadre_engine::request::Request;
 use serde_json::{Map, Value, json};
+use tempfile::TempDir;
 
 use super::{
     result::told,
@@ -14,7 +17,7 @@ use crate::{
     http::HttpOptions,
     lines::{input::Input, manifest::Manifest, output::Output},
     metrics::exporter,
-    testing::{Fake, served},
+    testing::{Fake, say, served},
 };
 
 fn answerer(fake: &Arc<Fake>) -> Answerer {
@@ -109,34 +112,77 @@ async fn a_line_that_is_no_request_is_told_with_its_number_and_the_reason() {
     assert!(answered.line.told.failed && answered.line.text.contains("line 4: the line is not UTF-8"));
 }
 
-/// Puts three lines through and tells how that ended, and what is written.
-async fn run_three(stop: bool) -> (Ended, String) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let asked = |number: u64| format!("{}\n", completion(&number.to_string(), json!({"prompt": "ab"})));
-    fs::write(path("in"), (1..=3).map(asked).collect::<String>()).unwrap();
-    let input = Input::open(&path("in"), folder.path()).unwrap();
-    let scan = input.scan(|_| {}).unwrap();
-    let mut output = Output::open(&path("out")).unwrap();
-    let done = output.resume(&scan, told).unwrap().done;
-    let writer = output.begin(&Manifest::new(&scan, Map::new()), &done, true).unwrap();
-    let limits = Limits { in_flight: 2, window: 2 };
-    let (answerer, input) = (answerer(&Fake::saying("ok")), input.lines().unwrap());
-    let ended = run(answerer, input, done, writer, limits, &AtomicBool::new(stop), |_| {}).await.unwrap();
-    (ended, fs::read_to_string(path("out")).unwrap())
+/// A file of such requests, and what its answers are written to, in order.
+struct Rig {
+    folder: TempDir,
+    fake: Arc<Fake>,
 }
+
+impl Rig {
+    fn new(fake: Arc<Fake>, prompts: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = |(number, prompt)| format!("{}\n", completion(&format!("{number}"), json!({"prompt": prompt})));
+        fs::write(folder.path().join("in"), prompts.iter().enumerate().map(asked).collect::<String>()).unwrap();
+        Self { folder, fake }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn written(&self) -> String {
+        fs::read_to_string(self.path("out")).unwrap()
+    }
+
+    async fn run(&self, limits: Limits, stop: &AtomicBool) -> Ended {
+        let input = Input::open(&self.path("in"), self.folder.path()).unwrap();
+        let scan = input.scan(|_| {}).unwrap();
+        let mut output = Output::open(&self.path("out")).unwrap();
+        let done = output.resume(&scan, told).unwrap().done;
+        let writer = output.begin(&Manifest::new(&scan, Map::new()), &done, true).unwrap();
+        run(answerer(&self.fake), input.lines().unwrap(), done, writer, limits, stop, |_| {}).await.unwrap()
+    }
+}
+
+const LIMITS: Limits = Limits { in_flight: 2, window: 2 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_is_put_through() {
-    let (ended, written) = run_three(false).await;
-    assert_eq!(ended, Ended::Finished);
-    let numbers: Vec<u64> = written.lines().map(|line| told(line.as_bytes()).unwrap().number).collect();
+    let rig = Rig::new(Fake::saying("ok"), &["ab"; 3]);
+    assert_eq!(rig.run(LIMITS, &AtomicBool::new(false)).await, Ended::Finished);
+    let numbers: Vec<u64> = rig.written().lines().map(|line| told(line.as_bytes()).unwrap().number).collect();
     assert_eq!(numbers, [1, 2, 3]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_is_told_to_stop_leaves_whole_lines() {
-    let (_, written) = run_three(true).await;
+    let rig = Rig::new(Fake::saying("ok"), &["ab"; 3]);
+    rig.run(LIMITS, &AtomicBool::new(true)).await;
+    let written = rig.written();
     assert!(written.is_empty() || written.ends_with('\n'));
     assert!(written.lines().all(|line| told(line.as_bytes()).is_some()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_so_many_answers_wait_for_a_slow_one() {
+    let script = |request: &Request| if request.prompt.len() == 4 { Vec::new() } else { say(request, "ok") };
+    let fake = Fake::new(script);
+    let rig = Rig::new(fake.clone(), &[&["slow"][..], &["ab"; 39]].concat());
+    let asked = || fake.requests.lock().unwrap().len();
+    let limits = Limits { in_flight: 4, window: 8 };
+    let slow = async {
+        while asked() < 8 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(asked(), 8, "the others wait, until the first line is written");
+        let index = fake.requests.lock().unwrap().iter().position(|request| request.prompt.len() == 4).unwrap();
+        let request = fake.requests.lock().unwrap()[index].clone();
+        say(&request, "ok").into_iter().for_each(|event| fake.tell(index, event));
+    };
+    let stop = AtomicBool::new(false);
+    let (ended, ()) = tokio::join!(rig.run(limits, &stop), slow);
+    assert_eq!((ended, asked()), (Ended::Finished, 40));
+    let numbers: Vec<u64> = rig.written().lines().map(|line| told(line.as_bytes()).unwrap().number).collect();
+    assert!(numbers.iter().copied().eq(1..=40), "{numbers:?}");
 }

@@ -1,8 +1,6 @@
 //! `cadre batch`.
 
 use std::{
-    fs,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -13,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 use super::{
-    EngineArgs, PairArgs, adapter_source, at_least_one, deciding,
+    EngineArgs, PairArgs, adapter_source, at_least_one, deciding, price,
     terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed},
 };
 use crate::{
@@ -71,7 +69,7 @@ pub struct BatchArgs {
     seed: u64,
 
     /// What the machine costs an hour: the summary tells what a million tokens cost
-    #[arg(long, value_name = "PRICE")]
+    #[arg(long, value_name = "PRICE", value_parser = price)]
     price_per_hour: Option<f64>,
 
     /// The model's name in requests and answers; may be given several times [default: as --model, or its last part]
@@ -103,7 +101,12 @@ pub fn run(args: &BatchArgs) -> Result<()> {
 }
 
 fn answer(args: &BatchArgs) -> Result<()> {
-    ensure!(!is_one_file(&args.input, &args.output), "the output must not be the input: {}", args.output);
+    ensure!(
+        !Output::would_replace(&args.output, &args.input),
+        "the output {} would be written over the input {}: give another --output",
+        args.output,
+        args.input
+    );
     let input = Input::open(&args.input, &Output::folder(&args.output))?;
     let scan = duplicates::scan(&input, duplicates::MOST_HASHES).with_context(|| args.input.clone())?;
     let mut manifest = args.manifest(&scan)?;
@@ -202,12 +205,6 @@ impl BatchArgs {
         }
         Ok(manifest)
     }
-}
-
-/// Whether both paths lead to one file.
-pub(super) fn is_one_file(input: &str, output: &str) -> bool {
-    let real = |path: &str| fs::canonicalize(Path::new(path)).ok().filter(|path| path.is_file());
-    input != "-" && real(input).is_some_and(|path| real(output) == Some(path))
 }
 
 /// Seconds since 1970, up to now if nobody knows.

@@ -280,6 +280,12 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     if count == 0 { Err("expected at least 1, found 0".to_owned()) } else { Ok(count) }
 }
 
+/// What an hour costs: as `cadre finetune` takes it.
+fn price(text: &str) -> Result<f64, String> {
+    let price = text.parse().map_err(|_| format!("expected a number, found `{text}`"))?;
+    if (0.0..=1e9).contains(&price) { Ok(price) } else { Err(format!("expected 0 to 1000000000, found {text}")) }
+}
+
 /// A size: a number with a unit (`KiB`, `MiB`, `GiB`, `TiB`, `KB`, `MB`, `GB`, `TB`; `K`, `M`, `G`, `T` are the
 /// binary ones), or bytes.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {

@@ -11,9 +11,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    EngineArgs, at_least_one,
-    batch::is_one_file,
-    deciding,
+    EngineArgs, at_least_one, deciding, price,
     terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed},
 };
 use crate::{
@@ -69,7 +67,7 @@ pub struct ScoreArgs {
     super_batch: usize,
 
     /// What the machine costs an hour: the summary tells what a million tokens cost
-    #[arg(long, value_name = "PRICE")]
+    #[arg(long, value_name = "PRICE", value_parser = price)]
     price_per_hour: Option<f64>,
 
     /// Sequences that one step takes at most
@@ -99,7 +97,12 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
 }
 
 fn score(args: &ScoreArgs) -> Result<()> {
-    ensure!(!is_one_file(&args.input, &args.output), "the output must not be the input: {}", args.output);
+    ensure!(
+        !Output::would_replace(&args.output, &args.input),
+        "the output {} would be written over the input {}: give another --output",
+        args.output,
+        args.input
+    );
     let folder = Output::folder(&args.output);
     let input = Input::open(&args.input, &folder)?;
     let scan = input.scan(|_| ())?;

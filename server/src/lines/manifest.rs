@@ -13,6 +13,8 @@ use super::input::Scan;
 
 /// What the manifest's name is beside the output's.
 const ENDING: &str = ".manifest.json";
+/// The name of the value that each manifest has: cadre's version.
+const VERSION: &str = "cadre";
 
 /// Names and values.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,7 +24,7 @@ impl Manifest {
     /// Of this version of cadre on these lines, with what else decides.
     pub fn new(input: &Scan, deciding: Map<String, Value>) -> Self {
         let mut values = Map::new();
-        values.insert("cadre".to_owned(), env!("CARGO_PKG_VERSION").into());
+        values.insert(VERSION.to_owned(), env!("CARGO_PKG_VERSION").into());
         values.insert(
             "input".to_owned(),
             json!({"lines": input.lines, "bytes": input.bytes, "crc32": format!("{:08x}", input.crc32)}),
@@ -34,15 +36,19 @@ impl Manifest {
     /// That beside `output`, if there is one.
     ///
     /// # Errors
-    /// When it can't be read.
+    /// When it can't be read, or the file of that name is something else.
     pub fn read(output: &Path) -> Result<Option<Self>> {
         let path = path(output);
-        let failed = || format!("cannot read {}", path.display());
-        match fs::read(&path) {
-            Ok(bytes) => Ok(Some(Self(serde_json::from_slice(&bytes).with_context(failed)?))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(failed),
-        }
+        let shown = path.display();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {shown}")),
+        };
+        let found = serde_json::from_slice(&bytes).map(Self).ok().filter(|found| found.get(VERSION).is_some());
+        found.map(Some).with_context(|| {
+            format!("{shown} is there, but is no manifest of such a run: give another --output, or remove it")
+        })
     }
 
     /// Writes it beside `output`, whole or not at all.
@@ -81,7 +87,8 @@ impl Manifest {
     }
 }
 
-fn path(output: &Path) -> PathBuf {
+/// Where the manifest of `output` is.
+pub fn path(output: &Path) -> PathBuf {
     beside(output, ENDING)
 }
 

@@ -20,7 +20,7 @@ use super::{
     LineSet,
     compression::Compression,
     input::Scan,
-    manifest::{Manifest, beside, folder},
+    manifest::{self, Manifest, beside, folder},
 };
 
 /// How long a line may wait until it is safe on disk.
@@ -29,6 +29,8 @@ const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 const SYNC_BYTES: usize = 8 << 20;
 /// What the name of the file with the failures is beside the output's.
 const ERRORS_ENDING: &str = ".errors.jsonl";
+/// What a file's name ends with until it is whole.
+const UNFINISHED: &str = ".unfinished";
 
 /// What a line of the output is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +100,15 @@ impl Output {
         if is_stream { std::env::temp_dir() } else { folder(path).to_owned() }
     }
 
+    /// Whether an output at `place` would be written over `input`, itself or by a file beside it.
+    pub fn would_replace(place: &str, input: &str) -> bool {
+        let real = |path: &Path| fs::canonicalize(path).ok().filter(|path| path.is_file());
+        let output = Path::new(place);
+        let written = [output.to_owned(), beside(output, ERRORS_ENDING), manifest::path(output)];
+        let mut written = written.iter().filter_map(|path| real(path));
+        input != "-" && real(Path::new(input)).is_some_and(|input| written.any(|written| written == input))
+    }
+
     /// The file with the failures, if they are to be in one.
     pub fn errors(&self) -> Option<PathBuf> {
         match &self.target {
@@ -113,11 +124,18 @@ impl Output {
     /// When it was begun with something else, or nothing tells with what.
     pub fn check(&self, now: &Manifest, force: bool) -> Result<Option<Manifest>> {
         let Target::File { path, .. } = &self.target else { return Ok(None) };
+        let shown = path.display();
+        let before = Manifest::read(path)?;
         if self.bytes == 0 {
+            let errors = beside(path, ERRORS_ENDING);
+            ensure!(
+                before.is_some() || !errors.exists(),
+                "{} is there, but no manifest that tells what it is of: give another --output, or remove it",
+                errors.display()
+            );
             return Ok(None);
         }
-        let shown = path.display();
-        let Some(before) = Manifest::read(path)? else {
+        let Some(before) = before else {
             ensure!(
                 force,
                 "{shown} is there, but no manifest that tells what it is of: give another --output, or --force"
@@ -133,7 +151,8 @@ impl Output {
         Ok(Some(before))
     }
 
-    /// Looks at what is there: `read` tells what a line is of. A torn end is cut off, and the failures' file made anew.
+    /// Looks at what is there: `read` tells what a line is of. A torn end is cut off, and the failures' file made anew. If the
+    /// input has no lines, the output is whole.
     ///
     /// # Errors
     /// When there is something that this run can't have written.
@@ -170,6 +189,10 @@ impl Output {
                 self.bytes - whole
             );
             file.set_len(whole).with_context(|| format!("cannot write {shown}"))?;
+        }
+        errors.finish(path)?;
+        if whole == 0 && input.lines == 0 {
+            file.write_all(&compression.encode(&[])?).with_context(|| format!("cannot write {shown}"))?;
         }
         Ok(resumed)
     }
@@ -248,31 +271,34 @@ struct Order {
 }
 
 impl Writer {
-    /// Writes all that comes through `lines`, and syncs it once no more does.
+    /// Writes all that comes through `lines`, and syncs it once no more does; `written` is told of each that isn't held back any
+    /// more.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn write_all(mut self, lines: &mpsc::Receiver<Finished>) -> Result<()> {
+    pub fn write_all(mut self, lines: &mpsc::Receiver<Finished>, mut written: impl FnMut()) -> Result<()> {
         loop {
             match lines.recv_timeout(SYNC_INTERVAL) {
-                Ok(line) => self.write(line)?,
+                Ok(line) => (0..self.write(line)?).for_each(|_| written()),
                 Err(RecvTimeoutError::Timeout) => self.sync()?,
                 Err(RecvTimeoutError::Disconnected) => return self.sync(),
             }
         }
     }
 
-    /// Writes a line, or holds it back.
+    /// Writes a line, or holds it back; how many it has written, then, with those that were held back for it.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn write(&mut self, line: Finished) -> Result<()> {
-        let Some(order) = &mut self.order else { return self.put(line) };
+    pub fn write(&mut self, line: Finished) -> Result<usize> {
+        let Some(order) = &mut self.order else { return self.put(line).map(|()| 1) };
         order.held.insert(line.told.number, line);
+        let mut written = 0;
         while let Some(line) = self.order.as_mut().and_then(Order::next) {
             self.put(line)?;
+            written += 1;
         }
-        Ok(())
+        Ok(written)
     }
 
     fn put(&mut self, Finished { told, text }: Finished) -> Result<()> {
@@ -337,15 +363,21 @@ struct Errors {
 }
 
 impl Errors {
-    /// Without those of an earlier run.
+    /// What an output holds of them, in a file of its own until all are found.
     fn anew(output: &Path) -> Result<Self> {
+        let path = beside(&beside(output, ERRORS_ENDING), UNFINISHED);
+        remove(&path)?;
+        Ok(Self { path, file: None })
+    }
+
+    /// All are found: they take the place of those that an earlier run wrote.
+    fn finish(self, output: &Path) -> Result<()> {
         let path = beside(output, ERRORS_ENDING);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}", path.display()))
-            }
-            _ => Ok(Self { path, file: None }),
+        if self.file.is_none() {
+            return remove(&path);
         }
+        self.sync()?;
+        fs::rename(&self.path, &path).with_context(|| format!("cannot write {}", path.display()))
     }
 
     fn write(&mut self, line: &[u8]) -> Result<()> {
@@ -360,5 +392,15 @@ impl Errors {
     fn sync(&self) -> Result<()> {
         let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
         synced.with_context(|| format!("cannot write {}", self.path.display()))
+    }
+}
+
+/// Removes a file if it is there.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
     }
 }

@@ -123,7 +123,7 @@ impl Place {
             sender.send(line(number)).unwrap();
         }
         drop(sender);
-        writer.write_all(&lines).unwrap();
+        writer.write_all(&lines, || ()).unwrap();
         resumed
     }
 
@@ -235,6 +235,44 @@ fn what_another_run_has_begun_is_not_gone_on_with_unless_forced() {
     let error = output.check(&first, false).unwrap_err().to_string();
     assert!(error.contains("no manifest"), "{error}");
     assert_eq!(output.check(&first, true).unwrap(), None);
+}
+
+#[test]
+fn files_beside_the_output_that_are_somebody_elses_stay() {
+    let place = Place::new(ENDINGS[0]);
+    let beside = |ending: &str| place.folder.path().join(format!("{}{ending}", place.name));
+    let now = manifest(json!({}));
+    for (ending, expected) in [(".errors.jsonl", "no manifest that tells"), (".manifest.json", "is no manifest")] {
+        fs::write(beside(ending), "{\"precious\": 1}\n").unwrap();
+        let error = place.open().check(&now, true).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(ending), "{error}");
+        fs::remove_file(beside(ending)).unwrap();
+    }
+    fs::write(beside(".errors.jsonl"), "precious\n").unwrap();
+    fs::write(place.path(), "3 no\nmy notes\n").unwrap();
+    assert!(place.resume(&scan()).is_err());
+    assert_eq!(place.errors().as_deref(), Some("precious\n"), "they are replaced only by those of an output");
+
+    for ending in ["", ".errors.jsonl", ".manifest.json"] {
+        let input = beside(ending);
+        fs::write(&input, "").unwrap();
+        assert!(Output::would_replace(place.path().to_str().unwrap(), input.to_str().unwrap()), "{ending}");
+    }
+    let other = beside(".other");
+    fs::write(&other, "").unwrap();
+    assert!(!Output::would_replace(place.path().to_str().unwrap(), other.to_str().unwrap()));
+}
+
+#[test]
+fn of_an_input_without_lines_a_compressed_output_is_whole_too() {
+    for name in ENDINGS {
+        let place = Place::new(name);
+        for _ in 0..2 {
+            place.resume(&Scan::default()).unwrap();
+            assert_eq!(place.bytes().is_empty(), name == ENDINGS[0]);
+            assert!(place.lines().is_empty());
+        }
+    }
 }
 
 #[test]
