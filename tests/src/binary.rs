@@ -3,7 +3,7 @@
 use std::{
     io::Write,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::OnceLock,
 };
 
@@ -46,6 +46,17 @@ fn build() -> PathBuf {
     let status = command.arg("--target-dir").arg(target_directory()).status().expect("cargo runs");
     assert!(status.success(), "cadre could not be built: {status}");
     directory.join("cadre")
+}
+
+/// Sends a signal to a running program: `INT` is what Ctrl-C does.
+///
+/// # Panics
+/// When it can't be sent.
+pub fn signal(child: &Child, name: &str) {
+    // The shell's own `kill`: there may be no program of that name.
+    let kill = format!("kill -{name} {}", child.id());
+    let status = Command::new("sh").args(["-c", &kill]).status().expect("sh runs");
+    assert!(status.success(), "{kill}: {status}");
 }
 
 /// A command that runs `cadre`, away from the user's own caches and log settings.

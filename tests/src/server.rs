@@ -164,10 +164,7 @@ impl Server {
     /// # Panics
     /// When it can't be sent.
     pub fn terminate(&self) {
-        // The shell's own `kill`: there may be no program of that name.
-        let kill = format!("kill -TERM {}", self.child.id());
-        let status = std::process::Command::new("sh").args(["-c", &kill]).status().expect("sh runs");
-        assert!(status.success(), "{kill}: {status}");
+        binary::signal(&self.child, "TERM");
     }
 
     /// Waits until the process has ended.

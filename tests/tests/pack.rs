@@ -219,7 +219,7 @@ fn ctrl_c_ends_a_pack_and_leaves_no_half_of_a_file() {
     let arguments = ["pack", "--model", path(&source), "--output", path(&pack)];
     let child = binary::command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_for("a file", 60, || pack.join("model-00001-of-00013.safetensors").exists());
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    binary::signal(&child, "INT");
     let ended = child.wait_with_output().unwrap();
     let stderr = String::from_utf8(ended.stderr).unwrap();
     assert!(ended.status.code() == Some(1) && stderr.contains("interrupted"), "{} {stderr}", ended.status);

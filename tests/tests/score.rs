@@ -5,10 +5,11 @@
 use std::{fs, path::PathBuf, process::Stdio, thread, time::Duration};
 
 use cadre_tests::{
-    binary::{Run, command, output, run},
+    binary::{Run, command, output, run, signal},
     checkpoint::{Qwen3Moe, copy_embedded},
     peak::peak_of,
     server::{MODEL, Server},
+    wait_for,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -194,6 +195,48 @@ fn a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not() {
     fs::write(other.join("generation_config.json"), "{}").unwrap();
     let refused = scoring.run("killed.jsonl", &["--max-model-len", "64"]);
     assert!(refused.code == Some(1) && refused.stderr.contains("max_model_len was"), "{}", refused.stderr);
+}
+
+#[test]
+fn ctrl_c_ends_a_run_and_the_same_command_goes_on() {
+    for lane in ["steps", "layers"] {
+        let scoring = Scoring::new(&items(6000));
+        let flags = ["--lane", lane, "--super-batch", "1000"];
+        let args = scoring.args("out.jsonl", &flags);
+        let mut child = command(&args.iter().map(String::as_str).collect::<Vec<_>>())
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let written = || fs::metadata(scoring.path("out.jsonl")).is_ok_and(|file| file.len() > 0);
+        wait_for("a run to write", 60, written);
+        signal(&child, "INT");
+        wait_for("it to end", 10, || child.try_wait().unwrap().is_some());
+        let ended = child.wait_with_output().unwrap();
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert_eq!(ended.status.code(), Some(130), "{lane}: {said}");
+        assert!(said.contains("the same command goes on"), "{lane}: {said}");
+        let text = fs::read_to_string(scoring.path("out.jsonl")).unwrap();
+        assert!(text.ends_with('\n') && values(&text).len() < 6000, "{lane}");
+    }
+}
+
+#[test]
+fn one_long_text_takes_no_more_memory_than_a_super_batch() {
+    let text: String = (0..600).map(|count| format!("In the garden are {count} trees, not {}. ", count * 7)).collect();
+    let scoring = Scoring::new(&[json!({"text": text})]);
+    let model = scoring.path("model").to_str().unwrap().to_owned();
+    fs::create_dir(&model).unwrap();
+    Qwen3Moe { layers: 2, hidden: 512, heads: 8, experts: 8, expert_width: 32, positions: 512 }.write(model.as_ref());
+    let [parts, whole] = ["1000", "1000000"].map(|rows| {
+        let flags = ["--model", &model, "--lane", "layers", "--max-model-len", "64", "--super-batch", rows];
+        let output = format!("{rows}.jsonl");
+        let peak = peak_of(&scoring.args(&output, &flags).iter().map(String::as_str).collect::<Vec<_>>());
+        println!("{rows} rows at a time, peak {} MiB", peak >> 20);
+        (fs::read_to_string(scoring.path(&output)).unwrap(), peak)
+    });
+    assert!(parts.0 == whole.0, "the parts change a score");
+    assert!(parts.1 + (32 << 20) < whole.1, "{} and {} MiB", parts.1 >> 20, whole.1 >> 20);
 }
 
 #[test]

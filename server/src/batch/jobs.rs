@@ -30,7 +30,9 @@ use crate::{
         output::{Output, Resumed},
     },
     metrics,
-    storage::{Batch, BatchError, BatchStatus, NewBatch, Progress, Purpose, Storage, StorageError, now},
+    storage::{
+        Batch, BatchError, BatchStatus, MAX_FILE_BYTES, NewBatch, Progress, Purpose, Storage, StorageError, now,
+    },
     turns::{State, Turns},
 };
 
@@ -209,29 +211,44 @@ impl BatchJobs {
             BatchStatus::InProgress => BatchStatus::Expired,
             _ => BatchStatus::Completed,
         };
-        let input = self.input(batch)?;
-        let made = answers::files(&self.storage, &input, &self.answers(batch), batch, to)?;
+        self.finish(batch, to)
+    }
+
+    fn finish(&self, batch: &Batch, to: BatchStatus) -> Result<()> {
+        // A batch ends whatever has become of its input.
+        let lines = (to == BatchStatus::Expired).then(|| self.input(batch).and_then(|input| input.lines()).ok());
+        let made = answers::files(&self.storage, lines.flatten(), &self.answers(batch), batch)?;
         Ok(self.storage.finish_batch(batch, to, made)?)
     }
 
     /// Looks at a new batch's file.
     fn check(&self, batch: &Batch) -> Result<()> {
-        let errors: Vec<BatchError> = match check::check(&self.input(batch)?, &batch.endpoint)? {
-            Ok(check::Checked { lines, model }) => {
+        let checked = self.input(batch).and_then(|input| check::check(&input, &batch.endpoint));
+        let errors = match checked {
+            Ok(Ok(check::Checked { lines, model })) => {
                 self.storage.begin_batch(&batch.id, lines, model.as_deref())?;
                 self.turns.wake();
                 return Ok(());
             }
-            Err(errors) => errors,
+            Ok(Err(errors)) => errors,
+            Err(error) => vec![unreadable(batch, &error)],
         };
         Ok(self.storage.fail_batch(&batch.id, &errors)?)
     }
 
     /// Answers a batch's lines until all are answered or `stop` is set.
     fn answer(&self, batch: &Batch, stop: &AtomicBool) -> Result<()> {
-        let (input, place) = (self.input(batch)?, self.answers(batch));
         fs::create_dir_all(self.storage.batch_folder(&batch.id)).context("cannot make the batch's folder")?;
-        let scan = input.scan(|_| ())?;
+        let read = self.input(batch).and_then(|input| Ok((input.scan(|_| ())?, input)));
+        let (scan, input) = match read {
+            Ok(read) => read,
+            Err(error) => {
+                // It was readable when the batch was new. What is answered stays.
+                self.storage.fail_batch(&batch.id, &[unreadable(batch, &error)])?;
+                return self.finish(batch, BatchStatus::Failed);
+            }
+        };
+        let place = self.answers(batch);
         let mut output = Output::open(&place.to_string_lossy())?;
         let mut progress = answers::none(batch);
         let Resumed { done, .. } = output.resume(&scan, |line| {
@@ -270,12 +287,19 @@ impl BatchJobs {
 
     fn input(&self, batch: &Batch) -> Result<Input> {
         let path = self.storage.file_path(&batch.input_file, Purpose::Batch);
-        Input::open(&path.to_string_lossy(), &self.storage.batch_folder(&batch.id))
+        Ok(Input::open(&path.to_string_lossy(), &self.storage.batch_folder(&batch.id))?.within(MAX_FILE_BYTES))
     }
 
     fn answers(&self, batch: &Batch) -> PathBuf {
         self.storage.batch_folder(&batch.id).join(ANSWERS)
     }
+}
+
+/// Tells that a batch's input can't be read.
+fn unreadable(batch: &Batch, error: &anyhow::Error) -> BatchError {
+    tracing::error!(batch = batch.id, "{error:#}");
+    let message = format!("The input file can't be read: {}", error.root_cause());
+    BatchError { code: "unreadable_file".to_owned(), message, param: Some("input_file_id".to_owned()), line: None }
 }
 
 /// Stands for the draws of a batch's requests that have no seed: the same after a restart.

@@ -22,10 +22,8 @@ use super::{
     params,
     query::Parameters,
 };
-use crate::storage::{FileQuery, Page, Purpose, StorageError, StoredFile, Upload};
+use crate::storage::{FileQuery, MAX_FILE_BYTES, Page, Purpose, StorageError, StoredFile, Upload};
 
-/// The longest file, as OpenAI has it.
-const MAX_BYTES: u64 = 512 << 20;
 /// The most files on a page.
 const MAX_LIMIT: usize = 10_000;
 /// The longest field beside the file.
@@ -79,8 +77,8 @@ async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
     let mut bytes = 0;
     while let Some(piece) = field.chunk().await.map_err(bad_form)? {
         bytes += piece.len() as u64;
-        if bytes > MAX_BYTES {
-            let message = format!("The file is too large: this server keeps at most {MAX_BYTES} bytes.");
+        if bytes > MAX_FILE_BYTES {
+            let message = format!("The file is too large: this server keeps at most {MAX_FILE_BYTES} bytes.");
             return Err(ApiError::new(Kind::BodyTooLarge, message).or_param("file"));
         }
         file.write_all(&piece).await.map_err(ApiError::internal)?;

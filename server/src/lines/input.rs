@@ -25,6 +25,7 @@ pub struct Input {
     compression: Compression,
     shown: String,
     modified: Option<SystemTime>,
+    most_bytes: u64,
 }
 
 /// One of them.
@@ -76,7 +77,14 @@ impl Input {
         let modified = file.metadata().and_then(|found| found.modified()).ok();
         let mut first = [0; 4];
         let read = file.read_at(&mut first, 0).with_context(failed)?;
-        Ok(Self { file: Arc::new(file), compression: Compression::by_content(&first[..read]), shown, modified })
+        let compression = Compression::by_content(&first[..read]);
+        Ok(Self { file: Arc::new(file), compression, shown, modified, most_bytes: u64::MAX })
+    }
+
+    /// The same; it can't be read beyond so many bytes, uncompressed.
+    #[must_use]
+    pub fn within(self, most_bytes: u64) -> Self {
+        Self { most_bytes, ..self }
     }
 
     /// When it was written, as far as the system knows.
@@ -94,6 +102,7 @@ impl Input {
         Ok(Lines {
             reader,
             shown: self.shown.clone(),
+            most_bytes: self.most_bytes,
             scan: Scan::default(),
             number: 0,
             crc32: crc32fast::Hasher::new(),
@@ -137,6 +146,7 @@ impl Read for ReadAt {
 pub struct Lines {
     reader: BufReader<Box<dyn Read + Send>>,
     shown: String,
+    most_bytes: u64,
     /// What was seen so far.
     scan: Scan,
     number: u64,
@@ -188,6 +198,9 @@ impl Lines {
         let mut bytes = Vec::new();
         self.scan.bytes += (&mut self.reader).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut bytes)? as u64;
         self.crc32.update(&bytes);
+        if self.scan.bytes > self.most_bytes {
+            return Err(io::Error::other(format!("it has more than {} bytes, uncompressed", self.most_bytes)));
+        }
         Ok(bytes)
     }
 }

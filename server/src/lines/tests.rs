@@ -68,6 +68,15 @@ fn compressed_input_is_known_by_what_it_holds_and_may_have_several_parts() {
 }
 
 #[test]
+fn an_input_within_a_limit_is_not_unpacked_beyond_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let zeros = Compression::Gzip.encode(&[b'\n'; 5000]).unwrap();
+    let limited = |limit| input(folder.path(), &zeros).within(limit).scan(|_| {});
+    assert_eq!(limited(5000).unwrap().bytes, 5000);
+    assert!(format!("{:#}", limited(4999).unwrap_err()).contains("more than 4999 bytes"));
+}
+
+#[test]
 fn a_window_is_bounded_by_lines_and_by_bytes_and_leaves_out_what_is_done() {
     let folder = tempfile::tempdir().unwrap();
     let input = input(folder.path(), b"aaaa\nbbbb\ncccc\ndddd\neeee\n");

@@ -96,6 +96,11 @@ impl Reader {
         }
         let written: Written = serde_json::from_str(line).map_err(|error| no_item(&error))?;
         let Written { id, text, prompt, completion, choices, labels } = written;
+        if let Some(Value::Number(number)) = id.as_ref().filter(|id| id.is_f64()) {
+            return Err(no_item(&format_args!(
+                "`id` is {number}: write what is no whole number of 64 bits as a string"
+            )));
+        }
         let mut passages = Passages::default();
         let question = match (text, prompt, completion, choices, labels) {
             (Some(text), None, None, None, None) => self.text(&text, &mut passages),
@@ -203,7 +208,7 @@ impl Reader {
         }
         if tokens.len() > self.window {
             return Err(format!(
-                "prompt and completion are {} tokens, but {} are looked at together (--max-model-len, --window)",
+                "prompt and completion are {} tokens, but {} are looked at together (--max-model-len)",
                 tokens.len(),
                 self.window
             ));

@@ -1,6 +1,6 @@
 //! A whole file's items: as many at a time as a super-batch holds, written in their order.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use cadre_engine::score::{Passage, rows_after};
@@ -103,7 +103,7 @@ impl Scorer {
         mut tell: impl FnMut(Status),
     ) -> Result<bool> {
         let mut totals = Totals::default();
-        loop {
+        while !stop.load(Ordering::Relaxed) {
             let mut batch = SuperBatch::default();
             while batch.rows < self.rows && batch.bytes < MOST_BYTES {
                 let Some(line) = input.take_window(done, 1, 1)?.pop() else { break };
@@ -112,15 +112,20 @@ impl Scorer {
             if batch.items.is_empty() {
                 return Ok(true);
             }
-            let lines = batch.items.len() as u64;
-            let Some(scores) = self.lane.score(&batch.passages, stop, |part| tell(Status { totals, lines, part }))?
-            else {
-                writer.sync()?;
-                return Ok(false);
-            };
-            totals.tokens += batch.passages.iter().map(|passage| passage.computed() as u64).sum::<u64>();
-            totals.rows += batch.rows as u64;
-            totals.batches += 1;
+            let (lines, passages) = (batch.items.len() as u64, &batch.passages);
+            let mut scores = Vec::with_capacity(passages.len());
+            for (part, rows) in parts(passages, self.rows) {
+                let done = scores.len() as f64;
+                let tell_part = |share: f64| {
+                    let part = (done + share * part.len() as f64) / passages.len() as f64;
+                    tell(Status { totals, lines, part });
+                };
+                let Some(scored) = self.lane.score(part, stop, tell_part)? else { return Ok(false) };
+                scores.extend(scored);
+                totals.tokens += part.iter().map(|passage| passage.computed() as u64).sum::<u64>();
+                totals.rows += rows as u64;
+                totals.batches += 1;
+            }
             let mut scores = scores.into_iter();
             for read in batch.items {
                 let own: Vec<Scored> = scores.by_ref().take(read.passages).collect();
@@ -132,7 +137,25 @@ impl Scorer {
             writer.sync()?;
             tell(Status { totals, lines: 0, part: 0.0 });
         }
+        Ok(false)
     }
+}
+
+/// Passages in parts of about `most` rows, with their rows: one, but for an item that alone has more.
+fn parts(passages: &[Passage], most: usize) -> Vec<(&[Passage], usize)> {
+    let mut parts = Vec::new();
+    let (mut start, mut rows) = (0, 0);
+    for (index, passage) in passages.iter().enumerate() {
+        if rows >= most {
+            parts.push((&passages[start..index], rows));
+            (start, rows) = (index, 0);
+        }
+        rows += rows_after(passages[start..index].last(), passage);
+    }
+    if start < passages.len() {
+        parts.push((&passages[start..], rows));
+    }
+    parts
 }
 
 /// The line of the output.

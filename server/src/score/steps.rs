@@ -46,6 +46,9 @@ pub fn score(
     let (sender, receiver) = mpsc::channel();
     let mut done = 0;
     while done < passages.len() {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         while let Some(index) = ready.pop_front_if(|_| tickets.len() < in_flight) {
             let sender = sender.clone();
             let sink = move |event| {
@@ -62,7 +65,6 @@ pub fn score(
         }
         let (index, outcome) = match receiver.recv_timeout(TICK) {
             Ok(told) => told,
-            Err(RecvTimeoutError::Timeout) if stop.load(Ordering::Relaxed) => return Ok(None),
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => bail!("the engine has ended"),
         };

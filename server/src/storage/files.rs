@@ -76,6 +76,9 @@ pub struct FileQuery {
     pub ascending: bool,
 }
 
+/// The longest file that is kept, in bytes: as OpenAI has it.
+pub const MAX_FILE_BYTES: u64 = 512 << 20;
+
 const FILE: &str = "SELECT id, bytes, created, filename, purpose, expires FROM files WHERE id = ?";
 /// What the name of a file that is being written ends in.
 const UPLOAD: &str = "upload";

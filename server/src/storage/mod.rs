@@ -30,7 +30,7 @@ use rusqlite::{
 };
 
 pub use batches::{Batch, BatchError, BatchStatus, Made, NewBatch, Progress};
-pub use files::{FileQuery, Purpose, StoredFile, Upload};
+pub use files::{FileQuery, MAX_FILE_BYTES, Purpose, StoredFile, Upload};
 pub use jobs::{Checkpoint, Event, EventKind, Job, JobError, JobStatus, Level, NewJob};
 
 use crate::random::random_seed;

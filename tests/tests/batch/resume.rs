@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     thread,
     time::Duration,
 };
@@ -158,8 +158,7 @@ fn ctrl_c_leaves_whole_lines_and_says_how_to_go_on() {
     let flags = ["--max-num-seqs", "2"];
     let mut child = start(&batch, "out.jsonl", &flags);
     wait_for("a run to write", 60, || fs::metadata(batch.path("out.jsonl")).is_ok_and(|file| file.len() > 0));
-    let interrupt = format!("kill -INT {}", child.id());
-    assert!(Command::new("sh").args(["-c", &interrupt]).status().unwrap().success());
+    binary::signal(&child, "INT");
     wait_for("it to end", 60, || has_ended(&mut child));
     let ended = child.wait_with_output().unwrap();
     let said = String::from_utf8(ended.stderr).unwrap();
@@ -196,5 +195,5 @@ fn what_is_there_and_is_no_output_of_a_batch_stays() {
         assert_eq!(batch.text("notes.txt"), "my notes\n");
     }
     let run = batch.run("in.jsonl", &[]);
-    assert!(run.code == Some(1) && run.stderr.contains("must not be the input"), "{}", run.stderr);
+    assert!(run.code == Some(1) && run.stderr.contains("would be written over the input"), "{}", run.stderr);
 }

@@ -141,13 +141,12 @@ fn a_signal_saves_and_ends() {
     let directory = tempfile::tempdir().unwrap();
     let lines = directory.path().join("train.jsonl");
     data(&lines, 20);
-    for signal in ["-INT", "-TERM"] {
+    for signal in ["INT", "TERM"] {
         let folder = directory.path().join(signal);
         let mut command = binary::command(&endless(path(&lines), path(&folder)));
         let child = command.args(["--log-every", "1000"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         wait_for("the first step", 120, || !log_if_there(&folder).is_empty());
-        let signalled = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
-        assert!(signalled.success());
+        binary::signal(&child, signal);
         let start = Instant::now();
         let ended = child.wait_with_output().unwrap();
         assert!(ended.status.code() == Some(130) && start.elapsed() < Duration::from_secs(30), "{}", ended.status);

@@ -16,8 +16,8 @@ use crate::{
     },
     generation::Usage,
     http::reproducible::Reproducible,
-    lines::{LineSet, input::Input, output::Told},
-    storage::{Batch, BatchStatus, Made, Progress, Storage, Upload},
+    lines::{LineSet, input::Lines, output::Told},
+    storage::{Batch, Made, Progress, Storage, Upload},
 };
 
 #[derive(Deserialize)]
@@ -58,12 +58,11 @@ pub(super) fn usage(line: &[u8]) -> Usage {
     })
 }
 
-/// The files of a batch that ends as `to`: answers, and errors. Of one whose time is over, requests that have no answer are
-/// errors.
+/// The files of a batch that ends: answers, and errors. Those lines of `expired` that have no answer are errors too.
 ///
 /// # Errors
 /// When they can't be written.
-pub(super) fn files(storage: &Storage, input: &Input, answers: &Path, batch: &Batch, to: BatchStatus) -> Result<Made> {
+pub(super) fn files(storage: &Storage, expired: Option<Lines>, answers: &Path, batch: &Batch) -> Result<Made> {
     let mut output = Sheet::new(storage);
     let mut errors = Sheet::new(storage);
     let (mut progress, mut done) = (none(batch), LineSet::default());
@@ -72,20 +71,17 @@ pub(super) fn files(storage: &Storage, input: &Input, answers: &Path, batch: &Ba
         progress.add(told.failed, usage(line));
         if told.failed { &mut errors } else { &mut output }.write(line)
     })?;
-    if to == BatchStatus::Expired {
-        let mut lines = input.lines()?;
-        for line in &mut lines {
-            let line = line?;
-            if done.contains(line.number) {
-                continue;
-            }
-            let request = line.text.as_deref().ok().and_then(|text| BatchRequest::parse(text).ok());
-            let custom_id = request.map(|request| request.custom_id);
-            let expired =
-                Outcome::Expired.line(custom_id.as_deref(), Reproducible { number: line.number, seed: 0, created: 0 });
-            errors.write((expired + "\n").as_bytes())?;
-            progress.failed += 1;
+    // One that can't be read is the last.
+    for line in expired.into_iter().flatten().map_while(Result::ok) {
+        if done.contains(line.number) {
+            continue;
         }
+        let request = line.text.as_deref().ok().and_then(|text| BatchRequest::parse(text).ok());
+        let custom_id = request.map(|request| request.custom_id);
+        let expired =
+            Outcome::Expired.line(custom_id.as_deref(), Reproducible { number: line.number, seed: 0, created: 0 });
+        errors.write((expired + "\n").as_bytes())?;
+        progress.failed += 1;
     }
     Ok(Made { output: output.finish()?, errors: errors.finish()?, progress })
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     http::HttpOptions,
+    lines::compression::Compression,
     metrics::exporter,
     testing::{Fake, say, served},
 };
@@ -36,13 +37,12 @@ impl Rig {
 
     /// One whose files stay so long.
     fn create_for(&self, lines: usize, window_seconds: i64, output_seconds: i64) -> Batch {
-        let line = |index: usize| {
-            let body = json!({"messages": [{"role": "user", "content": "hi"}]});
-            json!({"custom_id": format!("line {index}"), "method": "POST", "url": CHAT, "body": body}).to_string()
-                + "\n"
-        };
+        self.create_of(lines_of(lines).as_bytes(), window_seconds, output_seconds)
+    }
+
+    fn create_of(&self, input: &[u8], window_seconds: i64, output_seconds: i64) -> Batch {
         let upload = self.storage.new_upload();
-        fs::write(&upload.path, (0..lines).map(line).collect::<String>()).unwrap();
+        fs::write(&upload.path, input).unwrap();
         let file = self.storage.add_file(upload, "in.jsonl", Purpose::Batch).unwrap();
         let asked = NewBatch {
             input_file: file.id,
@@ -89,6 +89,12 @@ fn start(storage: &Arc<Storage>, fake: &Arc<Fake>, base: &str) -> (Arc<BatchJobs
     BatchJobs::start(storage.clone(), base.to_owned(), Arc::new(app), 4).unwrap()
 }
 
+fn lines_of(count: usize) -> String {
+    let body = json!({"messages": [{"role": "user", "content": "hi"}]});
+    let line = |index| json!({"custom_id": format!("line {index}"), "method": "POST", "url": CHAT, "body": body});
+    (0..count).map(|index| format!("{}\n", line(index))).collect()
+}
+
 /// Answers the first `answered` requests, and leaves the others without an answer.
 fn answering(answered: usize) -> Arc<Fake> {
     let count = AtomicUsize::new(0);
@@ -115,11 +121,33 @@ fn what_is_not_answered_in_time_is_an_error_of_its_own() {
 }
 
 #[test]
+fn a_batch_whose_input_can_not_be_read_fails_and_holds_up_no_other() {
+    let mut rig = Rig::new(&answering(1));
+    let torn = Compression::Gzip.encode(lines_of(3).as_bytes()).unwrap();
+    let torn = rig.create_of(&torn[..torn.len() - 9], 3600, 3600);
+    let failed = rig.wait(&torn.id, BatchStatus::Failed);
+    assert_eq!((failed.errors.len(), failed.errors[0].code.as_str()), (1, "unreadable_file"));
+
+    let [vanishing, good] = [3600; 2].map(|seconds| rig.create(2, seconds));
+    rig.wait(&good.id, BatchStatus::InProgress);
+    rig.end();
+    fs::remove_file(rig.storage.file_path(&vanishing.input_file, Purpose::Batch)).unwrap();
+    let (_, runner) = start(&rig.storage, &Fake::saying("hello"), "these weights");
+    let failed = rig.wait(&vanishing.id, BatchStatus::Failed);
+    assert_eq!(failed.errors[0].code, "unreadable_file");
+    rig.wait(&good.id, BatchStatus::Completed);
+    runner.end();
+}
+
+#[test]
 fn a_batch_of_other_weights_waits_for_them_and_may_expire_or_be_cancelled() {
     let mut rig = Rig::new(&answering(1));
-    let [waiting, cancelled, expiring] = [3600, 3600, 2].map(|seconds| rig.create(2, seconds).id);
+    let [waiting, cancelled] = [3600; 2].map(|seconds| rig.create(2, seconds).id);
+    let Batch { id: expiring, input_file, .. } = rig.create(2, 2);
     rig.wait(&expiring, BatchStatus::InProgress);
     rig.end();
+    // A batch ends at its time whatever has become of its input.
+    fs::remove_file(rig.storage.file_path(&input_file, Purpose::Batch)).unwrap();
     let (jobs, runner) = start(&rig.storage, &Fake::saying("hello"), "other weights");
     jobs.cancel(&cancelled).unwrap();
     rig.wait(&cancelled, BatchStatus::Cancelled);
