@@ -105,7 +105,10 @@ def measure(engine, model, vocabulary, options):
     if options.http:
         command, env = engine.server(model, http_load.free_port(), options.clients)
         if command:
-            figures[f"HTTP, {options.clients} clients"] = http_load.measure(command, env, options.clients, vocabulary)
+            requests = http_load.bodies(2 * options.clients, vocabulary)
+            figures[f"HTTP, {options.clients} clients"] = http_load.measure(
+                command, env, options.clients, requests, vocabulary
+            )
     return figures
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import queue
 import random
 import socket
 import subprocess
@@ -10,7 +11,6 @@ import time
 
 PROMPT_TOKENS = 128
 ANSWER_TOKENS = 64
-REQUESTS = 2  # of each client, one after the other
 START_SECONDS = 300
 
 
@@ -20,33 +20,45 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def measure(command, env, clients, vocabulary):
-    """Starts the server and returns the generated tokens per second of all clients together."""
+def bodies(count, vocabulary, seed=1):
+    """Requests of random token ids, so that all engines see the same and no prefix is known."""
+    numbers = random.Random(seed)
+    for _ in range(count):
+        prompt = [numbers.randrange(vocabulary) for _ in range(PROMPT_TOKENS)]
+        yield {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
+
+
+def measure(command, env, clients, requests, vocabulary):
+    """Starts the server and returns the generated tokens per second of all clients, who share the requests."""
     port = int(command[command.index("--port") + 1])
     process = subprocess.Popen(
         [str(word) for word in command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         _wait_until_ready(process, port)
-        _ask(port, _prompt(random.Random(0), vocabulary))  # warm
-        return _load(port, clients, vocabulary)
+        for body in bodies(1, vocabulary, seed=0):
+            _ask(port, body)  # warm
+        return _load(port, clients, requests)
     finally:
         process.terminate()
         process.wait()
 
 
-def _load(port, clients, vocabulary):
-    counts, errors = [], []
+def _load(port, clients, requests):
+    waiting, counts, errors = queue.SimpleQueue(), [], []
+    for body in requests:
+        waiting.put(body)
 
-    def client(seed):
-        numbers = random.Random(seed)
+    def client():
         try:
-            for _ in range(REQUESTS):
-                counts.append(_ask(port, _prompt(numbers, vocabulary)))
+            while not errors:
+                counts.append(_ask(port, waiting.get_nowait()))
+        except queue.Empty:
+            pass
         except (OSError, http.client.HTTPException, RuntimeError) as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=client, args=(1 + seed,)) for seed in range(clients)]
+    threads = [threading.Thread(target=client) for _ in range(clients)]
     start = time.monotonic()
     for thread in threads:
         thread.start()
@@ -58,14 +70,8 @@ def _load(port, clients, vocabulary):
     return sum(counts) / seconds
 
 
-def _prompt(numbers, vocabulary):
-    """Token ids, so that both servers see the same, and random, so that no prefix is known."""
-    return [numbers.randrange(vocabulary) for _ in range(PROMPT_TOKENS)]
-
-
-def _ask(port, prompt):
+def _ask(port, body):
     """The number of tokens that the answer has."""
-    body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
     status, answer = _request(port, "POST", "/v1/completions", body)
     if status != 200:
         raise RuntimeError(f"status {status}: {answer[:500]}")
@@ -73,7 +79,7 @@ def _ask(port, prompt):
 
 
 def _request(port, method, path, body=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
     try:
         connection.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
         response = connection.getresponse()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 
+NAME = "llama-cpp-python"
 PROGRAMS = ["llama-bench", "llama-batched-bench", "llama-quantize", "llama-server"]
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -44,7 +45,7 @@ def build(work):
 def _source(work):
     folder = work / "llama-cpp-python"
     if not folder.exists():
-        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "llama-cpp-python"]
+        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", NAME, NAME]
         subprocess.run([*download, "--dest", work], check=True, stdout=sys.stderr)
         (archive,) = work.glob("llama_cpp_python-*.tar.gz")
         part = work / "llama-cpp-python.part"
