@@ -216,7 +216,8 @@ impl BatchJobs {
 
     fn finish(&self, batch: &Batch, to: BatchStatus) -> Result<()> {
         // A batch ends whatever has become of its input.
-        let lines = (to == BatchStatus::Expired).then(|| self.input(batch).and_then(|input| input.lines()).ok());
+        let lines = (to == BatchStatus::Expired)
+            .then(|| self.input(batch).and_then(|input| input.lines(&input.scan(|_| ())?)).ok());
         let made = answers::files(&self.storage, lines.flatten(), &self.answers(batch), batch)?;
         Ok(self.storage.finish_batch(batch, to, made)?)
     }
@@ -268,7 +269,7 @@ impl BatchJobs {
         };
         let answerer = Answerer::new(self.app.clone(), seed(&batch.id), batch.created.cast_unsigned());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let ended = runtime.block_on(run::run(answerer, input.lines()?, done, writer, self.limits, stop, see));
+        let ended = runtime.block_on(run::run(answerer, input.lines(&scan)?, done, writer, self.limits, stop, see));
         // Work of lines that nobody waits for any more may still be under way.
         runtime.shutdown_background();
         self.keep(batch, &progress);

@@ -27,8 +27,8 @@ use crate::lines::{LineSet, input, output::Writer};
 const TICK: Duration = Duration::from_millis(100);
 /// Answers that may wait for the disk.
 const UNWRITTEN: usize = 1024;
-/// Bytes of a window: a line more may be read.
-const WINDOW_BYTES: usize = 32 << 20;
+/// Bytes of a window, and of the lines that are asked at a time: a line more may be of either.
+const MOST_BYTES: usize = 16 << 20;
 
 /// How much is taken at a time.
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +61,7 @@ pub async fn run(
     stop: &AtomicBool,
     mut see: impl FnMut(&Answered),
 ) -> Result<Ended> {
-    let (read, mut to_ask) = mpsc::channel(limits.in_flight);
+    let (read, mut to_ask) = mpsc::channel(1);
     let (written, to_write) = blocking::sync_channel(UNWRITTEN);
     // Holds a place for each line that is begun. All lines of a window come before the next one's, so those that wait for a line
     // that isn't begun are of its own window, and leave a place for it.
@@ -75,18 +75,20 @@ pub async fn run(
     let mut asked = JoinSet::new();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut is_read, mut failure) = (false, None);
+    let (mut is_read, mut asked_bytes, mut failure) = (false, 0, None);
     while !is_read || !asked.is_empty() {
         tokio::select! {
-            line = to_ask.recv(), if !is_read && asked.len() < limits.in_flight => match line {
+            line = to_ask.recv(), if !is_read && asked.len() < limits.in_flight && asked_bytes < MOST_BYTES => match line {
                 Some(line) => {
-                    let answerer = answerer.clone();
-                    asked.spawn(async move { answerer.answer(&line).await });
+                    let (answerer, bytes) = (answerer.clone(), line.text.as_ref().map_or(0, String::len));
+                    asked_bytes += bytes;
+                    asked.spawn(async move { (answerer.answer(&line).await, bytes) });
                 }
                 None => is_read = true,
             },
             Some(answered) = asked.join_next() => match answered {
-                Ok(answered) => {
+                Ok((answered, bytes)) => {
+                    asked_bytes -= bytes;
                     see(&answered);
                     // Fails only if the writer has ended, which then says why.
                     if written.send(answered.line).is_err() {
@@ -120,7 +122,7 @@ fn read_windows(
     lines: &mpsc::Sender<input::Line>,
 ) -> Result<()> {
     loop {
-        let window = input.take_window(done, limits.window, WINDOW_BYTES)?;
+        let window = input.take_window(done, limits.window, MOST_BYTES)?;
         if window.is_empty() {
             return Ok(());
         }

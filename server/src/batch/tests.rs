@@ -1,6 +1,9 @@
 use std::{
     fs,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,14 +18,19 @@ use super::{
 };
 use crate::{
     http::HttpOptions,
-    lines::{input::Input, manifest::Manifest, output::Output},
+    lines::{
+        input::{Input, MAX_LINE_BYTES},
+        manifest::Manifest,
+        output::Output,
+    },
     metrics::exporter,
     testing::{Fake, say, served},
 };
 
 fn answerer(fake: &Arc<Fake>) -> Answerer {
     let handle = exporter().unwrap().build_recorder().handle();
-    let app = Arc::new(App::new(handle, HttpOptions::default(), None));
+    let app =
+        Arc::new(App::new(handle, HttpOptions { max_body_bytes: MAX_LINE_BYTES, ..HttpOptions::default() }, None));
     app.ready(served(fake.clone()));
     Answerer::new(app, 3, 1_700_000_000)
 }
@@ -134,13 +142,25 @@ impl Rig {
         fs::read_to_string(self.path("out")).unwrap()
     }
 
+    /// Waits until `count` requests have come, and for some time more.
+    async fn asked(&self, count: usize) {
+        let all = async {
+            while self.fake.requests.lock().unwrap().len() < count {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), all).await.unwrap();
+        sleep(Duration::from_millis(200)).await;
+        assert_eq!(self.fake.requests.lock().unwrap().len(), count);
+    }
+
     async fn run(&self, limits: Limits, stop: &AtomicBool) -> Ended {
         let input = Input::open(&self.path("in"), self.folder.path()).unwrap();
         let scan = input.scan(|_| {}).unwrap();
         let mut output = Output::open(&self.path("out")).unwrap();
         let done = output.resume(&scan, told).unwrap().done;
         let writer = output.begin(&Manifest::new(&scan, Map::new()), &done, true).unwrap();
-        run(answerer(&self.fake), input.lines().unwrap(), done, writer, limits, stop, |_| {}).await.unwrap()
+        run(answerer(&self.fake), input.lines(&scan).unwrap(), done, writer, limits, stop, |_| {}).await.unwrap()
     }
 }
 
@@ -168,21 +188,33 @@ async fn only_so_many_answers_wait_for_a_slow_one() {
     let script = |request: &Request| if request.prompt.len() == 4 { Vec::new() } else { say(request, "ok") };
     let fake = Fake::new(script);
     let rig = Rig::new(fake.clone(), &[&["slow"][..], &["ab"; 39]].concat());
-    let asked = || fake.requests.lock().unwrap().len();
     let limits = Limits { in_flight: 4, window: 8 };
     let slow = async {
-        while asked() < 8 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        assert_eq!(asked(), 8, "the others wait, until the first line is written");
+        // The others wait, until the first line is written.
+        rig.asked(8).await;
         let index = fake.requests.lock().unwrap().iter().position(|request| request.prompt.len() == 4).unwrap();
         let request = fake.requests.lock().unwrap()[index].clone();
         say(&request, "ok").into_iter().for_each(|event| fake.tell(index, event));
     };
     let stop = AtomicBool::new(false);
     let (ended, ()) = tokio::join!(rig.run(limits, &stop), slow);
-    assert_eq!((ended, asked()), (Ended::Finished, 40));
+    assert_eq!((ended, fake.requests.lock().unwrap().len()), (Ended::Finished, 40));
     let numbers: Vec<u64> = rig.written().lines().map(|line| told(line.as_bytes()).unwrap().number).collect();
     assert!(numbers.iter().copied().eq(1..=40), "{numbers:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_so_many_bytes_are_asked_at_a_time() {
+    let rig = Rig::new(Fake::new(|_| Vec::new()), &[]);
+    let padded = |number: u64| {
+        format!("{}\n", completion(&number.to_string(), json!({"prompt": "ab", "padding": "x".repeat(6 << 20)})))
+    };
+    fs::write(rig.path("in"), (0..6).map(padded).collect::<String>()).unwrap();
+    let stop = AtomicBool::new(false);
+    let ending = async {
+        rig.asked(3).await;
+        stop.store(true, Ordering::Relaxed);
+    };
+    let (ended, ()) = tokio::join!(rig.run(Limits { in_flight: 6, window: 6 }, &stop), ending);
+    assert_eq!(ended, Ended::Stopped);
 }

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::{
     EngineArgs, PairArgs, adapter_source, at_least_one, deciding, price,
-    terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed},
+    terminal::{INTERRUPTED, stop_at_signal},
 };
 use crate::{
     adapters::AdapterSource,
@@ -97,10 +97,6 @@ pub struct BatchArgs {
 /// When the input can't be read or has two requests of one `custom_id`, the output is another run's or can't be written, or
 /// the model can't be loaded.
 pub fn run(args: &BatchArgs) -> Result<()> {
-    unless_pipe_closed(answer(args))
-}
-
-fn answer(args: &BatchArgs) -> Result<()> {
     ensure!(
         !Output::would_replace(&args.output, &args.input),
         "the output {} would be written over the input {}: give another --output",
@@ -111,7 +107,7 @@ fn answer(args: &BatchArgs) -> Result<()> {
     let scan = duplicates::scan(&input, duplicates::MOST_HASHES).with_context(|| args.input.clone())?;
     let mut manifest = args.manifest(&scan)?;
     let mut output = Output::open(&args.output)?;
-    let before = output.check(&manifest, args.force)?;
+    let before = output.check(&input, &manifest, args.force)?;
     let errors = output.errors();
     let Resumed { done, lines, failed } = output.resume(&scan, told)?;
     if lines == scan.lines {
@@ -139,7 +135,7 @@ fn answer(args: &BatchArgs) -> Result<()> {
     let stop = stop_at_signal()?;
     let mut progress = Progress::new(lines, scan.lines);
     let async_runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let lines = input.lines()?;
+    let lines = input.lines(&scan)?;
     let running = run::run(answerer, lines, done, writer, args.limits(), &stop, |answered| progress.add(answered));
     let ended = async_runtime.block_on(running);
     progress.bar.finish_and_clear();

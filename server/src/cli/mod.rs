@@ -115,12 +115,13 @@ struct EngineArgs {
     memory: Option<u64>,
 
     /// Memory for the KV cache, such as 512MiB [default: up to 512MiB, no more than the sequences can use, than a quarter
-    /// of the free memory, and than an eighth of --memory]
+    /// of the free memory, and than an eighth of --memory; of batch and score up to half of the free memory, or a quarter of
+    /// --memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     kv_memory: Option<u64>,
 
     /// The longest sequence, prompt and answer, in tokens [default: what the model was made for, if the KV cache
-    /// holds it]
+    /// holds it; of score at most 4096]
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     max_model_len: Option<usize>,
 

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     EngineArgs, at_least_one, deciding, price,
-    terminal::{INTERRUPTED, stop_at_signal, unless_pipe_closed},
+    terminal::{INTERRUPTED, stop_at_signal},
 };
 use crate::{
     engine::{self, EngineOptions},
@@ -93,10 +93,6 @@ enum LaneArg {
 /// # Errors
 /// When the input can't be read, the output is another run's or can't be written, or the model can't be loaded or read.
 pub fn run(args: &ScoreArgs) -> Result<()> {
-    unless_pipe_closed(score(args))
-}
-
-fn score(args: &ScoreArgs) -> Result<()> {
     ensure!(
         !Output::would_replace(&args.output, &args.input),
         "the output {} would be written over the input {}: give another --output",
@@ -112,7 +108,7 @@ fn score(args: &ScoreArgs) -> Result<()> {
     let max_model_len = options.max_model_len.unwrap_or(MAX_MODEL_LEN);
     let manifest = args.manifest(&scan, &options, stride, &model)?;
     let mut output = Output::open(&args.output)?;
-    output.check(&manifest, args.force)?;
+    output.check(&input, &manifest, args.force)?;
     let errors = output.errors();
     let Resumed { done, lines, failed } = output.resume(&scan, run::told)?;
     if lines == scan.lines {
@@ -133,7 +129,7 @@ fn score(args: &ScoreArgs) -> Result<()> {
     let mut writer = output.begin(&manifest, &done, true)?;
     let stop: &AtomicBool = &*stop_at_signal()?;
     let mut progress = Progress::new(lines, scan.lines);
-    let mut lines = input.lines()?;
+    let mut lines = input.lines(&scan)?;
     let ended = scorer.run(&mut lines, &done, &mut writer, stop, |status| progress.show(status));
     progress.bar.finish_and_clear();
     if let Some(read) = scorer.lane.end() {

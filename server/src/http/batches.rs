@@ -25,6 +25,7 @@ use crate::{
 };
 
 const MAX_LIMIT: usize = 100;
+const OUTPUT_EXPIRES_AFTER: &str = "output_expires_after";
 const HOUR: i64 = 3600;
 /// The longest window, in hours.
 const MAX_HOURS: i64 = 30 * 24;
@@ -64,7 +65,10 @@ fn asked(body: &Map<String, Value>) -> Result<NewBatch, ApiError> {
         completion_window: completion_window.to_owned(),
         window_seconds: hours * HOUR,
         metadata: fields.get("metadata").is_some().then(|| metadata(fields)).transpose()?,
-        output_seconds: output_seconds(fields)?,
+        output_seconds: fields
+            .get(OUTPUT_EXPIRES_AFTER)
+            .map(|after| seconds_after(after, OUTPUT_EXPIRES_AFTER))
+            .transpose()?,
     })
 }
 
@@ -81,20 +85,19 @@ fn hours(window: &str) -> Option<i64> {
     (1..=MAX_HOURS).contains(&hours).then_some(hours)
 }
 
-fn output_seconds(fields: Fields<'_>) -> Result<Option<i64>, ApiError> {
-    const NAME: &str = "output_expires_after";
-    let Some(after) = fields.get(NAME) else { return Ok(None) };
-    let after = Fields::nested(after, NAME)?;
+/// How long a file stays, in seconds, as `after` says it, a field called `name`.
+pub(super) fn seconds_after(after: &Value, name: &str) -> Result<i64, ApiError> {
+    let after = Fields::nested(after, name)?;
     after.has_only(&["anchor", "seconds"])?;
     match after.string("anchor")? {
         Some("created_at") => {}
         other => {
-            let message = format!("{NAME}.anchor must be \"created_at\", got {}.", Value::from(other));
+            let message = format!("{name}.anchor must be \"created_at\", got {}.", Value::from(other));
             return Err(ApiError::invalid(after.path("anchor"), message));
         }
     }
     let [least, most] = OUTPUT_SECONDS;
-    after.integer("seconds", least, most)?.ok_or_else(|| required(&after.path("seconds"))).map(Some)
+    after.integer("seconds", least, most)?.ok_or_else(|| required(&after.path("seconds")))
 }
 
 /// All batches, the latest first.

@@ -12,11 +12,13 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::{fs, io::AsyncWriteExt};
 
 use super::{
-    App, answer, blocking,
+    App, answer,
+    batches::seconds_after,
+    blocking,
     error::{ApiError, Kind, sentence},
     messages::required,
     params,
@@ -39,7 +41,7 @@ pub async fn upload(
 ) -> Result<Response, ApiError> {
     let storage = app.storage()?.clone();
     let mut form = form.map_err(bad_form)?;
-    let (mut file, mut purpose, mut others) = (None, None, Vec::new());
+    let (mut file, mut purpose, mut expires_after, mut others) = (None, None, Map::new(), Vec::new());
     while let Some(field) = form.next_field().await.map_err(bad_form)? {
         match field.name() {
             Some("file") => {
@@ -49,8 +51,13 @@ pub async fn upload(
                 file = Some((name, upload));
             }
             Some("purpose") => purpose = Some(text(field).await?),
-            // `expires_after[anchor]` is a part of `expires_after`.
-            other => others.push(other.and_then(|name| name.split('[').next()).unwrap_or_default().to_owned()),
+            Some("expires_after[anchor]") => drop(expires_after.insert("anchor".to_owned(), text(field).await?.into())),
+            Some("expires_after[seconds]") => {
+                let text = text(field).await?;
+                let seconds = text.parse::<i64>().map_or(Value::from(text), Value::from);
+                expires_after.insert("seconds".to_owned(), seconds);
+            }
+            other => others.push(other.unwrap_or_default().to_owned()),
         }
     }
     others.dedup();
@@ -62,7 +69,9 @@ pub async fn upload(
         let message = format!("purpose must be {known}, got \"{purpose}\": this server uses no other files.");
         return Err(ApiError::invalid("purpose", message));
     };
-    let file = blocking(move || Ok(storage.add_file(upload, &name, purpose)?)).await?;
+    let seconds = (!expires_after.is_empty()).then(|| seconds_after(&expires_after.into(), "expires_after"));
+    let seconds = seconds.transpose()?;
+    let file = blocking(move || Ok(storage.add_file(upload, &name, purpose, seconds)?)).await?;
     let mut response = Json(object(&file)).into_response();
     answer::name_ignored(&mut response, &others);
     Ok(response)

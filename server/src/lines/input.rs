@@ -3,14 +3,14 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, Read, Write},
     os::unix::fs::FileExt,
     path::Path,
     sync::Arc,
     time::SystemTime,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{LineSet, compression::Compression};
 
@@ -92,15 +92,14 @@ impl Input {
         self.modified
     }
 
-    /// The lines from the first on.
+    /// The lines from the first on, for the first time.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn lines(&self) -> Result<Lines> {
-        let file = BufReader::new(ReadAt { file: self.file.clone(), offset: 0 });
-        let reader = BufReader::new(self.compression.decode(file)?);
+    fn first_lines(&self) -> Result<Lines> {
         Ok(Lines {
-            reader,
+            reader: BufReader::new(self.reader()?),
+            expected: None,
             shown: self.shown.clone(),
             most_bytes: self.most_bytes,
             scan: Scan::default(),
@@ -109,12 +108,35 @@ impl Input {
         })
     }
 
+    /// The lines from the first on, as they were when `scan` was made: if they are others, that is the last line's error.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn lines(&self, scan: &Scan) -> Result<Lines> {
+        Ok(Lines { expected: Some((scan.bytes, scan.crc32)), ..self.first_lines()? })
+    }
+
+    /// Whether it begins with so many bytes, uncompressed, that come to `crc32`.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn begins_with(&self, bytes: u64, crc32: u32) -> Result<bool> {
+        let mut hasher = HashingWriter(crc32fast::Hasher::new());
+        let copied = io::copy(&mut self.reader()?.take(bytes), &mut hasher);
+        let copied = copied.with_context(|| format!("cannot read {}", self.shown))?;
+        Ok(copied == bytes && hasher.0.finalize() == crc32)
+    }
+
+    fn reader(&self) -> io::Result<Box<dyn Read + Send>> {
+        self.compression.decode(BufReader::new(ReadAt { file: self.file.clone(), offset: 0 }))
+    }
+
     /// Shows every line to `see`.
     ///
     /// # Errors
     /// When they can't be read.
     pub fn scan(&self, mut see: impl FnMut(&Line)) -> Result<Scan> {
-        let mut lines = self.lines()?;
+        let mut lines = self.first_lines()?;
         for line in &mut lines {
             see(&line?);
         }
@@ -142,9 +164,25 @@ impl Read for ReadAt {
     }
 }
 
+/// The checksum of what is written.
+struct HashingWriter(crc32fast::Hasher);
+
+impl Write for HashingWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Lines as they are read; blank ones are left out.
 pub struct Lines {
     reader: BufReader<Box<dyn Read + Send>>,
+    /// How many bytes there are to be, and their checksum.
+    expected: Option<(u64, u32)>,
     shown: String,
     most_bytes: u64,
     /// What was seen so far.
@@ -182,7 +220,9 @@ impl Lines {
             while rest {
                 rest = goes_on(&self.piece()?);
             }
-            if bytes.trim_ascii().is_empty() && !is_long {
+            let is_marked = self.number == 1 && bytes.starts_with(BYTE_ORDER_MARK.as_bytes());
+            let visible = if is_marked { &bytes[BYTE_ORDER_MARK.len()..] } else { &bytes };
+            if visible.trim_ascii().is_empty() && !is_long {
                 self.scan.blank.insert(self.number);
                 continue;
             }
@@ -220,7 +260,16 @@ impl Iterator for Lines {
     type Item = Result<Line>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let read = self.read();
-        read.with_context(|| format!("cannot read {}, line {}", self.shown, self.number + 1)).transpose()
+        let read = self.read().with_context(|| format!("cannot read {}, line {}", self.shown, self.number + 1));
+        if matches!(read, Ok(None))
+            && let Some(expected) = self.expected.take()
+            && (self.scan.bytes, self.crc32.clone().finalize()) != expected
+        {
+            return Some(Err(anyhow!(
+                "{} has changed while it was worked on: begin anew, with another --output",
+                self.shown
+            )));
+        }
+        read.transpose()
     }
 }

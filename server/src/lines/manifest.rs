@@ -67,6 +67,13 @@ impl Manifest {
         write().with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// How many bytes the input has, uncompressed, and their checksum.
+    pub fn input(&self) -> Option<(u64, u32)> {
+        let input = self.get("input")?;
+        let crc32 = u32::from_str_radix(input.get("crc32")?.as_str()?, 16).ok()?;
+        Some((input.get("bytes")?.as_u64()?, crc32))
+    }
+
     /// A value.
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name)

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{
     LineSet,
     compression::Compression,
-    input::Scan,
+    input::{Input, Scan},
     manifest::{self, Manifest, beside, folder},
 };
 
@@ -118,11 +118,11 @@ impl Output {
     }
 
     /// Whether it can be gone on with; and the manifest that it was begun with, if it was begun. `force` goes on whatever that
-    /// one says.
+    /// one says, if only `input` still begins with the lines that were done.
     ///
     /// # Errors
     /// When it was begun with something else, or nothing tells with what.
-    pub fn check(&self, now: &Manifest, force: bool) -> Result<Option<Manifest>> {
+    pub fn check(&self, input: &Input, now: &Manifest, force: bool) -> Result<Option<Manifest>> {
         let Target::File { path, .. } = &self.target else { return Ok(None) };
         let shown = path.display();
         let before = Manifest::read(path)?;
@@ -148,6 +148,12 @@ impl Output {
             "{shown} was begun by another run: {}. Give another --output, or --force to go on nevertheless",
             differences.join("; ")
         );
+        if let Some((bytes, crc32)) = before.input() {
+            ensure!(
+                !force || input.begins_with(bytes, crc32)?,
+                "{shown} is of other lines than the input has, which doesn't begin with them: give another --output"
+            );
+        }
         Ok(Some(before))
     }
 
@@ -184,6 +190,10 @@ impl Output {
             whole = reader.stream_position().with_context(failed)?;
         }
         if whole < self.bytes {
+            ensure!(
+                resumed.lines > 0 || Manifest::read(path)?.is_some(),
+                "{shown} holds no result: this is no output of such a run"
+            );
             tracing::warn!(
                 "{shown}: its last {} bytes were torn by the end of a run and are cut off",
                 self.bytes - whole

@@ -24,7 +24,8 @@ fn input(folder: &Path, bytes: &[u8]) -> Input {
 }
 
 fn texts(input: &Input) -> Vec<(u64, Result<String, String>)> {
-    input.lines().unwrap().map(|line| line.unwrap()).map(|line| (line.number, line.text)).collect()
+    let scan = input.scan(|_| ()).unwrap();
+    input.lines(&scan).unwrap().map(|line| line.unwrap()).map(|line| (line.number, line.text)).collect()
 }
 
 #[test]
@@ -39,6 +40,12 @@ fn lines_are_numbered_as_an_editor_numbers_them() {
     let scan = input.scan(|_| {}).unwrap();
     assert_eq!((scan.lines, scan.blank.len()), (4, 2));
     assert!(scan.blank.contains(2) && scan.blank.contains(3) && scan.holds(6) && !scan.holds(7) && !scan.holds(0));
+}
+
+#[test]
+fn a_mark_of_the_byte_order_alone_is_no_line() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(texts(&input(folder.path(), b"\xef\xbb\xbf\r\na\n")), [(2, Ok("a".to_owned()))]);
 }
 
 #[test]
@@ -82,7 +89,7 @@ fn a_window_is_bounded_by_lines_and_by_bytes_and_leaves_out_what_is_done() {
     let input = input(folder.path(), b"aaaa\nbbbb\ncccc\ndddd\neeee\n");
     let mut done = LineSet::default();
     done.insert(2);
-    let mut lines = input.lines().unwrap();
+    let mut lines = input.lines(&input.scan(|_| ()).unwrap()).unwrap();
     let mut window = |count, bytes| {
         lines.take_window(&done, count, bytes).unwrap().iter().map(|line| line.number).collect::<Vec<_>>()
     };
@@ -226,24 +233,25 @@ proptest! {
 fn what_another_run_has_begun_is_not_gone_on_with_unless_forced() {
     let place = Place::new(ENDINGS[0]);
     let first = manifest(json!({"model": "a", "created": 7}));
+    let lines = input(place.folder.path(), b"a\nb\n");
     let output = place.open();
-    assert_eq!(output.check(&first, false).unwrap(), None, "nothing is there");
+    assert_eq!(output.check(&lines, &first, false).unwrap(), None, "nothing is there");
     output.begin(&first, &LineSet::default(), false).unwrap().write(line(1)).unwrap();
 
     let output = place.open();
-    let before = output.check(&manifest(json!({"model": "a"})), false).unwrap().unwrap();
+    let before = output.check(&lines, &manifest(json!({"model": "a"})), false).unwrap().unwrap();
     assert_eq!(before.get("created"), Some(&7.into()), "what isn't decided anew is told");
     let other = manifest(json!({"model": "b"}));
-    let error = output.check(&other, false).unwrap_err().to_string();
+    let error = output.check(&lines, &other, false).unwrap_err().to_string();
     assert!(error.contains("model was \"a\" and is \"b\" now") && error.contains("--force"), "{error}");
-    assert!(output.check(&other, true).is_ok());
+    assert!(output.check(&lines, &other, true).is_ok());
     let other_lines = Manifest::new(&Scan { lines: 3, ..Scan::default() }, Map::new());
-    assert!(output.check(&other_lines, false).unwrap_err().to_string().contains("input was"));
+    assert!(output.check(&lines, &other_lines, false).unwrap_err().to_string().contains("input was"));
 
     fs::remove_file(place.folder.path().join("out.jsonl.manifest.json")).unwrap();
-    let error = output.check(&first, false).unwrap_err().to_string();
+    let error = output.check(&lines, &first, false).unwrap_err().to_string();
     assert!(error.contains("no manifest"), "{error}");
-    assert_eq!(output.check(&first, true).unwrap(), None);
+    assert_eq!(output.check(&lines, &first, true).unwrap(), None);
 }
 
 #[test]
@@ -253,7 +261,7 @@ fn files_beside_the_output_that_are_somebody_elses_stay() {
     let now = manifest(json!({}));
     for (ending, expected) in [(".errors.jsonl", "no manifest that tells"), (".manifest.json", "is no manifest")] {
         fs::write(beside(ending), "{\"precious\": 1}\n").unwrap();
-        let error = place.open().check(&now, true).unwrap_err().to_string();
+        let error = place.open().check(&input(place.folder.path(), b""), &now, true).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains(ending), "{error}");
         fs::remove_file(beside(ending)).unwrap();
     }
@@ -263,9 +271,9 @@ fn files_beside_the_output_that_are_somebody_elses_stay() {
     assert_eq!(place.errors().as_deref(), Some("precious\n"), "they are replaced only by those of an output");
 
     for ending in ["", ".errors.jsonl", ".manifest.json"] {
-        let input = beside(ending);
-        fs::write(&input, "").unwrap();
-        assert!(Output::would_replace(place.path().to_str().unwrap(), input.to_str().unwrap()), "{ending}");
+        let lines = beside(ending);
+        fs::write(&lines, "").unwrap();
+        assert!(Output::would_replace(place.path().to_str().unwrap(), lines.to_str().unwrap()), "{ending}");
     }
     let other = beside(".other");
     fs::write(&other, "").unwrap();
@@ -281,6 +289,37 @@ fn of_an_input_without_lines_a_compressed_output_is_whole_too() {
             assert_eq!(place.bytes().is_empty(), name == ENDINGS[0]);
             assert!(place.lines().is_empty());
         }
+    }
+}
+
+#[test]
+fn a_forced_run_goes_on_only_if_the_input_begins_with_the_lines_that_were_done() {
+    let place = Place::new(ENDINGS[0]);
+    let begun = |bytes: &[u8]| {
+        let lines = input(place.folder.path(), bytes);
+        let manifest = Manifest::new(&lines.scan(|_| ()).unwrap(), Map::new());
+        (lines, manifest)
+    };
+    place.open().begin(&begun(b"a\nb\n").1, &LineSet::default(), false).unwrap().write(line(1)).unwrap();
+    let (more, now) = begun(b"a\nb\nc\n");
+    assert!(place.open().check(&more, &now, false).is_err());
+    place.open().check(&more, &now, true).unwrap();
+    for other in [&b"a\nB\nc\n"[..], b"a\n"] {
+        let (other, now) = begun(other);
+        let error = place.open().check(&other, &now, true).unwrap_err().to_string();
+        assert!(error.contains("other lines"), "{error}");
+    }
+}
+
+#[test]
+fn an_input_that_changes_while_it_is_worked_on_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    for other in ["one\n", "one\ntwo\nthree\n", "one\nTWO\n"] {
+        let input = input(folder.path(), b"one\ntwo\n");
+        let scan = input.scan(|_| ()).unwrap();
+        fs::write(folder.path().join("input"), other).unwrap();
+        let last = input.lines(&scan).unwrap().last().unwrap();
+        assert!(last.is_err_and(|error| error.to_string().contains("has changed")), "{other}");
     }
 }
 
@@ -301,6 +340,7 @@ fn what_is_no_result_is_not_written_over() {
         ("1 ok\nmy notes\n2 ok\n", "line 2 is no result"),
         ("1 ok\n1 ok\n", "line 2 is a second result of the input's line 1"),
         ("1 ok\n77 ok\n", "line 77"),
+        ("my notes", "holds no result"),
     ] {
         fs::write(place.path(), there).unwrap();
         let error = format!("{:#}", place.resume(&scan()).err().unwrap());

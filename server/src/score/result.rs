@@ -4,7 +4,7 @@ use cadre_engine::request::{Scores, TokenLogprobs};
 use cadre_models::Tokenizer;
 use serde_json::{Map, Value, json};
 
-use super::item::{Continuation, Item, Question};
+use super::item::{Continuation, Item, Label, Question};
 
 /// What became of a passage: its scores, or why it has none.
 pub type Scored = Result<Scores, String>;
@@ -72,10 +72,11 @@ impl Teller {
                     labels.iter().map(|(_, label)| measured(label, &scores).log_likelihood()).collect();
                 told.insert("best".to_owned(), largest(&logprobs).into());
                 let labels = labels.iter().zip(logprobs.iter().zip(shares(&logprobs)));
-                let label = |((_, label), (logprob, probability)): (&(_, Continuation), (&f64, f64))| {
-                    let token = label.tokens[0];
+                let label = |((label, continuation), (logprob, probability)): (&(Label, Continuation), (&f64, f64))| {
+                    let token = continuation.tokens[0];
+                    let label = if let Label::Text(text) = label { text.clone() } else { self.name(token) };
                     json!({
-                        "label": self.name(token), "token": token, "log_likelihood": logprob, "probability": probability,
+                        "label": label, "token": token, "log_likelihood": logprob, "probability": probability,
                     })
                 };
                 told.insert("labels".to_owned(), labels.map(label).collect());
@@ -130,7 +131,6 @@ pub fn shares(logprobs: &[f64]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::score::item::Label;
 
     fn logprobs(logprob: f32, rank: u32) -> TokenLogprobs {
         TokenLogprobs { logprob, rank, top: vec![] }

@@ -113,12 +113,19 @@ impl Storage {
         Upload { id, path }
     }
 
-    /// Adds the file that was written to `upload`.
+    /// Adds the file that was written to `upload`, for good or for so many seconds.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn add_file(&self, upload: Upload, filename: &str, purpose: Purpose) -> Result<StoredFile, StorageError> {
-        let file = self.settle(upload, filename, purpose)?;
+    pub fn add_file(
+        &self,
+        upload: Upload,
+        filename: &str,
+        purpose: Purpose,
+        seconds: Option<i64>,
+    ) -> Result<StoredFile, StorageError> {
+        let mut file = self.settle(upload, filename, purpose)?;
+        file.expires = seconds.map(|seconds| file.created + seconds);
         insert(&self.database(), &file)?;
         Ok(file)
     }
@@ -214,7 +221,11 @@ impl Storage {
             statement.query_map([now()], |row| row.get(0))?.collect::<Result<_, _>>()?
         };
         for id in expired {
-            self.delete_file(&id)?;
+            match self.delete_file(&id) {
+                // It goes when that one is done.
+                Err(StorageError::FileInUse { .. }) => {}
+                deleted => drop(deleted?),
+            }
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ fn opened() -> (TempDir, Storage) {
 fn add(storage: &Storage, text: &str, purpose: Purpose) -> StoredFile {
     let upload = storage.new_upload();
     fs::write(&upload.path, text).unwrap();
-    storage.add_file(upload, "a.jsonl", purpose).unwrap()
+    storage.add_file(upload, "a.jsonl", purpose, None).unwrap()
 }
 
 /// The weights that jobs begin from.

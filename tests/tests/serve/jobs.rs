@@ -334,13 +334,24 @@ fn files_are_kept_found_and_removed() {
     assert_eq!((empty.status, &empty.json()["error"]["param"]), (400, &json!("file")), "{}", empty.text);
     // What was refused leaves nothing behind.
     assert_eq!(fs::read_dir(storage.path().join("files")).unwrap().count(), 1);
-    let expiring = [("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "3600")];
-    let kept = post_file(client, "fine-tune", "three\n", &expiring);
-    assert_eq!((kept.status, kept.headers["x-cadre-ignored"].as_str()), (200, "expires_after"));
+    let expiring = |seconds| [("expires_after[anchor]", "created_at"), ("expires_after[seconds]", seconds)];
+    let kept = post_file(client, "fine-tune", "three\n", &expiring("3600")).ok();
+    assert_eq!(kept["expires_at"].as_i64(), kept["created_at"].as_i64().map(|created| created + 3600));
+    for (fields, param) in [
+        (&expiring("60")[..], "expires_after.seconds"),
+        (&expiring("soon"), "expires_after.seconds"),
+        (&expiring("3600")[1..], "expires_after.anchor"),
+    ] {
+        let refused = post_file(client, "fine-tune", "four\n", fields);
+        assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!(param)), "{}", refused.text);
+    }
+    let unknown = [("shape", "round")];
+    let kept = post_file(client, "fine-tune", "five\n", &unknown);
+    assert_eq!((kept.status, kept.headers["x-cadre-ignored"].as_str()), (200, "shape"));
     drop(server);
     let strict = Server::start(&["--storage", storage.path().to_str().unwrap(), "--strict-params"]);
-    let refused = post_file(strict.client(), "fine-tune", "four\n", &expiring);
-    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("expires_after")));
+    let refused = post_file(strict.client(), "fine-tune", "six\n", &unknown);
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("shape")));
     // Without a place for them there are no such routes.
     assert_eq!(Server::start(&[]).client().get("/v1/files").status, 404);
 }

@@ -43,7 +43,7 @@ impl Rig {
     fn create_of(&self, input: &[u8], window_seconds: i64, output_seconds: i64) -> Batch {
         let upload = self.storage.new_upload();
         fs::write(&upload.path, input).unwrap();
-        let file = self.storage.add_file(upload, "in.jsonl", Purpose::Batch).unwrap();
+        let file = self.storage.add_file(upload, "in.jsonl", Purpose::Batch, None).unwrap();
         let asked = NewBatch {
             input_file: file.id,
             endpoint: CHAT.to_owned(),

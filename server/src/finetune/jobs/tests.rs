@@ -29,7 +29,7 @@ fn jobs() -> (TempDir, Jobs) {
 fn job(jobs: &Jobs) -> Job {
     let upload = jobs.storage.new_upload();
     fs::write(&upload.path, "{\"text\": \"some words\"}\n").unwrap();
-    let file = jobs.storage.add_file(upload, "a.jsonl", Purpose::FineTune).unwrap();
+    let file = jobs.storage.add_file(upload, "a.jsonl", Purpose::FineTune, None).unwrap();
     let mut hyperparameters = Map::new();
     hyperparameters::complete(&mut hyperparameters).unwrap();
     let asked = NewJob {
