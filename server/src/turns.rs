@@ -2,7 +2,9 @@
 //! until the server ends.
 
 use std::{
+    any::Any,
     fmt::Display,
+    panic::{self, AssertUnwindSafe},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -137,6 +139,17 @@ impl Turns {
             };
         }
     }
+}
+
+/// What `part` gives, or what its panic said.
+pub fn unless_panics<T>(part: impl FnOnce() -> T) -> Result<T, String> {
+    panic::catch_unwind(AssertUnwindSafe(part)).map_err(|panic| said(&*panic).to_owned())
+}
+
+/// What a panic said.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let owned = panic.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("its log says why")
 }
 
 /// The pause after a failure that follows a pause of this length.

@@ -33,7 +33,7 @@ use crate::{
     storage::{
         Batch, BatchError, BatchStatus, MAX_FILE_BYTES, NewBatch, Progress, Purpose, Storage, StorageError, now,
     },
-    turns::{State, Turns},
+    turns::{State, Turns, unless_panics},
 };
 
 /// How often a look is taken at whether a batch's time is over.
@@ -173,7 +173,7 @@ impl BatchJobs {
             self.storage.remove_expired_files()?;
             Ok(self.storage.next_to_settle(current)?)
         };
-        self.work(next, |batch| self.settle(&batch));
+        self.work(next, |batch| self.guarded(&batch, || self.settle(&batch)));
     }
 
     fn answer_all(&self) {
@@ -182,7 +182,7 @@ impl BatchJobs {
             Ok(next.map(|batch| (self.turns.begin(state, &batch.id), batch)))
         };
         self.work(next, |(turn, batch)| {
-            let answered = self.answer(&batch, &turn.stop);
+            let answered = self.guarded(&batch, || self.answer(&batch, &turn.stop));
             drop(turn);
             self.turns.wake();
             answered
@@ -201,6 +201,15 @@ impl BatchJobs {
             done
         };
         self.turns.work("batches wait", next, tick, part);
+    }
+
+    /// Does a `part` of a batch, which fails if that panics.
+    fn guarded(&self, batch: &Batch, part: impl FnOnce() -> Result<()>) -> Result<()> {
+        unless_panics(part).unwrap_or_else(|said| {
+            let message = format!("The server failed while it worked on the batch: {said}");
+            let error = BatchError { code: "server_error".to_owned(), message, param: None, line: None };
+            Ok(self.storage.fail_batch(&batch.id, &[error])?)
+        })
     }
 
     /// Brings a batch to what follows: a new one to its turn or its failure, others to their end.

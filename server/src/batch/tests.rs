@@ -218,3 +218,12 @@ async fn only_so_many_bytes_are_asked_at_a_time() {
     let (ended, ()) = tokio::join!(rig.run(Limits { in_flight: 6, window: 6 }, &stop), ending);
     assert_eq!(ended, Ended::Stopped);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_on_which_the_server_fails_is_told_and_the_others_are_answered() {
+    let fake = Fake::new(|request| if request.prompt.len() == 3 { panic!("a defect") } else { say(request, "ok") });
+    let rig = Rig::new(fake, &["ab", "abc", "ab"]);
+    assert_eq!(rig.run(LIMITS, &AtomicBool::new(false)).await, Ended::Finished);
+    let failed: Vec<bool> = rig.written().lines().map(|line| told(line.as_bytes()).unwrap().failed).collect();
+    assert_eq!(failed, [false, true, false]);
+}

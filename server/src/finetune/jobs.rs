@@ -8,10 +8,8 @@
 //! tries again later.
 
 use std::{
-    any::Any,
     fmt::Write as _,
     fs, io,
-    panic::{self, AssertUnwindSafe},
     path::Path,
     sync::{Arc, atomic::AtomicBool},
     thread::{self, JoinHandle},
@@ -33,7 +31,7 @@ use crate::{
     adapters::{self, AdapterSource, Adapters},
     metrics,
     storage::{Checkpoint, EventKind, Job, JobError, JobStatus, Level, NewJob, Purpose, Storage, StorageError, Upload},
-    turns::{State, Turn, Turns},
+    turns::{State, Turn, Turns, unless_panics},
 };
 
 /// What model names have in the place of OpenAI's organization.
@@ -276,8 +274,8 @@ impl Jobs {
 
     /// Does a `part` of a job, which fails if that panics.
     fn guarded(&self, job: &Job, part: fn(&Self, &Job) -> Result<(), StorageError>) -> Result<(), StorageError> {
-        panic::catch_unwind(AssertUnwindSafe(|| part(self, job))).unwrap_or_else(|panic| {
-            let message = format!("the server failed while it worked on the job: {}", said(&*panic));
+        unless_panics(|| part(self, job)).unwrap_or_else(|said| {
+            let message = format!("the server failed while it worked on the job: {said}");
             self.fail(&job.id, "server_error", &message, None)
         })
     }
@@ -493,12 +491,6 @@ fn is_servers(error: &anyhow::Error) -> bool {
         let is_read = matches!(cause.downcast_ref(), Some(cadre_engine::Error::Fetch { .. }));
         is_read || cause.is::<io::Error>() || cause.is::<cadre_models::Error>() || cause.is::<DatasetError>()
     })
-}
-
-/// What a panic said.
-fn said(panic: &(dyn Any + Send)) -> &str {
-    let owned = panic.downcast_ref::<String>().map(String::as_str);
-    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("its log says why")
 }
 
 /// Writes down what happens to a job.

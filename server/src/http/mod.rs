@@ -41,10 +41,11 @@ pub mod sse;
 pub mod tokenize;
 
 use std::{
-    future::{Future, IntoFuture},
+    future::{Future, IntoFuture, poll_fn},
     io,
     pin::pin,
     sync::{Arc, OnceLock},
+    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -52,7 +53,7 @@ use axum::{
     Router,
     extract::{DefaultBodyLimit, Request},
     middleware::{self, Next},
-    response::Response,
+    response::{IntoResponse, Response},
     routing::{delete, get, post},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -65,7 +66,7 @@ use tokio::{
 
 use crate::{
     adapters::AdapterError, batch::jobs::BatchJobs, engine::Served, finetune::jobs::Jobs, lines::input::MAX_LINE_BYTES,
-    metrics, storage::Storage,
+    metrics, storage::Storage, turns::unless_panics,
 };
 use error::{ApiError, Kind};
 use fields::Fields;
@@ -307,8 +308,20 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::disable())
+        .layer(middleware::from_fn(unless_it_panics))
         .layer(middleware::from_fn(observe))
         .with_state(app)
+}
+
+/// A handler that panics fails its own request.
+async fn unless_it_panics(request: Request, next: Next) -> Response {
+    let mut answering = pin!(next.run(request));
+    let answered = poll_fn(|context| match unless_panics(|| answering.as_mut().poll(context)) {
+        Ok(Poll::Pending) => Poll::Pending,
+        Ok(Poll::Ready(response)) => Poll::Ready(Ok(response)),
+        Err(said) => Poll::Ready(Err(said)),
+    });
+    answered.await.unwrap_or_else(|said| ApiError::internal(said).into_response())
 }
 
 /// Serves until `shutdown` resolves, then ends in order: no new connections; requests under way have `drain` to

@@ -631,3 +631,12 @@ fn metrics_labels_come_from_a_fixed_set() {
     assert_eq!(route_label("/x?y"), "other");
     assert_eq!(method_label("BREW"), "other");
 }
+
+#[test]
+fn a_request_whose_handler_panics_fails_alone() {
+    let fake = Fake::new(|request| if request.prompt.len() == 3 { panic!("a defect") } else { say(request, "ok") });
+    let server = Server::new(&fake);
+    let answer = server.complete(json!({"prompt": "abc"}));
+    assert_eq!((answer.status, &answer.json()["error"]["type"]), (500, &json!("server_error")), "{}", answer.body);
+    assert_eq!(server.complete(json!({})).status, 200);
+}
