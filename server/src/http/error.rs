@@ -1,5 +1,7 @@
 //! The one table of API errors: what happened, its HTTP status, and OpenAI's `type` and `code`.
 
+use std::io;
+
 use axum::{
     Json,
     http::{HeaderName, HeaderValue, StatusCode, header},
@@ -37,6 +39,8 @@ pub enum Kind {
     AdaptersBusy,
     /// The server is about to end.
     ShuttingDown,
+    /// The disk has no room.
+    DiskFull,
     /// A defect in cadre.
     Internal,
 }
@@ -72,6 +76,7 @@ impl Kind {
             Self::ModelLoading => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("model_loading"), Some(2)),
             Self::AdaptersBusy => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("adapters_busy"), Some(2)),
             Self::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), Some(1)),
+            Self::DiskFull => (StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("disk_full"), None),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, None),
         };
         Row { status, kind, code, retry_after_seconds }
@@ -105,6 +110,16 @@ impl ApiError {
     pub fn internal(detail: impl std::fmt::Display) -> Self {
         tracing::error!(%detail, "a request failed");
         Self::new(Kind::Internal, "The server failed while it worked on this request. Its log says why.")
+    }
+
+    /// What was to be written isn't.
+    pub fn unwritten(error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::StorageFull { Self::disk_full() } else { Self::internal(error) }
+    }
+
+    /// The disk has no room.
+    pub fn disk_full() -> Self {
+        Self::new(Kind::DiskFull, "The server's disk is full. Delete files that aren't needed, or ask again later.")
     }
 
     /// The model is still being loaded.
@@ -198,6 +213,7 @@ pub fn sentence(fragment: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::StorageError;
 
     #[test]
     fn body_has_openais_four_fields() {
@@ -229,6 +245,19 @@ mod tests {
         for number in ["64", "60", "5"] {
             assert!(error.message.contains(number), "{}", error.message);
         }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_and_other_faults_of_it_are_defects() {
+        let io = |kind| StorageError::Io { path: "/there".to_owned(), reason: io::Error::from(kind) };
+        let full = rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL), None);
+        for error in [io(io::ErrorKind::StorageFull), StorageError::Database(full)] {
+            let body = ApiError::from(error).body();
+            assert_eq!(body["error"]["code"], "disk_full", "{body}");
+        }
+        assert_eq!(ApiError::unwritten(&io::ErrorKind::StorageFull.into()).status(), 507);
+        let error = ApiError::from(io(io::ErrorKind::PermissionDenied));
+        assert!(error.status() == 500 && !error.message.contains("/there"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `/v1/files`: upload, list, get, content, delete; there only with `--storage`.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use axum::{
     Json,
@@ -12,6 +12,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
+use rusqlite::ErrorCode;
 use serde_json::{Map, Value, json};
 use tokio::{fs, io::AsyncWriteExt};
 
@@ -82,7 +83,7 @@ pub async fn upload(
 /// # Errors
 /// When it is empty or too large, or cut off.
 async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
-    let mut file = fs::File::create(&upload.path).await.map_err(ApiError::internal)?;
+    let mut file = fs::File::create(&upload.path).await.map_err(|error| ApiError::unwritten(&error))?;
     let mut bytes = 0;
     while let Some(piece) = field.chunk().await.map_err(bad_form)? {
         bytes += piece.len() as u64;
@@ -90,12 +91,12 @@ async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
             let message = format!("The file is too large: this server keeps at most {MAX_FILE_BYTES} bytes.");
             return Err(ApiError::new(Kind::BodyTooLarge, message).or_param("file"));
         }
-        file.write_all(&piece).await.map_err(ApiError::internal)?;
+        file.write_all(&piece).await.map_err(|error| ApiError::unwritten(&error))?;
     }
     if bytes == 0 {
         return Err(ApiError::invalid("file", "The file is empty."));
     }
-    file.flush().await.map_err(ApiError::internal)
+    file.flush().await.map_err(|error| ApiError::unwritten(&error))
 }
 
 async fn text(mut field: Field<'_>) -> Result<String, ApiError> {
@@ -212,6 +213,10 @@ impl From<StorageError> for ApiError {
                 Self::new(Kind::ObjectNotFound, sentence(&error.to_string())).or_param(role)
             }
             StorageError::NothingToComeAfter(_) => Self::invalid("after", sentence(&error.to_string())),
+            StorageError::Io { ref reason, .. } if reason.kind() == io::ErrorKind::StorageFull => Self::disk_full(),
+            StorageError::Database(error) if error.sqlite_error_code() == Some(ErrorCode::DiskFull) => {
+                Self::disk_full()
+            }
             other => Self::internal(other),
         }
     }
