@@ -1,18 +1,14 @@
 """Measures `cadre batch`, and clients of `cadre serve` and of llama-server, in turn on the same lines: see README.md."""
 
-import argparse
 import json
-import os
-import pathlib
 import re
 import statistics
 import subprocess
 import sys
 
 import http_load
-import llama_cpp
-from checkpoints import FORMATS, SIZES, Checkpoints
-from compare import ROOT, Cadre, LlamaCpp
+from checkpoints import FORMATS
+from compare import Cadre, LlamaCpp, options_of, prepare
 
 
 def batch(options, model, vocabulary):
@@ -40,24 +36,16 @@ def clients(engine, options, model, vocabulary):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", required=True, type=pathlib.Path, help="folder for checkpoints and builds")
-    parser.add_argument("--size", choices=SIZES, default="a")
+    parser = options_of(__doc__, rounds=3)
     parser.add_argument("--format", choices=FORMATS, default="q8_0")
     parser.add_argument("--lines", type=int, default=512)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--cadre", type=pathlib.Path, default=ROOT / "target/release/cadre")
-    parser.add_argument("--llama", type=pathlib.Path, metavar="DIR", help="llama.cpp's programs; built if not given")
     return parser.parse_args()
 
 
 def main():
     options = parse()
-    options.work.mkdir(parents=True, exist_ok=True)
-    folder = options.llama.resolve() if options.llama else llama_cpp.build(options.work)
-    checkpoints = Checkpoints(options.work, options.size, ROOT, options.cadre, folder)
+    folder, checkpoints = prepare(options)
     ours, theirs = checkpoints.for_cadre(options.format), checkpoints.for_llama_cpp(options.format)
     vocabulary = checkpoints.vocabulary()
     sides = {

@@ -128,36 +128,47 @@ def table(results, engines):
     return "\n".join(lines)
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__)
+def options_of(description, rounds):
+    """A parser of the options that all comparisons have."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", required=True, type=pathlib.Path, help="folder for checkpoints and builds")
     parser.add_argument("--size", choices=SIZES, default="a")
-    parser.add_argument("--formats", default="bf16,q8_0,q4_k", help=f"of {', '.join(FORMATS)}")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--cadre", type=pathlib.Path, default=ROOT / "target/release/cadre")
+    parser.add_argument("--llama", type=pathlib.Path, metavar="DIR", help="llama.cpp's programs; built if not given")
+    return parser
+
+
+def prepare(options):
+    """The folder of llama.cpp's programs, and the checkpoints."""
+    if not options.cadre.exists():
+        raise SystemExit(f"{options.cadre} is missing: cargo build --release")
+    options.work.mkdir(parents=True, exist_ok=True)
+    folder = options.llama.resolve() if options.llama else llama_cpp.build(options.work)
+    return folder, Checkpoints(options.work, options.size, ROOT, options.cadre, folder)
+
+
+def parse():
+    parser = options_of(__doc__, rounds=5)
+    parser.add_argument("--formats", default="bf16,q8_0,q4_k", help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--prompt", default="128,512,2048", help="prompt lengths")
     parser.add_argument("--generate", type=int, default=64, help="tokens that each sequence decodes")
     parser.add_argument("--batch", default="1,8,32", help="numbers of sequences")
     parser.add_argument("--http", action="store_true", help="also through the servers")
     parser.add_argument("--clients", type=int, default=16, help="with --http")
-    parser.add_argument("--cadre", type=pathlib.Path, default=ROOT / "target/release/cadre")
-    parser.add_argument("--llama", type=pathlib.Path, metavar="DIR", help="llama.cpp's programs; built if not given")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="for all figures of all rounds")
     options = parser.parse_args()
     options.formats = options.formats.split(",")
     if unknown := set(options.formats) - set(FORMATS):
         parser.error(f"no such format: {', '.join(unknown)}; there are {', '.join(FORMATS)}")
-    if not options.cadre.exists():
-        parser.error(f"{options.cadre} is missing: cargo build --release")
     return options
 
 
 def main():
     options = parse()
-    options.work.mkdir(parents=True, exist_ok=True)
-    folder = options.llama.resolve() if options.llama else llama_cpp.build(options.work)
+    folder, checkpoints = prepare(options)
     engines = [Cadre(options), LlamaCpp(options, folder)]
-    checkpoints = Checkpoints(options.work, options.size, ROOT, options.cadre, folder)
     results = {}
     for format in options.formats:
         models = [checkpoints.for_cadre(format), checkpoints.for_llama_cpp(format)]

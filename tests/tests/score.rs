@@ -2,7 +2,13 @@
 //! whatever ends a run.
 #![allow(clippy::unwrap_used, reason = "integration tests: a failed unwrap is a failed test")]
 
-use std::{fs, path::PathBuf, process::Stdio, thread, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Stdio},
+    thread,
+    time::Duration,
+};
 
 use cadre_tests::{
     binary::{Run, command, output, run, signal},
@@ -42,6 +48,12 @@ impl Scoring {
 
     fn run(&self, output: &str, flags: &[&str]) -> Run {
         run(&self.args(output, flags).iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Begins to run it; its standard error can be read.
+    fn start(&self, output: &str, flags: &[&str]) -> Child {
+        let mut command = command(&self.args(output, flags).iter().map(String::as_str).collect::<Vec<_>>());
+        command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// Runs it to its end, which has to be good, and returns what it wrote.
@@ -173,12 +185,7 @@ fn a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not() {
     let whole = scoring.finish("whole.jsonl", &flags);
     let mut killed = 0;
     for wait in [30, 90, 150, 240, 400] {
-        let args = scoring.args("killed.jsonl", &flags);
-        let mut child = command(&args.iter().map(String::as_str).collect::<Vec<_>>())
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child = scoring.start("killed.jsonl", &flags);
         thread::sleep(Duration::from_millis(wait));
         killed += u32::from(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
@@ -202,12 +209,7 @@ fn ctrl_c_ends_a_run_and_the_same_command_goes_on() {
     for lane in ["steps", "layers"] {
         let scoring = Scoring::new(&items(6000));
         let flags = ["--lane", lane, "--super-batch", "1000"];
-        let args = scoring.args("out.jsonl", &flags);
-        let mut child = command(&args.iter().map(String::as_str).collect::<Vec<_>>())
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = scoring.start("out.jsonl", &flags);
         let written = || fs::metadata(scoring.path("out.jsonl")).is_ok_and(|file| file.len() > 0);
         wait_for("a run to write", 60, written);
         signal(&child, "INT");

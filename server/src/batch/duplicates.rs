@@ -6,9 +6,10 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
+use anyhow::Result;
+
 use super::request::BatchRequest;
 use crate::lines::input::{Input, Line, Scan};
-use anyhow::Result;
 
 /// How many hashes memory holds at a time: 256 MiB of them.
 pub const MOST_HASHES: usize = 32 << 20;

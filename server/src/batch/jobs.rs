@@ -225,8 +225,7 @@ impl BatchJobs {
 
     fn finish(&self, batch: &Batch, to: BatchStatus) -> Result<()> {
         // A batch ends whatever has become of its input.
-        let lines = (to == BatchStatus::Expired)
-            .then(|| self.input(batch).and_then(|input| input.lines(&input.scan(|_| ())?)).ok());
+        let lines = (to == BatchStatus::Expired).then(|| self.input(batch).and_then(|input| input.first_lines()).ok());
         let made = answers::files(&self.storage, lines.flatten(), &self.answers(batch), batch)?;
         Ok(self.storage.finish_batch(batch, to, made)?)
     }

@@ -113,7 +113,7 @@ impl ApiError {
     }
 
     /// What was to be written isn't.
-    pub fn unwritten(error: &io::Error) -> Self {
+    pub fn unwritten(error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::StorageFull { Self::disk_full() } else { Self::internal(error) }
     }
 
@@ -255,7 +255,7 @@ mod tests {
             let body = ApiError::from(error).body();
             assert_eq!(body["error"]["code"], "disk_full", "{body}");
         }
-        assert_eq!(ApiError::unwritten(&io::ErrorKind::StorageFull.into()).status(), 507);
+        assert_eq!(ApiError::unwritten(io::ErrorKind::StorageFull.into()).status(), 507);
         let error = ApiError::from(io(io::ErrorKind::PermissionDenied));
         assert!(error.status() == 500 && !error.message.contains("/there"), "{error}");
     }

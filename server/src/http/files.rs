@@ -83,7 +83,7 @@ pub async fn upload(
 /// # Errors
 /// When it is empty or too large, or cut off.
 async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
-    let mut file = fs::File::create(&upload.path).await.map_err(|error| ApiError::unwritten(&error))?;
+    let mut file = fs::File::create(&upload.path).await.map_err(ApiError::unwritten)?;
     let mut bytes = 0;
     while let Some(piece) = field.chunk().await.map_err(bad_form)? {
         bytes += piece.len() as u64;
@@ -91,12 +91,12 @@ async fn write(mut field: Field<'_>, upload: &Upload) -> Result<(), ApiError> {
             let message = format!("The file is too large: this server keeps at most {MAX_FILE_BYTES} bytes.");
             return Err(ApiError::new(Kind::BodyTooLarge, message).or_param("file"));
         }
-        file.write_all(&piece).await.map_err(|error| ApiError::unwritten(&error))?;
+        file.write_all(&piece).await.map_err(ApiError::unwritten)?;
     }
     if bytes == 0 {
         return Err(ApiError::invalid("file", "The file is empty."));
     }
-    file.flush().await.map_err(|error| ApiError::unwritten(&error))
+    file.flush().await.map_err(ApiError::unwritten)
 }
 
 async fn text(mut field: Field<'_>) -> Result<String, ApiError> {

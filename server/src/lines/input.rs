@@ -92,11 +92,11 @@ impl Input {
         self.modified
     }
 
-    /// The lines from the first on, for the first time.
+    /// The lines from the first on, whatever they are.
     ///
     /// # Errors
     /// When the system refuses.
-    fn first_lines(&self) -> Result<Lines> {
+    pub fn first_lines(&self) -> Result<Lines> {
         Ok(Lines {
             reader: BufReader::new(self.reader()?),
             expected: None,

@@ -13,6 +13,8 @@ use super::input::Scan;
 
 /// What the manifest's name is beside the output's.
 const ENDING: &str = ".manifest.json";
+/// What a file's name ends with until it is whole.
+pub const UNFINISHED: &str = ".unfinished";
 /// The name of the value that each manifest has: cadre's version.
 const VERSION: &str = "cadre";
 
@@ -57,7 +59,7 @@ impl Manifest {
     /// When the system refuses.
     pub fn write(&self, output: &Path) -> Result<()> {
         let path = path(output);
-        let unfinished = beside(&path, ".unfinished");
+        let unfinished = beside(&path, UNFINISHED);
         let write = || -> io::Result<()> {
             fs::write(&unfinished, serde_json::to_string_pretty(&self.0)? + "\n")?;
             File::open(&unfinished)?.sync_all()?;

@@ -20,7 +20,7 @@ use super::{
     LineSet,
     compression::Compression,
     input::{Input, Scan},
-    manifest::{self, Manifest, beside, folder},
+    manifest::{self, Manifest, UNFINISHED, beside, folder},
 };
 
 /// How long a line may wait until it is safe on disk.
@@ -29,8 +29,6 @@ const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 const SYNC_BYTES: usize = 8 << 20;
 /// What the name of the file with the failures is beside the output's.
 const ERRORS_ENDING: &str = ".errors.jsonl";
-/// What a file's name ends with until it is whole.
-const UNFINISHED: &str = ".unfinished";
 
 /// What a line of the output is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
