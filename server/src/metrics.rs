@@ -331,10 +331,21 @@ impl Meters {
         }
     }
 
-    /// A request went to the engine.
+    /// A request of `choices` goes to the engine now.
+    ///
+    /// The engine reports at the end of a step, which may take seconds; its next report sets the gauge anew. Once the
+    /// request is with the engine, the last report may have come already: then nothing would take the request off again.
+    pub fn submitting(&self, choices: u32) {
+        self.waiting.increment(choices);
+    }
+
+    /// The engine didn't take a request of `choices`.
+    pub fn refused(&self, choices: u32) {
+        self.waiting.decrement(choices);
+    }
+
+    /// The engine took a request.
     pub fn submitted(&self, request: &Request) {
-        // The engine reports at the end of a step, which may take seconds; its next report sets the gauge anew.
-        self.waiting.increment(request.n);
         self.per_request.n.record(request.n);
         self.per_request.max_tokens.record(request.stop.max_tokens);
         self.per_request.prompt_tokens.record(float(request.prompt.len()));

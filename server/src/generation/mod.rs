@@ -234,8 +234,11 @@ impl Generation {
         for (index, request) in requests.into_iter().enumerate() {
             let first_choice = choices.len();
             choices.extend((0..request.n).map(|_| Choice::new(machine, &stops, &options)));
-            let ticket = machine.backend.submit(request.clone(), sink(sender.clone(), index))?;
-            machine.meters.submitted(&request);
+            let meters = &machine.meters;
+            meters.submitting(request.n);
+            let ticket = machine.backend.submit(request.clone(), sink(sender.clone(), index));
+            let ticket = ticket.inspect_err(|_| meters.refused(request.n))?;
+            meters.submitted(&request);
             prompts.push(Prompt {
                 open: request.n as usize,
                 request,

@@ -1,9 +1,15 @@
 use std::sync::atomic::Ordering;
 
-use cadre_engine::request::{Priority, SamplingParams, StopParams};
+use cadre_engine::{
+    request::{Priority, SamplingParams, StopParams},
+    runtime::StepReport,
+};
 
 use super::*;
-use crate::testing::{END, Fake, machine, say, token};
+use crate::{
+    metrics::exporter,
+    testing::{END, Fake, machine, say, token},
+};
 
 fn request(n: u32) -> Request {
     Request {
@@ -188,4 +194,26 @@ async fn failures_and_silence_are_errors() {
     fake.hang_up(0);
     let error = generation.next().await.unwrap_err();
     assert!(matches!(error, GenerationError::Request(RequestError::Internal(_))));
+}
+
+/// The last report on a short request can come before the engine's queue has given its ticket away.
+#[test]
+fn nothing_waits_when_all_has_been_reported() {
+    let recorder = exporter().unwrap().build_recorder();
+    let waiting =
+        || recorder.handle().render().contains("vllm:num_requests_waiting{model_name=\"fake\",engine=\"0\"} 1");
+    let meters = metrics::with_local_recorder(&recorder, || Arc::new(Meters::new("fake")));
+    let engines = meters.clone();
+    let quick = Fake::new(move |request| {
+        engines.step(&StepReport::default());
+        say(request, "x")
+    });
+    for (fake, prompt, waits) in
+        [(Fake::saying("x"), vec![1], true), (quick, vec![1], false), (Fake::saying("x"), Vec::new(), false)]
+    {
+        meters.step(&StepReport::default());
+        let machine = Machine { meters: meters.clone(), ..machine(fake) };
+        let _generation = Generation::start(&machine, vec![Request { prompt, ..request(1) }], OutputOptions::default());
+        assert_eq!(waiting(), waits);
+    }
 }
