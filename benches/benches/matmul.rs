@@ -1,4 +1,4 @@
-//! Dense products: the language head of one token (bound by memory) and a projection of a prefill chunk (bound by
+//! Dense products: the language head of a few tokens (bound by memory) and a projection of a prefill chunk (bound by
 //! arithmetic).
 
 use cadre_kernels::{
@@ -20,6 +20,14 @@ fn products(c: &mut Criterion) {
         (Format::Bf16, 512, 2048, 2048),
         (Format::F32, 1, 16_384, 1024),
         (Format::F32, 512, 2048, 2048),
+        (Format::Q8_0, 512, 2048, 2048),
+        (Format::Q4_0, 512, 2048, 2048),
+        (Format::Q4K, 1, 49_152, 1024),
+        (Format::Q4K, 3, 49_152, 1024),
+        (Format::Q4K, 8, 49_152, 1024),
+        (Format::Q4K, 512, 2048, 2048),
+        (Format::Q6K, 512, 2048, 2048),
+        (Format::Mxfp4, 512, 2048, 2048),
     ] {
         let layout = Layout { format, n, k };
         let Ok(mut bytes) = Buffer::<u8>::zeroed(layout.bytes()) else { return };

@@ -257,10 +257,19 @@ impl Products for Avx2 {
         let max = highest.into_iter().fold(state.max, larger);
         let shrink = if max > state.max { exp([state.max - max; LANES])[0] } else { 1.0 };
         state.max = max;
-        let mut sums = state.sums.map(|sum| sum * shrink);
+        // Loops in place of `map`, which the compiler calls: it would be without the tier's instructions.
+        let mut sums = state.sums;
+        for sum in &mut sums {
+            *sum *= shrink;
+        }
         for scores in scores {
-            *scores = exp(scores.map(|score| score - max));
-            sums.iter_mut().zip(&*scores).for_each(|(sum, weight)| *sum += weight);
+            for score in &mut *scores {
+                *score -= max;
+            }
+            *scores = exp(*scores);
+            for (sum, weight) in sums.iter_mut().zip(&*scores) {
+                *sum += weight;
+            }
         }
         state.sums = sums;
         shrink

@@ -6,15 +6,19 @@
 //! two, and saturates; what may be added up before the sums are widened depends on the format's largest weight. A
 //! block's weights of one side are unpacked once, into 8 registers, and then meet every row.
 
-use std::arch::x86_64::{
-    __m256, __m256i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch, _mm256_abs_epi8, _mm256_add_epi16,
-    _mm256_add_epi32, _mm256_and_si256, _mm256_blend_epi16, _mm256_blendv_epi8, _mm256_broadcastsi128_si256,
-    _mm256_castsi256_ps, _mm256_cmpgt_epi8, _mm256_cmpgt_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
-    _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_fnmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_packs_epi32,
-    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_sllv_epi32,
-    _mm256_srai_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_xor_si256,
+use std::arch::{
+    asm,
+    x86_64::{
+        __m256, __m256i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch, _mm256_abs_epi8,
+        _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_blend_epi16, _mm256_blendv_epi8,
+        _mm256_broadcastsi128_si256, _mm256_castsi256_ps, _mm256_cmpgt_epi8, _mm256_cmpgt_epi32, _mm256_cvtepi8_epi32,
+        _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
+        _mm256_fnmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
+        _mm256_or_si256, _mm256_packs_epi32, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
+        _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_shuffle_epi8,
+        _mm256_slli_epi16, _mm256_slli_epi32, _mm256_sllv_epi32, _mm256_srai_epi32, _mm256_srli_epi16,
+        _mm256_storeu_ps, _mm256_sub_epi32, _mm256_xor_si256,
+    },
 };
 
 use super::{INTEGER_ROWS, MXFP4_UNSIGNED, Sums, activations::IntegerRow};
@@ -22,6 +26,9 @@ use crate::format::{BLOCK, Format, INTEGER_K, SUPER_BLOCK};
 
 /// How far ahead of the loads a panel is fetched. Panels lie one after the other, so this reaches into the next one.
 const PREFETCH_BYTES: usize = 2048;
+
+/// Rows of q4_k that meet a step of weights by turns.
+const TURNS: usize = 4;
 
 /// Fetches `bytes` bytes further on, for few rows: they wait for memory, many reuse the panel from the cache.
 #[inline]
@@ -368,10 +375,18 @@ unsafe fn q4_k<const R: usize>(rows: &[*const u8], panel: *const u8, k: usize, s
                     let weights = nibbles(quants.add(side * 32));
                     let scale = _mm256_cvtepu8_epi32(_mm_loadl_epi64(scales.add(part * 16 + side * 8).cast()));
                     let scale = pairs(scale, scale);
-                    for (integer, row) in integers.iter_mut().zip(rows) {
-                        // 8 · 2 · 15 · 127 fits 16 bits.
-                        let sum = _mm256_madd_epi16(dot(&weights, row.add(at)), scale);
-                        *integer = _mm256_add_epi32(*integer, sum);
+                    // 8 · 2 · 15 · 127 fits 16 bits.
+                    let take = |integer: &mut __m256i, dot| {
+                        *integer = _mm256_add_epi32(*integer, _mm256_madd_epi16(dot, scale));
+                    };
+                    let (turns, others) = rows.as_chunks::<TURNS>();
+                    let (of_turns, of_others) = integers.split_at_mut(turns.len() * TURNS);
+                    for (rows, integers) in turns.iter().zip(of_turns.chunks_exact_mut(TURNS)) {
+                        let dots = dots(&weights, rows.map(|row| row.add(at)));
+                        integers.iter_mut().zip(dots).for_each(|(integer, dot)| take(integer, dot));
+                    }
+                    for (row, integer) in others.iter().zip(of_others) {
+                        take(integer, dot(&weights, row.add(at)));
                     }
                 }
             }
@@ -470,6 +485,37 @@ unsafe fn dot(weights: &[__m256i], x: *const u8) -> __m256i {
         sum = if step == 0 { product } else { _mm256_add_epi16(sum, product) };
     }
     sum
+}
+
+/// [`dot`] of some rows by turns: the sums of one row after the other wait for each other. On Zen 3 a quarter faster with
+/// q4_k where arithmetic binds, and no faster with the other formats.
+///
+/// # Safety
+/// As for [`dot`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn dots(weights: &[__m256i], rows: [*const u8; TURNS]) -> [__m256i; TURNS] {
+    let mut sums = [_mm256_setzero_si256(); TURNS];
+    for (step, weights) in weights.iter().enumerate() {
+        // SAFETY: the caller's promise; and no instruction but a claim that the sums change, or the compiler would take
+        // one row after the other.
+        unsafe {
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                let product = _mm256_maddubs_epi16(*weights, four(row.add(4 * step)));
+                *sum = if step == 0 { product } else { _mm256_add_epi16(*sum, product) };
+            }
+            let [one, two, three, four] = &mut sums;
+            asm!(
+                "/* {0} {1} {2} {3} */",
+                inout(ymm_reg) * one,
+                inout(ymm_reg) * two,
+                inout(ymm_reg) * three,
+                inout(ymm_reg) * four,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+    }
+    sums
 }
 
 /// The sums of both 16-bit halves of each lane.
@@ -661,9 +707,11 @@ mod tests {
                 let mut panel = vec![0; layout.bytes()];
                 pack_gguf_panel(format, k, &block.repeat(PANEL * k / weights), &mut panel);
                 for signs in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
-                    let x: Vec<f32> = (0..k).map(|i| signs[i % 2]).collect();
+                    // Some rows by turns, and one that is left over.
+                    let rows = TURNS + 1;
+                    let x: Vec<f32> = (0..k * rows).map(|i| signs[i % 2]).collect();
                     let [contract, y] = [Isa::Portable, Isa::Avx2].map(|isa| {
-                        let mut y = vec![0.0; PANEL];
+                        let mut y = vec![0.0; PANEL * rows];
                         matmul(&pool, isa, &x, &Packed::new(layout, &panel), &mut y);
                         y
                     });
