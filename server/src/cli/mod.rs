@@ -125,7 +125,8 @@ struct EngineArgs {
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     max_model_len: Option<usize>,
 
-    /// Tokens that one step takes at most; more prefill a little faster, fewer let others wait less
+    /// Tokens that one step takes at most; more prefill a little faster, or much if experts are read from a slow disk;
+    /// fewer let others wait less
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     max_num_batched_tokens: usize,
 

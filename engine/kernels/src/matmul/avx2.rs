@@ -487,8 +487,8 @@ unsafe fn dot(weights: &[__m256i], x: *const u8) -> __m256i {
     sum
 }
 
-/// [`dot`] of some rows by turns: the sums of one row after the other wait for each other. On Zen 3 a quarter faster with
-/// q4_k where arithmetic binds, and no faster with the other formats.
+/// [`dot`] of some rows by turns: the sums of one row after the other wait for each other. Other formats gain nothing by it
+/// (docs/performance.md).
 ///
 /// # Safety
 /// As for [`dot`].
