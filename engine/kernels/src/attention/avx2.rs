@@ -17,10 +17,7 @@ use super::{
     storage::Stored,
     walk::{self, Expand, Products, STEP_TOKENS, Scores, State, Task, Weights},
 };
-use crate::{
-    activation::{LANES, exp},
-    shared::SharedSlice,
-};
+use crate::{activation::LANES, shared::SharedSlice};
 
 /// Products of f32.
 pub(super) struct Avx2;
@@ -248,31 +245,7 @@ impl Products for Avx2 {
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn softmax(state: &mut State, scores: &mut [[f32; LANES]]) -> f32 {
-        // A NaN loses here: the weights have it anyway.
-        let larger = |a: f32, b: f32| if b > a { b } else { a };
-        let mut highest = [state.max; LANES];
-        for scores in &*scores {
-            highest.iter_mut().zip(scores).for_each(|(highest, score)| *highest = larger(*highest, *score));
-        }
-        let max = highest.into_iter().fold(state.max, larger);
-        let shrink = if max > state.max { exp([state.max - max; LANES])[0] } else { 1.0 };
-        state.max = max;
-        // Loops in place of `map`, which the compiler calls: it would be without the tier's instructions.
-        let mut sums = state.sums;
-        for sum in &mut sums {
-            *sum *= shrink;
-        }
-        for scores in scores {
-            for score in &mut *scores {
-                *score -= max;
-            }
-            *scores = exp(*scores);
-            for (sum, weight) in sums.iter_mut().zip(&*scores) {
-                *sum += weight;
-            }
-        }
-        state.sums = sums;
-        shrink
+        walk::softmax(state, scores)
     }
 
     /// As AVX-512 has it.

@@ -6,9 +6,9 @@ use half::bf16;
 
 use super::{
     BLOCK_TOKENS,
-    walk::{Expand, Products, Scores, State, Weights},
+    walk::{self, Expand, Products, Scores, State, Weights},
 };
-use crate::activation::{LANES, exp};
+use crate::activation::LANES;
 
 pub(super) struct Portable;
 
@@ -49,15 +49,7 @@ impl Products for Portable {
     }
 
     unsafe fn softmax(state: &mut State, scores: &mut [[f32; LANES]]) -> f32 {
-        let max = scores.as_flattened().iter().fold(state.max, |max, score| max.max(*score));
-        let shrink = if max > state.max { exp([state.max - max; LANES])[0] } else { 1.0 };
-        state.max = max;
-        state.sums.iter_mut().for_each(|sum| *sum *= shrink);
-        for scores in scores {
-            *scores = exp(scores.map(|score| score - max));
-            state.sums.iter_mut().zip(&*scores).for_each(|(sum, weight)| *sum += weight);
-        }
-        shrink
+        walk::softmax(state, scores)
     }
 
     fn prefetch(_: &[u8]) {}

@@ -6,7 +6,11 @@ use super::{
     AttentionInput, BLOCK_TOKENS, PagedSequence,
     storage::{Head, Stored, head_bytes},
 };
-use crate::{activation::LANES, norm::tree, shared::SharedSlice};
+use crate::{
+    activation::{LANES, exp},
+    norm::tree,
+    shared::SharedSlice,
+};
 
 /// Blocks that a query takes in one step, with one look at its maximum and one load of its sums.
 pub(super) const STEP_BLOCKS: usize = 4;
@@ -254,4 +258,34 @@ fn scale(scores: &mut Scores, scales: &[f32; STEP_TOKENS]) {
 pub(super) struct State {
     pub max: f32,
     pub sums: [f32; LANES],
+}
+
+/// [`Products::softmax`] in plain loops, for the tier that it is compiled into: what calls a closure from a function of the
+/// library, such as `map`, is called without the tier's instructions.
+#[inline(always)]
+pub(super) fn softmax(state: &mut State, scores: &mut [[f32; LANES]]) -> f32 {
+    // A NaN loses here: the weights have it anyway.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut highest = [state.max; LANES];
+    for scores in &*scores {
+        highest.iter_mut().zip(scores).for_each(|(highest, score)| *highest = larger(*highest, *score));
+    }
+    let max = highest.into_iter().fold(state.max, larger);
+    let shrink = if max > state.max { exp([state.max - max; LANES])[0] } else { 1.0 };
+    state.max = max;
+    let mut sums = state.sums;
+    for sum in &mut sums {
+        *sum *= shrink;
+    }
+    for scores in scores {
+        for score in &mut *scores {
+            *score -= max;
+        }
+        *scores = exp(*scores);
+        for (sum, weight) in sums.iter_mut().zip(&*scores) {
+            *sum += weight;
+        }
+    }
+    state.sums = sums;
+    shrink
 }

@@ -504,13 +504,13 @@ unsafe fn dots(weights: &[__m256i], rows: [*const u8; TURNS]) -> [__m256i; TURNS
                 let product = _mm256_maddubs_epi16(*weights, four(row.add(4 * step)));
                 *sum = if step == 0 { product } else { _mm256_add_epi16(*sum, product) };
             }
-            let [one, two, three, four] = &mut sums;
+            let [a, b, c, d] = &mut sums;
             asm!(
                 "/* {0} {1} {2} {3} */",
-                inout(ymm_reg) * one,
-                inout(ymm_reg) * two,
-                inout(ymm_reg) * three,
-                inout(ymm_reg) * four,
+                inout(ymm_reg) * a,
+                inout(ymm_reg) * b,
+                inout(ymm_reg) * c,
+                inout(ymm_reg) * d,
                 options(pure, nomem, nostack, preserves_flags)
             );
         }
