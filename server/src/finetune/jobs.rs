@@ -134,7 +134,7 @@ impl Jobs {
                 "a fine-tuning job of another model: nothing of it is served"
             );
             if !job.status.is_final() {
-                jobs.storage.set_status(&job.id, &[JobStatus::Running], JobStatus::Queued)?;
+                jobs.storage.set_status(&job.id, &[JobStatus::Running], JobStatus::Queued, None)?;
                 let message = format!(
                     "The job belongs to another model than this server's, {}: it waits for a server with its own",
                     jobs.base.names.join(", ")
@@ -191,10 +191,9 @@ impl Jobs {
     pub fn cancel(&self, id: &str) -> Result<Job, JobsError> {
         let open = [JobStatus::ValidatingFiles, JobStatus::Queued, JobStatus::Running];
         let state = self.turns.state();
-        if !self.storage.set_status(id, &open, JobStatus::Cancelled)? {
+        if !self.storage.set_status(id, &open, JobStatus::Cancelled, Some("The job was cancelled"))? {
             return Err(self.refuse(id, "cancelled"));
         }
-        self.storage.add_event(id, Level::Info, "The job was cancelled", EventKind::Message)?;
         if !state.stop(id) {
             self.storage.remove_run_of_no_model(id)?;
         }
@@ -213,8 +212,7 @@ impl Jobs {
         if job.status.is_final() || job.is_paused {
             return Err(self.refuse(id, "paused"));
         }
-        self.storage.set_paused(id, true)?;
-        self.storage.add_event(id, Level::Info, "The job was paused", EventKind::Message)?;
+        self.storage.set_paused(id, true, "The job was paused")?;
         state.stop(id);
         self.job(id)
     }
@@ -228,8 +226,7 @@ impl Jobs {
         if job.status.is_final() || !job.is_paused {
             return Err(self.refuse(id, "resumed"));
         }
-        self.storage.set_paused(id, false)?;
-        self.storage.add_event(id, Level::Info, "The job was resumed", EventKind::Message)?;
+        self.storage.set_paused(id, false, "The job was resumed")?;
         self.turns.wake();
         self.job(id)
     }
@@ -304,9 +301,8 @@ impl Jobs {
             let message = hyperparameters::by_names(&format!("{error:#}"));
             return self.fail(id, "invalid_hyperparameters", &message, Some("hyperparameters"));
         }
-        if self.storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued)? {
-            let message = "Files validated, moving job to queued state";
-            self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
+        let message = "Files validated, moving job to queued state";
+        if self.storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued, Some(message))? {
             self.turns.wake();
         }
         Ok(())
@@ -323,8 +319,10 @@ impl Jobs {
 
     /// The turn of a job that waits for it.
     fn begin(&self, id: &str) -> Result<Option<Turn<'_>>, StorageError> {
+        let message =
+            if self.storage.job_folder(id).exists() { "Fine-tuning job goes on" } else { "Fine-tuning job started" };
         let mut state = self.turns.state();
-        if state.is_ending || !self.storage.begin_job(id)? {
+        if state.is_ending || !self.storage.begin_job(id, message)? {
             return Ok(None);
         }
         Ok(Some(self.turns.begin(&mut state, id)))
@@ -335,15 +333,12 @@ impl Jobs {
         let id = &job.id;
         let Some(turn) = self.begin(id)? else { return Ok(()) };
         self.show_counts();
-        let message =
-            if self.storage.job_folder(id).exists() { "Fine-tuning job goes on" } else { "Fine-tuning job started" };
-        self.storage.add_event(id, Level::Info, message, EventKind::Message)?;
         match self.make_steps(job, &turn.stop) {
             Ok(Ended::Finished { .. }) => {}
             Ok(Ended::Stopped { .. }) if self.turns.state().is_ending => {}
             // It was cancelled, or paused; it may have been resumed since.
             Ok(Ended::Stopped { .. }) => {
-                self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued)?;
+                self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued, None)?;
             }
             Err(error) => match error.downcast::<StorageError>() {
                 Ok(error) => return Err(error),
@@ -355,9 +350,7 @@ impl Jobs {
                         error = format!("{error:#}"),
                         "a fine-tuning job waits for space on the disk"
                     );
-                    self.storage.set_paused(id, true)?;
-                    self.storage.set_status(id, &[JobStatus::Running], JobStatus::Queued)?;
-                    self.storage.add_event(id, Level::Warn, FULL, EventKind::Message)?;
+                    self.storage.interrupt_job(id, FULL)?;
                 }
                 Err(error) if is_servers(&error) => {
                     const WHY: &str = "the server failed while it trained; its log says why";

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rusqlite::{Connection, OptionalExtension, Row, params, types::FromSqlError};
+use rusqlite::{Connection, OptionalExtension, Row, ToSql, params, types::FromSqlError};
 use serde_json::{Map, Value};
 
 use super::{
@@ -319,34 +319,69 @@ impl Storage {
         Ok(self.database().query_row(&query, [base], read).optional()?)
     }
 
-    /// A job's status becomes `to` if it is one of `from`; whether it was.
+    /// A job's status becomes `to` if it is one of `from`, and its events say so if it is `told`; whether it was.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn set_status(&self, id: &str, from: &[JobStatus], to: JobStatus) -> Result<bool, StorageError> {
+    pub fn set_status(
+        &self,
+        id: &str,
+        from: &[JobStatus],
+        to: JobStatus,
+        told: Option<&str>,
+    ) -> Result<bool, StorageError> {
         let from = from.iter().map(|status| format!("'{}'", status.name())).collect::<Vec<_>>().join(", ");
         let finished = to.is_final().then(now);
         let query = format!("UPDATE jobs SET status = ?, finished = ? WHERE id = ? AND status IN ({from})");
-        Ok(self.database().execute(&query, params![to.name(), finished, id])? > 0)
+        self.change(&query, params![to.name(), finished, id], id, told.map(|message| (Level::Info, message)))
     }
 
     /// A job that waits for its turn, or was interrupted in it, is running; whether it is.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn begin_job(&self, id: &str) -> Result<bool, StorageError> {
+    pub fn begin_job(&self, id: &str, told: &str) -> Result<bool, StorageError> {
         let query =
             "UPDATE jobs SET status = 'running' WHERE id = ? AND status IN ('queued', 'running') AND paused = 0";
-        Ok(self.database().execute(query, [id])? > 0)
+        self.change(query, params![id], id, Some((Level::Info, told)))
     }
 
-    /// Whether a job waits until it is resumed.
+    /// Whether a job waits until it is resumed; one that is running does so when its turn has ended.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn set_paused(&self, id: &str, is_paused: bool) -> Result<(), StorageError> {
-        self.database().execute("UPDATE jobs SET paused = ? WHERE id = ?", params![is_paused, id])?;
+    pub fn set_paused(&self, id: &str, is_paused: bool, told: &str) -> Result<(), StorageError> {
+        let query = "UPDATE jobs SET paused = ? WHERE id = ?";
+        self.change(query, params![is_paused, id], id, Some((Level::Info, told)))?;
         Ok(())
+    }
+
+    /// A running job can't go on: it waits until it is resumed.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn interrupt_job(&self, id: &str, told: &str) -> Result<(), StorageError> {
+        let query = "UPDATE jobs SET paused = 1, status = 'queued' WHERE id = ? AND status = 'running'";
+        self.change(query, params![id], id, Some((Level::Warn, told)))?;
+        Ok(())
+    }
+
+    /// A change of a job and the event that tells it, which nobody sees one without the other; whether the job changed.
+    fn change(
+        &self,
+        query: &str,
+        parameters: &[&dyn ToSql],
+        id: &str,
+        told: Option<(Level, &str)>,
+    ) -> Result<bool, StorageError> {
+        let mut database = self.database();
+        let transaction = database.transaction()?;
+        let is_changed = transaction.execute(query, parameters)? > 0;
+        if let (true, Some((level, message))) = (is_changed, told) {
+            insert_event(&transaction, id, level, message, EventKind::Message)?;
+        }
+        transaction.commit()?;
+        Ok(is_changed)
     }
 
     /// A job has failed if it wasn't done, and forgets its checkpoints, whose models' names are returned; `None` if it was.

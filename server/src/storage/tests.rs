@@ -122,12 +122,37 @@ fn what_has_a_name_of_its_own_is_not_swept_away() {
 fn a_job_that_was_about_to_pause_waits_at_the_next_start() {
     let (folder, storage) = opened();
     let id = job(&storage, "a").id;
-    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
-    storage.set_paused(&id, true).unwrap();
+    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running, None).unwrap();
+    storage.set_paused(&id, true, "changes").unwrap();
     drop(storage);
     let storage = Storage::open(&folder.path().join("storage")).unwrap();
     let found = storage.job(&id).unwrap().unwrap();
     assert_eq!((found.status, found.is_paused), (JobStatus::Queued, true));
+}
+
+#[test]
+fn a_change_of_a_job_comes_with_the_event_that_tells_it() {
+    let (_folder, storage) = opened();
+    let id = job(&storage, "a").id;
+    let told = || {
+        let mut events = storage.events(&id, None, 9).unwrap().data;
+        assert!(events.pop().unwrap().message.starts_with("Created"));
+        events.into_iter().map(|event| (event.level, event.message)).collect::<Vec<_>>()
+    };
+    storage.interrupt_job(&id, "it isn't running").unwrap();
+    assert!(!storage.begin_job(&id, "it isn't validated").unwrap());
+    assert_eq!(told(), []);
+    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Queued, Some("fits")).unwrap();
+    storage.begin_job(&id, "begins").unwrap();
+    storage.interrupt_job(&id, "no room").unwrap();
+    let found = storage.job(&id).unwrap().unwrap();
+    assert_eq!((found.status, found.is_paused), (JobStatus::Queued, true));
+    let all = [("warn", "no room"), ("info", "begins"), ("info", "fits")];
+    assert_eq!(told(), all.map(|(level, message)| (level.to_owned(), message.to_owned())));
+    // What can't be told does not happen.
+    storage.database().execute_batch("DROP TABLE events").unwrap();
+    storage.set_paused(&id, false, "resumed").unwrap_err();
+    assert!(storage.job(&id).unwrap().unwrap().is_paused);
 }
 
 #[test]
@@ -175,7 +200,7 @@ fn a_file_that_a_job_needs_stays() {
     let file = add(&storage, "line\n", Purpose::FineTune);
     let added = job_of(&storage, &file.id, "a").unwrap();
     assert!(matches!(storage.delete_file(&file.id), Err(StorageError::FileInUse { .. })));
-    assert!(storage.set_status(&added.id, &[JobStatus::ValidatingFiles], JobStatus::Cancelled).unwrap());
+    assert!(storage.set_status(&added.id, &[JobStatus::ValidatingFiles], JobStatus::Cancelled, None).unwrap());
     assert!(storage.delete_file(&file.id).unwrap());
     assert!(!storage.file_path(&file.id, file.purpose).exists() && !storage.delete_file(&file.id).unwrap());
     let missing = job_of(&storage, &file.id, "b").unwrap_err();
@@ -193,21 +218,21 @@ fn one_job_after_the_other_and_an_interrupted_one_first() {
     assert_eq!(storage.next_to_train(BASE).unwrap(), None, "they aren't validated");
     for id in [&first, &second, &third] {
         assert_eq!(storage.next_to_validate(BASE).unwrap().map(|job| job.id).as_ref(), Some(id));
-        assert!(storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued).unwrap());
+        assert!(storage.set_status(id, &[JobStatus::ValidatingFiles], JobStatus::Queued, None).unwrap());
     }
     let next = || storage.next_to_train(BASE).unwrap().map(|job| job.id);
     assert_eq!(next().as_ref(), Some(&first));
-    storage.set_paused(&first, true).unwrap();
+    storage.set_paused(&first, true, "changes").unwrap();
     assert_eq!(next().as_ref(), Some(&second));
     assert_eq!(storage.next_to_train("others").unwrap(), None, "they are of other weights");
     assert_eq!((storage.jobs_of_others("others").unwrap().len(), storage.jobs_of_others(BASE).unwrap().len()), (3, 0));
-    assert!(!storage.begin_job(&first).unwrap(), "it is paused");
-    assert!(storage.begin_job(&third).unwrap());
+    assert!(!storage.begin_job(&first, "begins").unwrap(), "it is paused");
+    assert!(storage.begin_job(&third, "begins").unwrap());
     assert_eq!(next().as_ref(), Some(&third));
-    assert!(storage.begin_job(&third).unwrap(), "it was interrupted");
+    assert!(storage.begin_job(&third, "begins").unwrap(), "it was interrupted");
     assert!(!storage.finish_job(&second, "ft", results(&storage, &second)).unwrap(), "it doesn't run");
     assert!(storage.finish_job(&third, "ft:third", results(&storage, &third)).unwrap());
-    assert!(!storage.set_status(&third, &[JobStatus::Running], JobStatus::Cancelled).unwrap());
+    assert!(!storage.set_status(&third, &[JobStatus::Running], JobStatus::Cancelled, None).unwrap());
     let all = storage.jobs(None, 9, &[]).unwrap().data;
     assert_eq!(all.iter().map(|job| &job.id).collect::<Vec<_>>(), [&third, &second, &first]);
     let of_b = storage.jobs(None, 9, &[("team".to_owned(), "b".to_owned())]).unwrap().data;
@@ -228,7 +253,7 @@ fn a_run_stays_as_long_as_one_of_its_models() {
     assert_eq!(storage.checkpoints(&id, None, 9).unwrap(), before);
     storage.remove_run_of_no_model(&id).unwrap();
     assert!(folder.exists(), "it isn't done");
-    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
+    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running, None).unwrap();
     storage.finish_job(&id, "ft:a", results(&storage, &id)).unwrap();
     let made_by = |model: &str| storage.maker_of(model).unwrap().map(|(job, step)| (job.id, step));
     assert_eq!(made_by("ft:a"), Some((id.clone(), None)));
@@ -253,7 +278,7 @@ fn a_run_stays_as_long_as_one_of_its_models() {
 fn the_results_of_a_job_are_one_file_and_leave_it_with_its_id() {
     let (folder, storage) = opened();
     let id = job(&storage, "a").id;
-    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
+    storage.set_status(&id, &[JobStatus::ValidatingFiles], JobStatus::Running, None).unwrap();
     // As a kill leaves it that comes between the bytes and the row.
     storage.settle(results(&storage, &id), "", Purpose::FineTuneResults).unwrap();
     drop(storage);

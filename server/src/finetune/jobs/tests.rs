@@ -98,8 +98,8 @@ fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
     let [waiting, done] = [(); 2].map(|()| job(&jobs));
     jobs.validate(&waiting).unwrap();
     // As a kill leaves it.
-    assert!(jobs.storage.begin_job(&waiting.id).unwrap());
-    jobs.storage.set_status(&done.id, &[JobStatus::ValidatingFiles], JobStatus::Running).unwrap();
+    assert!(jobs.storage.begin_job(&waiting.id, "begins").unwrap());
+    jobs.storage.set_status(&done.id, &[JobStatus::ValidatingFiles], JobStatus::Running, None).unwrap();
     let results = jobs.storage.new_results(&done.id);
     fs::write(&results.path, "").unwrap();
     jobs.storage.finish_job(&done.id, "ft:done", results).unwrap();
@@ -114,7 +114,7 @@ fn jobs_of_another_model_wait_for_it_and_nothing_of_them_is_served() {
         let storage = Arc::new(Storage::open(folder.path()).unwrap());
         let is_other = fingerprint == "others";
         // On its own weights it would go on.
-        storage.set_paused(&waiting.id, !is_other).unwrap();
+        storage.set_paused(&waiting.id, !is_other, "changes").unwrap();
         let base = Base { fingerprint: fingerprint.to_owned(), ..base.clone() };
         let (jobs, runner) = Jobs::start(storage, base).unwrap();
         assert_eq!(jobs.base.adapters.list().len(), served, "{fingerprint}");
