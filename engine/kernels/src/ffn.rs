@@ -133,7 +133,7 @@ impl<'a> GroupedFfn<'a> {
             groups,
             starts,
             done: vec![false; groups.len()],
-            inner: Converted::zeroed(layout.format, total, layout.intermediate),
+            inner: Converted::zeroed(isa, layout.format, total, layout.intermediate),
         }
     }
 
@@ -148,7 +148,7 @@ impl<'a> GroupedFfn<'a> {
         for (group, _) in weights {
             assert!(!std::mem::replace(&mut done[*group], true), "group {group} is given twice");
         }
-        let writer = inner.writer(isa);
+        let writer = inner.writer();
         // Columns of the intermediate; what shares a scale stays together.
         let columns_per_task = (TASK_BYTES / (2 * matrix.panel_bytes()) * PANEL)
             .max(1)

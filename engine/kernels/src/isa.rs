@@ -57,12 +57,15 @@ impl Isa {
         if let Ok(Some(isa)) = Self::requested() {
             return isa;
         }
-        let best = Self::available().last().copied().unwrap_or(Self::Portable);
-        // The flag alone does not tell: `vdpbf16ps` doubles the f32 rate on Zen 4 and halves it on Sapphire Rapids.
-        if best == Self::Avx512Bf16 && !crate::matmul::bf16_dot_is_faster() { Self::Avx512 } else { best }
+        // The flags alone do not tell: `vdpbf16ps` doubles the f32 rate on Zen 4 and halves it on Sapphire Rapids.
+        let faster = |best, next| match next {
+            Self::Avx512Bf16 | Self::Amx if !crate::matmul::multiplies_faster(next, best) => best,
+            _ => next,
+        };
+        Self::available().into_iter().reduce(faster).unwrap_or(Self::Portable)
     }
 
-    /// The tiers that this machine can run, slowest first.
+    /// The tiers that this machine can run, slowest first by what is known of them.
     #[must_use]
     pub fn available() -> Vec<Self> {
         let mut tiers = vec![Self::Portable];
@@ -78,8 +81,7 @@ impl Isa {
                     if has!("avx512bf16") {
                         tiers.push(Self::Avx512Bf16);
                     }
-                    // No machine with AMX has run this tier yet: only those who ask for it get it.
-                    if std::env::var("CADRE_CPU").as_deref() == Ok("amx") && crate::matmul::amx::available() {
+                    if crate::matmul::amx::available() {
                         tiers.push(Self::Amx);
                     }
                 }

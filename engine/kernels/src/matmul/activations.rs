@@ -3,7 +3,7 @@
 //! | weights | a row of activations |
 //! |---|---|
 //! | `f32` | `[k]` f32 |
-//! | `bf16` | `[k]` bf16, rounded to nearest |
+//! | `bf16` | `[k]` bf16, rounded to nearest; on the tier `avx512` these values as f32, so that no tile widens them |
 //! | `q8_0`, `q4_0`, `mxfp4` | `[k]` int8, then for each block of 32 inputs an f32 scale `[k / 32]` and an i32 correction `[k / 32]` |
 //! | `q4_k` | `[k]` int8, then for each super-block of 256 an f32 scale, then the sum of each 32 inputs as i16 `[k / 32]` |
 //! | `q6_k` | the same scales, then an i32 correction for each 16 inputs `[k / 16]` |
@@ -76,8 +76,8 @@ impl<'a> Activations<'a> {
         if format == Format::F32 {
             return Self::F32 { values: x, k };
         }
-        let mut converted = Converted::zeroed(format, x.len() / k, k);
-        let writer = converted.writer(isa);
+        let mut converted = Converted::zeroed(isa, format, x.len() / k, k);
+        let writer = converted.writer();
         let rows_per_task = (32_768 / k).max(1);
         pool.run((x.len() / k).div_ceil(rows_per_task), |task| {
             let rows = x[task * rows_per_task * k..].chunks_exact(k).take(rows_per_task);
@@ -100,6 +100,7 @@ impl<'a> Activations<'a> {
 
 /// Rows of activations in a format's form, in memory of their own.
 pub(crate) struct Converted {
+    isa: Isa,
     format: Format,
     /// Inputs, padded.
     k: usize,
@@ -109,16 +110,17 @@ pub(crate) struct Converted {
 }
 
 impl Converted {
-    /// `rows` rows of `k` zeros.
-    pub(crate) fn zeroed(format: Format, rows: usize, k: usize) -> Self {
+    /// `rows` rows of `k` zeros, for the tier `isa`.
+    pub(crate) fn zeroed(isa: Isa, format: Format, rows: usize, k: usize) -> Self {
         let k = format.padded_k(k);
         let bytes = match format {
             Format::F32 => k * 4,
+            Format::Bf16 if isa == Isa::Avx512 => k * 4,
             Format::Bf16 => k * 2,
             _ => IntegerRow::new(format, k).bytes,
         };
         let stride = bytes.div_ceil(8);
-        Self { format, k, stride, words: vec![0; rows * stride] }
+        Self { isa, format, k, stride, words: vec![0; rows * stride] }
     }
 
     /// The start of row `index`.
@@ -127,8 +129,8 @@ impl Converted {
     }
 
     /// Writes rows from several tasks.
-    pub(crate) fn writer(&mut self, isa: Isa) -> Writer<'_> {
-        let Self { format, k, stride, .. } = *self;
+    pub(crate) fn writer(&mut self) -> Writer<'_> {
+        let Self { isa, format, k, stride, .. } = *self;
         Writer { isa, format, k, stride, words: SharedSlice::new(&mut self.words), rows: std::marker::PhantomData }
     }
 }
@@ -166,12 +168,26 @@ impl Writer<'_> {
         unsafe {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 if self.format == Format::Bf16 => {
+                    let out = std::slice::from_raw_parts_mut(row.cast::<f32>().add(start), values.len());
+                    round_avx512(values, out);
+                }
+                #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => convert_avx512(self.format, self.k, row, start, values),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => convert_avx2(self.format, self.k, row, start, values),
                 _ => convert::<Portable>(self.format, self.k, row, start, values),
             }
         }
+    }
+}
+
+/// The bf16 values nearest to `values`, as f32.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn round_avx512(values: &[f32], out: &mut [f32]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = f32::from_bits(u32::from(round_to_bf16(*value)) << 16);
     }
 }
 

@@ -16,6 +16,8 @@ pub(super) trait Kind {
     type Step: Copy;
     /// Places of k in a step.
     const PLACES: usize;
+    /// Bytes of a row in a step.
+    const ROW_BYTES: usize;
 
     /// Nothing.
     ///
@@ -29,7 +31,7 @@ pub(super) trait Kind {
     /// They lie in the panel.
     unsafe fn weights(panel: *const u8) -> Self::Step;
 
-    /// 4 bytes of a row.
+    /// [`Kind::ROW_BYTES`] bytes of a row.
     ///
     /// # Safety
     /// They lie in the row.
@@ -57,7 +59,7 @@ pub(super) trait Kind {
 pub(super) struct F32;
 /// bf16 weights and activations, multiplied in pairs by `vdpbf16ps`.
 pub(super) struct Bf16Pairs;
-/// bf16 weights and activations, widened to f32 by a shift: faster where `vdpbf16ps` runs at half rate.
+/// bf16 weights, widened to f32 by a shift, and activations that have been: faster where `vdpbf16ps` runs at half rate.
 pub(super) struct WidenedBf16;
 
 /// The contract is in `portable.rs`.
@@ -105,7 +107,7 @@ unsafe fn accumulate<K: Kind, const R: usize, const P: usize>(
     k: usize,
     sums: &mut Sums,
 ) {
-    // SAFETY: `step < k / PLACES` steps of 64 bytes lie in each panel and of 4 bytes in each row.
+    // SAFETY: `step < k / PLACES` steps of 64 bytes lie in each panel and of `ROW_BYTES` in each row.
     unsafe {
         let mut registers = [[_mm512_setzero_ps(); P]; R];
         for step in 0..k / K::PLACES {
@@ -114,7 +116,7 @@ unsafe fn accumulate<K: Kind, const R: usize, const P: usize>(
                 *weight = K::weights(panel.add(step * 64));
             }
             for (registers, row) in registers.iter_mut().zip(rows) {
-                let x = K::activation(row.add(step * 4));
+                let x = K::activation(row.add(step * K::ROW_BYTES));
                 for (register, weight) in registers.iter_mut().zip(weights) {
                     *register = K::multiply_add(*register, x, weight);
                 }
@@ -127,6 +129,7 @@ unsafe fn accumulate<K: Kind, const R: usize, const P: usize>(
 impl Kind for F32 {
     type Step = __m512;
     const PLACES: usize = 1;
+    const ROW_BYTES: usize = 4;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Step {
@@ -167,6 +170,7 @@ impl Kind for F32 {
 impl Kind for Bf16Pairs {
     type Step = __m512bh;
     const PLACES: usize = 2;
+    const ROW_BYTES: usize = 4;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Step {
@@ -207,6 +211,7 @@ impl Kind for Bf16Pairs {
 impl Kind for WidenedBf16 {
     type Step = (__m512, __m512);
     const PLACES: usize = 2;
+    const ROW_BYTES: usize = 8;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Step {
@@ -223,7 +228,10 @@ impl Kind for WidenedBf16 {
     #[inline(always)]
     unsafe fn activation(row: *const u8) -> Self::Step {
         // SAFETY: the caller promises the instructions and the bytes.
-        unsafe { widen(_mm512_set1_epi32(row.cast::<i32>().read_unaligned())) }
+        unsafe {
+            let row = row.cast::<f32>();
+            (_mm512_set1_ps(row.read_unaligned()), _mm512_set1_ps(row.add(1).read_unaligned()))
+        }
     }
 
     #[inline(always)]

@@ -20,7 +20,7 @@ mod vnni;
 
 use std::ops::Range;
 
-use activations::Activations;
+use activations::{Activations, Converted};
 
 use crate::{
     ffn::WeightedRow,
@@ -32,7 +32,7 @@ use crate::{
 
 /// Most rows of a tile of f32 or bf16 weights. 12 rows by 2 panels keep 24 sums in the 32 vector registers.
 const FLOAT_ROWS: usize = 12;
-/// Most rows of a tile of integer weights: 16 sums, the 8 registers of a block's weights, and some to work with.
+/// Most rows of a tile of integer weights: of one panel 16 sums, the 8 registers of a block's weights, and some to work with.
 const INTEGER_ROWS: usize = 16;
 /// Most rows of any tile.
 const TILE_ROWS: usize = 32;
@@ -230,6 +230,8 @@ fn tile_shape(isa: Isa, format: Format, rows: usize) -> (usize, usize) {
         Format::F32 | Format::Bf16 if isa == Isa::Neon => neon::float_shape(rows),
         Format::F32 | Format::Bf16 if rows <= 6 => (FLOAT_ROWS, TILE_PANELS),
         Format::F32 | Format::Bf16 => (FLOAT_ROWS, 2),
+        #[cfg(target_arch = "x86_64")]
+        _ if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16) => (INTEGER_ROWS, vnni::panels(rows)),
         Format::Q8_0 | Format::Q4_0 | Format::Q4K | Format::Q6K | Format::Mxfp4 => (INTEGER_ROWS, 1),
     }
 }
@@ -253,7 +255,7 @@ unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8
             #[cfg(target_arch = "x86_64")]
             (Isa::Amx, _) => amx::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16, _) => vnni::tile(format, rows, panels[0], k, sums),
+            (Isa::Avx512 | Isa::Avx512Bf16, _) => vnni::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, _) => avx2::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "aarch64")]
@@ -277,21 +279,27 @@ pub(crate) fn prefetch(weights: &Packed<'_>, panel: usize) {
     let _ = (weights, panel);
 }
 
-/// Whether `vdpbf16ps` beats widening to f32 on this machine, by runs of about a millisecond in all.
-pub(crate) fn bf16_dot_is_faster() -> bool {
-    const K: usize = 1024;
-    let row = vec![0_u16; K];
-    let panel = vec![0_u8; PANEL * K * 2];
-    let rows = [row.as_ptr().cast::<u8>(); FLOAT_ROWS];
-    let panels = [panel.as_ptr(); 2];
+/// Whether the tier `isa` multiplies many rows by bf16 and by int8 weights in less time than `other`, by runs of some
+/// milliseconds in all.
+pub(crate) fn multiplies_faster(isa: Isa, other: Isa) -> bool {
+    const K: usize = 512;
     let run = |isa| {
+        let operands = [Format::Bf16, Format::Q8_0].map(|format| {
+            let panel = vec![0_u8; Layout { format, n: PANEL, k: K }.panel_bytes()];
+            (format, Converted::zeroed(isa, format, TILE_ROWS, K), panel)
+        });
         let mut sums = new_sums();
         move || {
-            // SAFETY: rows and panels of K zeros; the caller asks only where AVX-512 BF16 is available.
-            unsafe { tile(isa, Format::Bf16, &rows, &panels, K, &mut sums) };
+            for (format, activations, panel) in &operands {
+                let rows: [_; TILE_ROWS] = std::array::from_fn(|row| activations.row(row));
+                // SAFETY: rows and panels of the format and K.
+                unsafe {
+                    walk_panels(isa, *format, K, &rows, 0..TILE_PANELS, |_| panel.as_ptr(), &mut sums, |_, _, _| {});
+                }
+            }
         }
     };
-    crate::isa::is_faster(run(Isa::Avx512Bf16), run(Isa::Avx512))
+    crate::isa::is_faster(run(isa), run(other))
 }
 
 #[cfg(test)]

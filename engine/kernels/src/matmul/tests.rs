@@ -137,3 +137,10 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_vector_tier_multiplies_faster_than_the_portable_one() {
+    for isa in Isa::available().into_iter().filter(|isa| *isa != Isa::Portable) {
+        assert!(multiplies_faster(isa, Isa::Portable) && !multiplies_faster(Isa::Portable, isa), "{isa}");
+    }
+}

@@ -1,19 +1,26 @@
 //! Tiles of the integer formats in AVX-512 VNNI: a register holds 4 inputs of 16 outputs, and one `vpdpbusd` multiplies
 //! them with 4 activations of one row, which it reads and spreads by itself.
 //!
-//! A block's weights are unpacked once, into 8 registers, and then meet every row.
+//! A block's weights are unpacked once, into 8 registers a panel, and then meet every row.
 
-use std::arch::x86_64::{
-    __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
-    _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castsi512_ps, _mm512_cmplt_epu32_mask, _mm512_cvtepi8_epi32,
-    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
-    _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_si512, _mm512_mask_blend_epi32, _mm512_mul_ps,
-    _mm512_mullo_epi32, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_sllv_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
-    _mm512_sub_epi32, _mm512_ternarylogic_epi32,
+use std::{
+    arch::{
+        asm,
+        x86_64::{
+            __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_loadu_si128, _mm_prefetch, _mm256_loadu_si256,
+            _mm512_add_epi32, _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castsi512_ps, _mm512_cmplt_epu32_mask,
+            _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_cvtph_ps,
+            _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_si512,
+            _mm512_mask_blend_epi32, _mm512_mul_ps, _mm512_mullo_epi32, _mm512_set1_epi8, _mm512_set1_epi32,
+            _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16,
+            _mm512_slli_epi32, _mm512_sllv_epi32, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_sub_epi32,
+            _mm512_ternarylogic_epi32,
+        },
+    },
+    ops::Range,
 };
 
-use super::{MXFP4_UNSIGNED, Sums, activations::IntegerRow};
+use super::{INTEGER_ROWS, MXFP4_UNSIGNED, Sums, activations::IntegerRow};
 use crate::format::{BLOCK, Format, INTEGER_K, SUPER_BLOCK};
 
 /// How far ahead of the loads packed weights are fetched into the second cache. Panels lie one after the other, so this
@@ -25,32 +32,49 @@ const NEAR_BYTES: usize = 3072;
 /// Unsigned weights of 4 inputs of 16 outputs, for each step of a block.
 pub(super) type Steps = [__m512i; 8];
 
+/// More rows than these meet two panels at a time: an activation that is spread once for both costs one load in place of two,
+/// and loads are what binds (Ice Lake loads one 512-bit register a cycle and multiplies two). Fewer wait for memory, which
+/// two streams slow down.
+const SINGLE_ROWS: usize = 8;
+
+/// Most panels of a tile of `rows` rows.
+pub(super) fn panels(rows: usize) -> usize {
+    if rows > SINGLE_ROWS { 2 } else { 1 }
+}
+
 /// The contract is in `portable.rs`.
 ///
 /// # Safety
 /// The machine has AVX-512 F/BW/DQ/VL and VNNI; rows have the form and panels the size that format and `k` say; one
-/// panel, and at most [`super::INTEGER_ROWS`] rows.
-pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panel: *const u8, k: usize, sums: &mut Sums) {
-    /// Compiles the call for each number of rows, which it names `R`.
-    macro_rules! by_rows {
-        ($call:expr) => { by_rows!($call; 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16) };
+/// panel or two, and at most [`INTEGER_ROWS`] rows.
+pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+    /// Compiles the call for each number of rows of one panel, and for any of two, which it names `R` and `P`.
+    macro_rules! by_shape {
+        ($call:expr) => { by_shape!($call; 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16) };
         ($call:expr; $($r:literal)*) => {
-            match rows.len() {
-                $($r => {
+            match (rows.len(), panels.len()) {
+                $(($r, 1) => {
                     const R: usize = $r;
-                    // SAFETY: the caller's promises, and the count just matched.
+                    const P: usize = 1;
+                    // SAFETY: the caller's promises, and the counts just matched.
                     unsafe { $call }
                 })*
-                rows => unreachable!("tile of {rows} rows"),
+                (..=INTEGER_ROWS, 2) => {
+                    const R: usize = INTEGER_ROWS;
+                    const P: usize = 2;
+                    // SAFETY: as above.
+                    unsafe { $call }
+                }
+                (rows, panels) => unreachable!("tile of {rows} rows by {panels} panels"),
             }
         };
     }
     match format {
-        Format::Q8_0 => by_rows!(blocks::<Q8_0, R>(rows, panel, k, sums)),
-        Format::Q4_0 => by_rows!(blocks::<Q4_0, R>(rows, panel, k, sums)),
-        Format::Mxfp4 => by_rows!(blocks::<Mxfp4, R>(rows, panel, k, sums)),
-        Format::Q4K => by_rows!(q4_k::<R>(rows, panel, k, sums)),
-        Format::Q6K => by_rows!(q6_k::<R>(rows, panel, k, sums)),
+        Format::Q8_0 => by_shape!(blocks::<Q8_0, R, P>(rows, panels, k, sums)),
+        Format::Q4_0 => by_shape!(blocks::<Q4_0, R, P>(rows, panels, k, sums)),
+        Format::Mxfp4 => by_shape!(blocks::<Mxfp4, R, P>(rows, panels, k, sums)),
+        Format::Q4K => by_shape!(q4_k::<R, P>(rows, panels, k, sums)),
+        Format::Q6K => by_shape!(q6_k::<R, P>(rows, panels, k, sums)),
         Format::F32 | Format::Bf16 => unreachable!("{format} is no integer format"),
     }
 }
@@ -104,43 +128,63 @@ fn prefetch_twice<const R: usize>(at: *const u8, bytes: usize) {
     }
 }
 
-/// `start + Σ over the steps of weights · activations` of one row.
+/// `start + Σ over these steps of weights · activations` of one row, for each panel's weights.
 ///
 /// # Safety
 /// The machine has the tier; `x` leads to 4 activations a step.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn dot(start: __m512i, weights: &[__m512i], x: *const u8) -> __m512i {
-    let mut sum = start;
-    for (step, weights) in weights.iter().enumerate() {
+unsafe fn dot<const P: usize>(start: __m512i, weights: &[Steps; P], steps: Range<usize>, x: *const u8) -> [__m512i; P] {
+    let mut sums = [start; P];
+    for (place, step) in steps.enumerate() {
         // SAFETY: the caller's promise.
-        let x = unsafe { x.add(4 * step).cast::<i32>().read_unaligned() };
-        sum = _mm512_dpbusd_epi32(sum, *weights, _mm512_set1_epi32(x));
+        let mut x = _mm512_set1_epi32(unsafe { x.add(4 * place).cast::<i32>().read_unaligned() });
+        if P > 1 {
+            // Opaque, or each product would load and spread it for itself.
+            // SAFETY: no instruction but a claim that `x` changes.
+            unsafe { asm!("/* {0} */", inout(zmm_reg) x, options(pure, nomem, nostack, preserves_flags)) };
+        }
+        for (sum, weights) in sums.iter_mut().zip(weights) {
+            *sum = _mm512_dpbusd_epi32(*sum, weights[step], x);
+        }
     }
-    sum
+    sums
 }
 
 /// # Safety
-/// As for [`tile`]; `rows` has `R` entries.
+/// As for [`tile`]; `rows` has at most `R` entries and `panels` has `P`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn blocks<K: Blocks, const R: usize>(rows: &[*const u8], panel: *const u8, k: usize, sums: &mut Sums) {
+unsafe fn blocks<K: Blocks, const R: usize, const P: usize>(
+    rows: &[*const u8],
+    panels: &[*const u8],
+    k: usize,
+    sums: &mut Sums,
+) {
     let layout = IntegerRow::new(Format::Q8_0, k);
-    let mut totals = [_mm512_setzero_ps(); R];
+    let mut totals = [[_mm512_setzero_ps(); P]; R];
     for unit in 0..k / INTEGER_K {
-        // SAFETY: the unit lies in the panel, its inputs, scales and corrections lie in each row.
-        unsafe {
-            let at = panel.add(unit * K::UNIT);
-            prefetch::<R>(at, K::UNIT);
-            for half in 0..2 {
-                let block = 2 * unit + half;
-                let scales = K::scales(at, half);
-                let weights = K::steps(at, half);
-                for (total, row) in totals.iter_mut().zip(rows) {
-                    let start = *row.add(layout.sums).cast::<i32>().add(block);
-                    let scale = *row.add(layout.scales).cast::<f32>().add(block);
-                    let sum = dot(_mm512_set1_epi32(start), &weights, row.add(block * BLOCK));
-                    let scales = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
-                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scales, *total);
+        for half in 0..2 {
+            let block = 2 * unit + half;
+            let (mut scales, mut weights) = ([_mm512_setzero_ps(); P], [[_mm512_setzero_si512(); 8]; P]);
+            for (panel, (scales, weights)) in panels.iter().zip(scales.iter_mut().zip(&mut weights)) {
+                // SAFETY: the unit lies in the panel.
+                unsafe {
+                    let at = panel.add(unit * K::UNIT);
+                    if half == 0 {
+                        prefetch::<R>(at, K::UNIT);
+                    }
+                    (*scales, *weights) = (K::scales(at, half), K::steps(at, half));
+                }
+            }
+            for (totals, row) in totals.iter_mut().zip(rows) {
+                // SAFETY: the block's inputs, scales and corrections lie in each row.
+                let (dots, scale) = unsafe {
+                    let start = _mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(block));
+                    let dots = dot(start, &weights, 0..8, row.add(block * BLOCK));
+                    (dots, _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(block)))
+                };
+                for (total, (dot, scales)) in totals.iter_mut().zip(dots.iter().zip(&scales)) {
+                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*dot), _mm512_mul_ps(*scales, scale), *total);
                 }
             }
         }
@@ -149,101 +193,132 @@ unsafe fn blocks<K: Blocks, const R: usize>(rows: &[*const u8], panel: *const u8
 }
 
 /// # Safety
-/// As for [`tile`]; `rows` has `R` entries.
+/// As for [`tile`]; `rows` has at most `R` entries and `panels` has `P`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn q4_k<const R: usize>(rows: &[*const u8], panel: *const u8, k: usize, sums: &mut Sums) {
+unsafe fn q4_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
     let layout = IntegerRow::new(Format::Q4K, k);
-    let mut totals = [_mm512_setzero_ps(); R];
-    let mut block = panel;
+    let mut totals = [[_mm512_setzero_ps(); P]; R];
+    let mut before = 0;
     for at in (0..k).step_by(SUPER_BLOCK) {
         let parts = SUPER_BLOCK.min(k - at) / BLOCK;
-        // SAFETY: the super-block lies in the panel, its inputs, scales and sums lie in each row.
-        unsafe {
-            let scales = block.add(64);
-            let minima = scales.add(parts * 16);
-            let quants = minima.add(parts * 16);
-            let mut integers = [_mm512_setzero_si512(); R];
-            for part in 0..parts {
-                let at = at + part * BLOCK;
-                let quants = quants.add(part * 256);
-                prefetch_twice::<R>(quants, 256);
-                let weights = nibbles(quants);
-                let scale = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.add(part * 16).cast()));
-                for (integer, row) in integers.iter_mut().zip(rows) {
-                    let sum = dot(_mm512_setzero_si512(), &weights, row.add(at));
-                    *integer = _mm512_add_epi32(*integer, _mm512_mullo_epi32(sum, scale));
+        let (scales_at, minima_at) = (before + 64, before + 64 + parts * 16);
+        let quants_at = minima_at + parts * 16;
+        let mut integers = [[_mm512_setzero_si512(); P]; R];
+        for part in 0..parts {
+            let (mut scales, mut weights) = ([_mm512_setzero_si512(); P], [[_mm512_setzero_si512(); 8]; P]);
+            for (panel, (scales, weights)) in panels.iter().zip(scales.iter_mut().zip(&mut weights)) {
+                // SAFETY: the super-block lies in the panel.
+                unsafe {
+                    let quants = panel.add(quants_at + part * 256);
+                    prefetch_twice::<R>(quants, 256);
+                    *weights = nibbles(quants);
+                    *scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(panel.add(scales_at + part * 16).cast()));
                 }
             }
-            prefetch_twice::<R>(scales, parts * 32);
-            let (scale, minimum) = (half_floats(block), half_floats(block.add(32)));
-            for (row, (total, integer)) in rows.iter().zip(totals.iter_mut().zip(integers)) {
-                let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(at / SUPER_BLOCK));
-                let sums = row.add(layout.sums + at / BLOCK * 2);
-                let mut below = _mm512_setzero_si512();
-                for pair in 0..parts / 2 {
-                    let minima = _mm512_cvtepu8_epi16(_mm256_loadu_si256(minima.add(pair * 32).cast()));
-                    let sums = sums.add(pair * 4).cast::<i32>().read_unaligned();
-                    below = _mm512_dpwssd_epi32(below, minima, _mm512_set1_epi32(sums));
+            for (integers, row) in integers.iter_mut().zip(rows) {
+                // SAFETY: the part's inputs lie in each row.
+                let dots = unsafe { dot(_mm512_setzero_si512(), &weights, 0..8, row.add(at + part * BLOCK)) };
+                for (integer, (dot, scales)) in integers.iter_mut().zip(dots.iter().zip(&scales)) {
+                    *integer = _mm512_add_epi32(*integer, _mm512_mullo_epi32(*dot, *scales));
                 }
-                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(integer), _mm512_mul_ps(scale, x), *total);
-                *total = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(below), _mm512_mul_ps(minimum, x), *total);
             }
-            block = quants.add(parts * 256);
         }
+        for (index, panel) in panels.iter().enumerate() {
+            // SAFETY: the super-block lies in the panel, its scales and sums lie in each row.
+            unsafe {
+                prefetch_twice::<R>(panel.add(scales_at), parts * 32);
+                let (scale, minimum) = (half_floats(panel.add(before)), half_floats(panel.add(before + 32)));
+                for (row, (totals, integers)) in rows.iter().zip(totals.iter_mut().zip(&integers)) {
+                    let (total, integer) = (&mut totals[index], integers[index]);
+                    let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(at / SUPER_BLOCK));
+                    let sums = row.add(layout.sums + at / BLOCK * 2);
+                    let mut below = _mm512_setzero_si512();
+                    for pair in 0..parts / 2 {
+                        let minima = panel.add(minima_at + pair * 32);
+                        let minima = _mm512_cvtepu8_epi16(_mm256_loadu_si256(minima.cast()));
+                        let sums = sums.add(pair * 4).cast::<i32>().read_unaligned();
+                        below = _mm512_dpwssd_epi32(below, minima, _mm512_set1_epi32(sums));
+                    }
+                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(integer), _mm512_mul_ps(scale, x), *total);
+                    *total = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(below), _mm512_mul_ps(minimum, x), *total);
+                }
+            }
+        }
+        before = quants_at + parts * 256;
     }
     store(&totals, sums);
 }
 
 /// # Safety
-/// As for [`tile`]; `rows` has `R` entries.
+/// As for [`tile`]; `rows` has at most `R` entries and `panels` has `P`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn q6_k<const R: usize>(rows: &[*const u8], panel: *const u8, k: usize, sums: &mut Sums) {
+unsafe fn q6_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
     let layout = IntegerRow::new(Format::Q6K, k);
-    let mut totals = [_mm512_setzero_ps(); R];
-    let mut block = panel;
+    let mut totals = [[_mm512_setzero_ps(); P]; R];
+    let mut before = 0;
     for at in (0..k).step_by(SUPER_BLOCK) {
         let units = SUPER_BLOCK.min(k - at) / INTEGER_K;
-        // SAFETY: the super-block lies in the panel, its inputs, scales and corrections lie in each row.
-        unsafe {
-            let scales = block.add(64);
-            let quants = scales.add(units * 64);
-            let mut integers = [_mm512_setzero_si512(); R];
-            for unit in 0..units {
-                let low = quants.add(unit * 768);
-                prefetch::<R>(low, 768);
-                for half in 0..2 {
-                    let weights = six_bits(low.add(half * 256), low.add(512 + half * 128));
-                    for quarter in 0..2 {
-                        let part = (unit * 2 + half) * 2 + quarter;
-                        let at = at + part * 16;
-                        let scale = _mm512_cvtepi8_epi32(_mm_loadu_si128(scales.add(part * 16).cast()));
-                        let weights = &weights[quarter * 4..quarter * 4 + 4];
-                        for (integer, row) in integers.iter_mut().zip(rows) {
-                            let start = *row.add(layout.sums).cast::<i32>().add(at / 16);
-                            let sum = dot(_mm512_set1_epi32(start), weights, row.add(at));
-                            *integer = _mm512_add_epi32(*integer, _mm512_mullo_epi32(sum, scale));
-                        }
+        let scales_at = before + 64;
+        let quants_at = scales_at + units * 64;
+        let mut integers = [[_mm512_setzero_si512(); P]; R];
+        for half in 0..2 * units {
+            let mut weights = [[_mm512_setzero_si512(); 8]; P];
+            for (panel, weights) in panels.iter().zip(&mut weights) {
+                // SAFETY: the super-block lies in the panel.
+                unsafe {
+                    let low = panel.add(quants_at + half / 2 * 768);
+                    if half % 2 == 0 {
+                        prefetch::<R>(low, 768);
+                    }
+                    *weights = six_bits(low.add(half % 2 * 256), low.add(512 + half % 2 * 128));
+                }
+            }
+            for quarter in 0..2 {
+                let part = half * 2 + quarter;
+                let at = at + part * 16;
+                let mut scales = [_mm512_setzero_si512(); P];
+                for (panel, scales) in panels.iter().zip(&mut scales) {
+                    // SAFETY: the super-block lies in the panel.
+                    let bytes = unsafe { _mm_loadu_si128(panel.add(scales_at + part * 16).cast()) };
+                    *scales = _mm512_cvtepi8_epi32(bytes);
+                }
+                for (integers, row) in integers.iter_mut().zip(rows) {
+                    // SAFETY: the part's inputs and correction lie in each row.
+                    let dots = unsafe {
+                        let start = _mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(at / 16));
+                        dot(start, &weights, quarter * 4..quarter * 4 + 4, row.add(at))
+                    };
+                    for (integer, (dot, scales)) in integers.iter_mut().zip(dots.iter().zip(&scales)) {
+                        *integer = _mm512_add_epi32(*integer, _mm512_mullo_epi32(*dot, *scales));
                     }
                 }
             }
-            prefetch::<R>(block, 64 + units * 64);
-            let scale = half_floats(block);
-            for (row, (total, integer)) in rows.iter().zip(totals.iter_mut().zip(integers)) {
-                let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(at / SUPER_BLOCK));
-                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(integer), _mm512_mul_ps(scale, x), *total);
-            }
-            block = quants.add(units * 768);
         }
+        for (index, panel) in panels.iter().enumerate() {
+            // SAFETY: the super-block lies in the panel, its scales lie in each row.
+            unsafe {
+                prefetch::<R>(panel.add(before), 64 + units * 64);
+                let scale = half_floats(panel.add(before));
+                for (row, (totals, integers)) in rows.iter().zip(totals.iter_mut().zip(&integers)) {
+                    let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(at / SUPER_BLOCK));
+                    let product = _mm512_mul_ps(scale, x);
+                    totals[index] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers[index]), product, totals[index]);
+                }
+            }
+        }
+        before = quants_at + units * 768;
     }
     store(&totals, sums);
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store<const R: usize>(totals: &[__m512; R], sums: &mut Sums) {
-    for (total, sums) in totals.iter().zip(sums) {
-        // SAFETY: 16 f32 values fill the register exactly.
-        unsafe { _mm512_storeu_ps(sums[0].as_mut_ptr(), *total) };
+fn store<const R: usize, const P: usize>(totals: &[[__m512; P]; R], sums: &mut Sums) {
+    for (totals, sums) in totals.iter().zip(sums) {
+        for (total, sums) in totals.iter().zip(sums) {
+            // SAFETY: 16 f32 values fill the register exactly.
+            unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), *total) };
+        }
     }
 }
 

@@ -137,7 +137,7 @@ pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panels: &[*const u
 unsafe fn few_rows(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
     for (index, panel) in panels.iter().enumerate().rev() {
         // SAFETY: the caller's promises.
-        unsafe { vnni::tile(format, rows, *panel, k, sums) };
+        unsafe { vnni::tile(format, rows, std::slice::from_ref(panel), k, sums) };
         sums.iter_mut().take(rows.len()).for_each(|sums| sums[index] = sums[0]);
     }
 }
@@ -196,8 +196,8 @@ unsafe fn agrees_with_portable() -> bool {
         let layout = Layout { format: *format, n: PANEL, k: K };
         let Ok(mut panel) = Buffer::<u8>::zeroed(layout.panel_bytes()) else { return false };
         pack_panel(*format, K, &w, &mut panel);
-        let mut activations = Converted::zeroed(*format, COUNT, K);
-        let writer = activations.writer(Isa::Portable);
+        let mut activations = Converted::zeroed(Isa::Portable, *format, COUNT, K);
+        let writer = activations.writer();
         for (index, row) in x.chunks_exact(K).enumerate() {
             // SAFETY: nothing else uses the rows.
             unsafe { writer.write(index, 0, row) };
