@@ -86,9 +86,8 @@ impl<'a> Products<'a> {
 
     /// The same of some rows of inputs that were converted for the frozen weights; `x` has these rows, if there are adapters.
     pub fn forward_rows(&self, linear: &Linear<'_>, inputs: &Inputs<'_>, rows: &[WeightedRow], x: &[f32]) -> Vec<f32> {
-        let Compute { pool, isa } = self.compute;
         let mut y = self.workspace.take(rows.len() * linear.outputs());
-        matmul_rows(pool, *isa, inputs, rows, &linear.weight, &mut y);
+        matmul_rows(&self.compute.pool, inputs, rows, &linear.weight, &mut y);
         self.add_adapters(linear, x, &mut y);
         y
     }
@@ -133,7 +132,7 @@ impl<'a> Products<'a> {
     ) -> Result<Vec<f32>> {
         let Compute { pool, isa } = self.compute;
         let mut out = self.workspace.take(rows.len() * linear.inputs());
-        matmul_rows(pool, *isa, converted, rows, &self.room.borrow_mut().fill(pool, *isa, &linear.weight)?, &mut out);
+        matmul_rows(pool, converted, rows, &self.room.borrow_mut().fill(pool, *isa, &linear.weight)?, &mut out);
         self.add_adapters_input_gradient(linear, gradient, &mut out);
         Ok(out)
     }

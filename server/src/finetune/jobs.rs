@@ -380,11 +380,14 @@ impl Jobs {
         if let Ended::Finished { .. } = ended {
             let model = self.model_name(job);
             let results = self.write_results(&job.id)?;
-            // Nobody deletes a model that isn't served yet.
+            // Nobody deletes a model that is about to be, and who sees that the job has succeeded finds its model served.
             let _state = self.turns.state();
-            if self.storage.finish_job(&job.id, &model, results)? {
-                self.serve(&model, &settings.output);
+            self.serve(&model, &settings.output);
+            let finished = self.storage.finish_job(&job.id, &model, results);
+            if !matches!(finished, Ok(true)) {
+                self.base.adapters.unload(&model);
             }
+            finished?;
         }
         Ok(ended)
     }
@@ -539,8 +542,9 @@ impl JobWatcher<'_> {
         if step == 0 || self.is_done() {
             return;
         }
-        note(storage.add_checkpoint(id, step, &model, &found.into()));
+        // Who finds the checkpoint in the list finds its model served.
         self.jobs.serve(&model, &checkpoint::folder(&folder, step));
+        note(storage.add_checkpoint(id, step, &model, &found.into()));
         for old in self.rows().into_iter().filter(|one| !checkpoint::folder(&folder, one.step).exists()) {
             note(storage.remove_checkpoint(id, old.step));
             self.jobs.base.adapters.unload(&old.model);

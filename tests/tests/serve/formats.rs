@@ -44,7 +44,7 @@ fn integer_formats_give_the_same_text_on_every_tier() {
     let requests = requests();
     let tiers: Vec<_> = TIERS.iter().filter(|tier| available(tier)).collect();
     assert!(tiers.len() > 1 || !cfg!(target_arch = "x86_64"), "{tiers:?}");
-    for format in ["q8_0", "q4_k"] {
+    for format in ["q8_0", "q4_0", "q4_k", "q6_k", "mxfp4"] {
         let server = serve(format, "portable", "1");
         let expected: Vec<_> = requests.iter().map(|body| ask(&server, body)).collect();
         drop(server);

@@ -76,11 +76,12 @@ pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
 pub fn matmul(pool: &Pool, isa: Isa, x: &[f32], weights: &Packed<'_>, y: &mut [f32]) {
     let layout = weights.layout();
     let inputs = Inputs::new(pool, isa, layout.format, x, layout.k);
-    products(pool, isa, &inputs, inputs.rows, |row| row, weights, y);
+    products(pool, &inputs, inputs.rows, |row| row, weights, y);
 }
 
-/// Rows that several products take some of: converted to the form of their weights once.
+/// Rows that several products take some of: converted once to the form that their weights' format and the tier take.
 pub struct Inputs<'a> {
+    isa: Isa,
     activations: Activations<'a>,
     format: Format,
     rows: usize,
@@ -95,7 +96,7 @@ impl<'a> Inputs<'a> {
     #[must_use]
     pub fn new(pool: &Pool, isa: Isa, format: Format, x: &'a [f32], k: usize) -> Self {
         assert!(x.len().is_multiple_of(k), "{} activations in rows of {k}", x.len());
-        Self { activations: Activations::new(pool, isa, format, x, k), format, rows: x.len() / k, k }
+        Self { isa, activations: Activations::new(pool, isa, format, x, k), format, rows: x.len() / k, k }
     }
 }
 
@@ -103,22 +104,14 @@ impl<'a> Inputs<'a> {
 ///
 /// # Panics
 /// When there is no such row, the inputs are for other weights, or `y` has not the size that the matrix needs.
-pub fn matmul_rows(
-    pool: &Pool,
-    isa: Isa,
-    inputs: &Inputs<'_>,
-    rows: &[WeightedRow],
-    weights: &Packed<'_>,
-    y: &mut [f32],
-) {
+pub fn matmul_rows(pool: &Pool, inputs: &Inputs<'_>, rows: &[WeightedRow], weights: &Packed<'_>, y: &mut [f32]) {
     assert!(rows.iter().all(|row| (row.row as usize) < inputs.rows), "rows of {}", inputs.rows);
-    products(pool, isa, inputs, rows.len(), |row| rows[row].row as usize, weights, y);
+    products(pool, inputs, rows.len(), |row| rows[row].row as usize, weights, y);
 }
 
 /// The products of `rows` of the inputs, which `pick` names.
 fn products(
     pool: &Pool,
-    isa: Isa,
     inputs: &Inputs<'_>,
     rows: usize,
     pick: impl Fn(usize) -> usize + Sync,
@@ -139,9 +132,9 @@ fn products(
         let pointers: Vec<_> = (first..rows.min(first + TASK_ROWS)).map(|row| activations.row(pick(row))).collect();
         let start = task / row_tasks * panels_per_task;
         let panels = start..layout.panels().min(start + panels_per_task);
-        // SAFETY: the pointers are rows of activations made for this matrix's format and k.
+        // SAFETY: the pointers are rows of activations made for this matrix's format and k, and for this tier.
         unsafe {
-            walk(isa, &pointers, weights, panels, &mut new_sums(), |row, panel, sums| {
+            walk(inputs.isa, &pointers, weights, panels, &mut new_sums(), |row, panel, sums| {
                 let columns = panel * PANEL..n.min((panel + sums.len()) * PANEL);
                 // SAFETY: each task has its own rows and columns.
                 let out = target.part((first + row) * n + columns.start, columns.len());
@@ -165,7 +158,7 @@ pub(crate) fn copy(sums: &[[f32; PANEL]], out: &mut [f32]) {
 /// is read from memory once.
 ///
 /// # Safety
-/// Each pointer must lead to a row of activations in the form of the weights' format and k.
+/// Each pointer must lead to a row of activations in the form of the weights' format and k on the tier.
 pub(crate) unsafe fn walk(
     isa: Isa,
     rows: &[*const u8],
@@ -183,8 +176,8 @@ pub(crate) unsafe fn walk(
 /// [`walk`] over panels wherever they lie.
 ///
 /// # Safety
-/// Each row pointer must lead to a row of activations in the form of the format and `k`, and each pointer that `panel`
-/// gives to a panel of it.
+/// Each row pointer must lead to a row of activations in the form of the format and `k` on the tier, and each pointer that
+/// `panel` gives to a panel of it.
 #[allow(clippy::too_many_arguments, reason = "the loop of every product: each is one of its sizes")]
 pub(crate) unsafe fn walk_panels(
     isa: Isa,
@@ -279,8 +272,8 @@ pub(crate) fn prefetch(weights: &Packed<'_>, panel: usize) {
     let _ = (weights, panel);
 }
 
-/// Whether the tier `isa` multiplies many rows by bf16 and by int8 weights in less time than `other`, by runs of some
-/// milliseconds in all.
+/// Whether the tier `isa` takes less time than `other` for many rows by bf16 and then by int8 weights, by runs of some
+/// milliseconds in all on one core.
 pub(crate) fn multiplies_faster(isa: Isa, other: Isa) -> bool {
     const K: usize = 512;
     let run = |isa| {

@@ -28,10 +28,10 @@ use std::{
 
 use registers::{LINE, Line, ROWS};
 
-use super::{Sums, TILE_PANELS, TILE_ROWS, vnni};
+use super::{Sums, TILE_PANELS, TILE_ROWS, new_sums, vnni, walk};
 use crate::{
     buffer::Buffer,
-    format::{Format, Layout, PANEL, pack_panel},
+    format::{Format, Layout, PANEL, Packed, pack},
     isa::Isa,
     matmul::activations::Converted,
 };
@@ -180,44 +180,52 @@ fn permission() -> bool {
     false
 }
 
-/// Whether small tiles of every format come out as the contract says: integers bit for bit, bf16 within its roundings.
+/// Whether small products of every format come out as the contract says: integers bit for bit, bf16 within its roundings.
 /// A machine that this tier was not tested on must not serve wrong numbers.
 ///
 /// # Safety
 /// As for [`tile`], but for the sizes.
 unsafe fn agrees_with_portable() -> bool {
-    /// A whole super-block and a part of one; both row groups of a tile.
+    /// A whole super-block and a part of one.
     const K: usize = 320;
-    const COUNT: usize = ROWS + 1;
+    /// Whole tiles and parts of them, one group of 16 rows and two, one panel and several; rows that the vector tier takes.
+    const SHAPES: [(usize, usize); 4] = [(2 * ROWS, TILE_PANELS), (ROWS + 1, 2), (2 * ROWS + 5, 1), (FEW_ROWS, 2)];
     let value = |index: usize| ((index * 7919 + index / 64 * 31) % 251) as f32 / 125.0 - 1.0;
-    let x: Vec<f32> = (0..COUNT * K).map(value).collect();
-    let w: Vec<f32> = (0..PANEL * K).map(|index| value(index + 17)).collect();
-    Format::ALL.iter().filter(|format| **format != Format::F32).all(|format| {
-        let layout = Layout { format: *format, n: PANEL, k: K };
-        let Ok(mut panel) = Buffer::<u8>::zeroed(layout.panel_bytes()) else { return false };
-        pack_panel(*format, K, &w, &mut panel);
-        let mut activations = Converted::zeroed(Isa::Portable, *format, COUNT, K);
+    let agrees = |format: Format, count: usize, panels: usize| {
+        let layout = Layout { format, n: panels * PANEL, k: K };
+        let w: Vec<f32> = (0..layout.n * K).map(|index| value(index + 17)).collect();
+        let Ok(mut bytes) = Buffer::<u8>::zeroed(layout.bytes()) else { return false };
+        pack(layout, &w, &mut bytes);
+        let weights = Packed::new(layout, &bytes);
+        let mut activations = Converted::zeroed(Isa::Portable, format, count, K);
         let writer = activations.writer();
-        for (index, row) in x.chunks_exact(K).enumerate() {
+        for (index, row) in (0..count * K).map(value).collect::<Vec<_>>().chunks_exact(K).enumerate() {
             // SAFETY: nothing else uses the rows.
             unsafe { writer.write(index, 0, row) };
         }
-        let rows: Vec<_> = (0..COUNT).map(|index| activations.row(index)).collect();
+        let rows: Vec<_> = (0..count).map(|index| activations.row(index)).collect();
         let product = |isa| {
-            let mut sums: Sums = [[[f32::NAN; PANEL]; TILE_PANELS]; TILE_ROWS];
-            // SAFETY: rows and panel of the format and K; the caller promises the tier.
-            unsafe { super::tile(isa, *format, &rows, &[panel.as_ptr()], K, &mut sums) };
-            sums
+            let mut y = vec![f32::NAN; count * layout.n];
+            // SAFETY: rows of the format and K, in the form that both tiers take; the caller promises the tier.
+            unsafe {
+                walk(isa, &rows, &weights, 0..panels, &mut new_sums(), |row, panel, sums| {
+                    y[row * layout.n + panel * PANEL..][..sums.len() * PANEL].copy_from_slice(sums.as_flattened());
+                });
+            }
+            y
         };
-        let (ours, contract) = (product(Isa::Amx), product(Isa::Portable));
-        let exact = *format != Format::Bf16;
         // K roundings of sums of at most K.
-        let bound = if exact { 0.0 } else { (K * K) as f32 * f32::EPSILON };
-        let pairs = ours.iter().zip(&contract).take(COUNT);
-        pairs.flat_map(|(ours, contract)| ours[0].iter().zip(contract[0])).all(|(ours, contract)| {
-            (ours - contract).abs() <= bound && (!exact || ours.to_bits() == contract.to_bits())
+        let bound = (K * K) as f32 * f32::EPSILON;
+        let (ours, contract) = (product(Isa::Amx), product(Isa::Portable));
+        ours.iter().zip(&contract).all(|(ours, contract)| match format {
+            Format::Bf16 => (ours - contract).abs() <= bound,
+            _ => ours.to_bits() == contract.to_bits(),
         })
-    })
+    };
+    let formats = Format::ALL.iter().filter(|format| **format != Format::F32);
+    formats
+        .flat_map(|format| SHAPES.map(|shape| (*format, shape)))
+        .all(|(format, (rows, panels))| agrees(format, rows, panels))
 }
 
 #[cfg(test)]

@@ -7,16 +7,16 @@ use super::{
     *,
 };
 use crate::{
-    format::{INTEGER_K, Packed, SUPER_BLOCK, pack},
-    matmul::{matmul, new_sums, walk},
+    format::{INTEGER_K, SUPER_BLOCK},
+    matmul::matmul,
     pool::Pool,
     test_support::{bits, values},
 };
 
 const INTEGER: &[Format] = &[Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Q6K, Format::Mxfp4];
 
-/// Makes `Isa::Amx` runnable: natively where `CADRE_CPU=amx` asks for it, or emulated where the machine lacks AMX and
-/// has the AVX-512 that the tier also needs.
+/// Makes `Isa::Amx` runnable: natively, or emulated where the machine lacks AMX and has the AVX-512 that the tier also
+/// needs.
 fn runnable() -> bool {
     static SAID: Once = Once::new();
     let native = Isa::available().contains(&Isa::Amx);
@@ -25,10 +25,14 @@ fn runnable() -> bool {
     if runnable && !native {
         emulator::install();
     }
+    let is_refused = !native && Isa::available().contains(&Isa::Avx512) && instructions() && permission();
+    assert!(!is_refused, "this machine has AMX, and its self-check fails");
     SAID.call_once(|| match (native, runnable) {
         (true, _) => eprintln!("AMX tests run on this machine's AMX"),
         (_, true) => eprintln!("AMX tests run emulated: this machine has no AMX"),
-        _ if instructions() => eprintln!("AMX tests don't run: set CADRE_CPU=amx for this machine's AMX"),
+        _ if instructions() => {
+            eprintln!("AMX tests don't run: the system doesn't let processes use this machine's AMX")
+        }
         _ => eprintln!("AMX tests don't run: this machine lacks AVX-512 VNNI"),
     });
     runnable
