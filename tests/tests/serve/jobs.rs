@@ -125,8 +125,9 @@ fn a_job_s_model_is_served_at_once_and_after_a_restart_until_it_is_deleted() {
     let checkpoint = checkpoints[0]["fine_tuned_model_checkpoint"].as_str().unwrap();
     assert_eq!(ask(&server, checkpoint), tuned, "the last checkpoint is the model");
     assert_eq!(models(client).len(), 1 + 3 + 1);
-    let metrics = server.metrics();
-    assert!(metrics.value("cadre_finetune_jobs", &[("status", "succeeded")]) == 1.0);
+    wait_for("the count of jobs, which follows them", 20, || {
+        server.metrics().value("cadre_finetune_jobs", &[("status", "succeeded")]) == 1.0
+    });
     drop(server);
 
     let server = start(storage.path());

@@ -98,7 +98,8 @@ pub(super) struct Q8_0;
 pub(super) struct Q4_0;
 pub(super) struct Mxfp4;
 
-/// Fetches `bytes` bytes that come [`FAR_BYTES`] after `at`, for packed weights that meet more than two rows.
+/// Fetches `bytes` bytes that come [`FAR_BYTES`] after `at`, for packed weights that meet more than two rows, in this tile or
+/// in those before it.
 ///
 /// With one or two rows the loads themselves run far enough ahead, and fetching on top of that costs (one row of
 /// `q4_k`: 35 GB/s without, 28 with). With more, the arithmetic of one block fills the core's window and no load of the
