@@ -12,9 +12,9 @@ use crate::{
     format::{Format, Layout, PANEL, Packed},
     isa::{Isa, for_each_width},
     matmul::{
-        TASK_BYTES,
+        TaskSize,
         activations::{Activations, Converted, Writer},
-        new_sums, panels_per_task, prefetch, walk,
+        new_sums, prefetch, walk,
     },
     pool::Pool,
     shared::SharedSlice,
@@ -104,7 +104,7 @@ pub struct GroupedFfn<'a> {
 }
 
 /// Rows that one task takes at a time: their sums, f32, stay in the nearest caches until they are converted.
-const GATE_UP_ROWS: usize = 48;
+const GATE_UP_ROWS: usize = 128;
 
 impl<'a> GroupedFfn<'a> {
     /// Of `x` `[rows, hidden]`, for groups with these rows.
@@ -149,8 +149,9 @@ impl<'a> GroupedFfn<'a> {
             assert!(!std::mem::replace(&mut done[*group], true), "group {group} is given twice");
         }
         let writer = inner.writer();
+        let size = TaskSize::new(isa, layout.format, most_rows(groups));
         // Columns of the intermediate; what shares a scale stays together.
-        let columns_per_task = (TASK_BYTES / (2 * matrix.panel_bytes()) * PANEL)
+        let columns_per_task = (size.panels(&matrix) / 2 * PANEL)
             .max(1)
             .next_multiple_of(Writer::unit(layout.format))
             .min(layout.intermediate);
@@ -196,7 +197,8 @@ impl<'a> GroupedFfn<'a> {
         assert!(weights.iter().all(|(_, weights)| weights.layout() == matrix), "layout of down");
         assert!(weights.iter().all(|(group, _)| self.done[*group]), "down before gate|up");
         assert_eq!(out.len(), self.rows * hidden, "outputs");
-        let panels_per_task = panels_per_task(self.pool, &matrix);
+        let size = TaskSize::new(self.isa, matrix.format, most_rows(self.groups));
+        let panels_per_task = size.fair_panels(self.pool, &matrix);
         let target = SharedSlice::new(out);
         self.pool.run(matrix.panels().div_ceil(panels_per_task), |task| {
             let panels = task * panels_per_task..matrix.panels().min((task + 1) * panels_per_task);
@@ -222,6 +224,11 @@ impl<'a> GroupedFfn<'a> {
             }
         });
     }
+}
+
+/// Rows of the largest group.
+fn most_rows(groups: &[&[WeightedRow]]) -> usize {
+    groups.iter().map(|rows| rows.len()).max().unwrap_or(0)
 }
 
 for_each_width! {

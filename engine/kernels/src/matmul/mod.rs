@@ -58,15 +58,35 @@ const MXFP4_UNSIGNED: [u8; 16] = {
     unsigned
 };
 
-/// Weight bytes that one task should stream at least: long enough for the prefetchers to settle.
-pub(crate) const TASK_BYTES: usize = 256 << 10;
-/// Rows that one task should hold at most, so that many rows with few panels still spread over all threads.
-const TASK_ROWS: usize = 240;
+/// What one task should take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TaskSize {
+    /// Weight bytes that it streams at least: long enough for the prefetchers to settle.
+    bytes: usize,
+    /// Rows that it holds at most, so that many rows with few panels still spread over all threads.
+    rows: usize,
+}
 
-/// Enough panels for [`TASK_BYTES`], but few enough that every thread gets some; even, so that tiles stay whole.
-pub(crate) fn panels_per_task(pool: &Pool, layout: &Layout) -> usize {
-    let fair = layout.panels().div_ceil(4 * pool.threads());
-    (TASK_BYTES / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
+impl TaskSize {
+    /// For products of up to `rows` rows each.
+    pub(crate) fn new(isa: Isa, format: Format, rows: usize) -> Self {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if amx::lays(format, rows) => Self { bytes: 1 << 20, rows: 2 * amx::ROWS_AT_A_TIME },
+            _ => Self { bytes: 256 << 10, rows: 240 },
+        }
+    }
+
+    /// Panels that stream so many bytes.
+    pub(crate) fn panels(self, layout: &Layout) -> usize {
+        self.bytes / layout.panel_bytes()
+    }
+
+    /// The same, but few enough that every thread gets some; even, so that tiles stay whole.
+    pub(crate) fn fair_panels(self, pool: &Pool, layout: &Layout) -> usize {
+        let fair = layout.panels().div_ceil(4 * pool.threads());
+        self.panels(layout).min(fair).max(1).next_multiple_of(2)
+    }
 }
 
 /// `y[row] = x[row] · Wᵀ` for `x` `[rows, k]` and `W` `[n, k]`; `y` is `[rows, n]`.
@@ -123,13 +143,14 @@ fn products(
     assert_eq!((inputs.format, inputs.k), (layout.format, layout.k), "inputs of a product");
     assert_eq!(y.len(), rows * n, "outputs of {rows} rows by {n}");
     let activations = &inputs.activations;
-    let panels_per_task = panels_per_task(pool, &layout);
+    let size = TaskSize::new(inputs.isa, layout.format, rows);
+    let panels_per_task = size.fair_panels(pool, &layout);
     let panel_tasks = layout.panels().div_ceil(panels_per_task);
-    let row_tasks = rows.div_ceil(TASK_ROWS);
+    let row_tasks = rows.div_ceil(size.rows);
     let target = SharedSlice::new(y);
     pool.run(panel_tasks * row_tasks, |task| {
-        let first = task % row_tasks * TASK_ROWS;
-        let pointers: Vec<_> = (first..rows.min(first + TASK_ROWS)).map(|row| activations.row(pick(row))).collect();
+        let first = task % row_tasks * size.rows;
+        let pointers: Vec<_> = (first..rows.min(first + size.rows)).map(|row| activations.row(pick(row))).collect();
         let start = task / row_tasks * panels_per_task;
         let panels = start..layout.panels().min(start + panels_per_task);
         // SAFETY: the pointers are rows of activations made for this matrix's format and k, and for this tier.
@@ -189,6 +210,11 @@ pub(crate) unsafe fn walk_panels(
     sums: &mut Sums,
     mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx && amx::takes(format, rows.len()) {
+        // SAFETY: the caller's promises.
+        return unsafe { amx::walk(format, k, rows, panels, panel_start, sink) };
+    }
     let (tile_rows, tile_panels) = tile_shape(isa, format, rows.len());
     let mut panel = panels.start;
     while panel < panels.end {
@@ -216,15 +242,13 @@ pub(crate) unsafe fn walk_panels(
 fn tile_shape(isa: Isa, format: Format, rows: usize) -> (usize, usize) {
     match format {
         #[cfg(target_arch = "x86_64")]
-        _ if isa == Isa::Amx && amx::takes(format, rows) => (TILE_ROWS, TILE_PANELS),
-        #[cfg(target_arch = "x86_64")]
         Format::F32 | Format::Bf16 if isa == Isa::Avx2 => avx2::float_shape(format, rows),
         #[cfg(target_arch = "aarch64")]
         Format::F32 | Format::Bf16 if isa == Isa::Neon => neon::float_shape(rows),
         Format::F32 | Format::Bf16 if rows <= 6 => (FLOAT_ROWS, TILE_PANELS),
         Format::F32 | Format::Bf16 => (FLOAT_ROWS, 2),
         #[cfg(target_arch = "x86_64")]
-        _ if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16) => (INTEGER_ROWS, vnni::panels(rows)),
+        _ if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) => (INTEGER_ROWS, vnni::panels(rows)),
         Format::Q8_0 | Format::Q4_0 | Format::Q4K | Format::Q6K | Format::Mxfp4 => (INTEGER_ROWS, 1),
     }
 }
@@ -246,9 +270,7 @@ unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16, Format::Bf16) => avx512::tile::<avx512::Bf16Pairs>(rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Amx, _) => amx::tile(format, rows, panels, k, sums),
-            #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16, _) => vnni::tile(format, rows, panels, k, sums),
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, _) => avx2::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "aarch64")]

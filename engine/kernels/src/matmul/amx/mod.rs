@@ -23,12 +23,13 @@ use std::{
         x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch, _mm512_loadu_si512, _mm512_store_si512},
     },
     cell::RefCell,
+    ops::Range,
     sync::OnceLock,
 };
 
-use registers::{LINE, Line, ROWS};
+use registers::{LINE, Line, ROWS, Shape};
 
-use super::{Sums, TILE_PANELS, TILE_ROWS, new_sums, vnni, walk};
+use super::{TILE_PANELS, new_sums};
 use crate::{
     buffer::Buffer,
     format::{Format, Layout, PANEL, Packed, pack},
@@ -37,7 +38,7 @@ use crate::{
 };
 
 /// Up to this many rows of an integer format go to the vector tier, which has the same bits: the registers multiply 16
-/// rows or none. By instruction counts the two meet between 2 and 5 rows.
+/// rows or none.
 const FEW_ROWS: usize = 4;
 
 /// Whether a product of this many rows runs on the tile registers.
@@ -49,57 +50,113 @@ pub(super) fn takes(format: Format, rows: usize) -> bool {
     }
 }
 
+/// Whether so many rows are laid side by side at a cost that many panels should share.
+pub(super) fn lays(format: Format, rows: usize) -> bool {
+    takes(format, rows) && rows > ROWS
+}
+
+/// Rows that are laid side by side at a time: enough that unpacking a panel costs little beside multiplying it, and few
+/// enough that they stay in the second cache.
+pub(super) const ROWS_AT_A_TIME: usize = 128;
+
 /// How far ahead of the loads a panel is fetched: four registers' weights.
 const PREFETCH_BYTES: usize = 4096;
 
-/// What one thread works with; its first use configures the thread's registers.
+/// What one thread works with.
 struct Workspace {
-    /// For each 64 bytes of the rows, a line of each: `[units][32]`. Lines past the last row hold what they held.
+    /// What the thread's registers are configured for.
+    shape: Option<Shape>,
+    /// Of each 16 rows, for each 64 bytes of them, a line of each: `[rows / 16][units][16]`. Lines past the last row hold
+    /// what they held.
     activations: Vec<Line>,
-    /// Unpacked weights, by turns: `[2][128]`.
+    /// What integer rows are scaled with, and the sums of their parts.
+    scales: Vec<Line>,
+    part_sums: Vec<Line>,
+    /// Unpacked weights.
     weights: Vec<Line>,
-    /// The sums of four registers.
+    /// What four registers of integer sums held.
+    products: Vec<Line>,
+    /// Sums `[rows][panels]`.
     sums: Vec<Line>,
 }
 
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = const { RefCell::new(Workspace::new()) };
+}
+
 impl Workspace {
+    const fn new() -> Self {
+        let none = Vec::new;
+        Self {
+            shape: None,
+            activations: none(),
+            scales: none(),
+            part_sums: none(),
+            weights: none(),
+            products: none(),
+            sums: none(),
+        }
+    }
+
+    /// Makes the registers' shapes `shape`, and room for what the formats need.
+    ///
     /// # Safety
     /// The machine has AMX, and the system lets this process use it.
-    unsafe fn new() -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { registers::configure() };
-        let lines = |count| vec![Line([0; LINE]); count];
-        Self { activations: Vec::new(), weights: lines(2 * integer::WEIGHTS), sums: lines(4 * ROWS) }
+    unsafe fn configure(&mut self, shape: Shape) {
+        if self.shape != Some(shape) {
+            // SAFETY: the caller's promise.
+            unsafe { registers::configure(shape) };
+            self.shape = Some(shape);
+            grow(&mut self.weights, integer::PANELS * integer::WEIGHTS);
+            grow(&mut self.products, 4 * ROWS);
+        }
     }
 
-    /// Room for `units` times 64 bytes of 32 rows.
-    fn activations(&mut self, units: usize) -> *mut Line {
-        if self.activations.len() < units * TILE_ROWS {
-            self.activations.resize(units * TILE_ROWS, Line([0; LINE]));
+    /// Lays `units` times 64 bytes of each row as [`Workspace::activations`] says: rows may lie anywhere, a register's
+    /// load takes one stride.
+    ///
+    /// # Safety
+    /// The rows have so many bytes, and the machine has AVX-512.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn lay(&mut self, rows: &[*const u8], units: usize) -> *const Line {
+        grow(&mut self.activations, rows.len().next_multiple_of(ROWS) * units);
+        let lines = self.activations.as_mut_ptr();
+        for (group, rows) in rows.chunks(ROWS).enumerate() {
+            for unit in 0..units {
+                for (index, row) in rows.iter().enumerate() {
+                    // SAFETY: the row has the unit, and there are lines for all of them.
+                    unsafe {
+                        let line = lines.add((group * units + unit) * ROWS + index);
+                        _mm512_store_si512(line.cast(), _mm512_loadu_si512(row.add(unit * LINE).cast()));
+                    }
+                }
+            }
         }
-        self.activations.as_mut_ptr()
+        lines
+    }
+
+    /// Room for the sums of `rows` rows, in whole registers, by `panels` panels.
+    fn sums(&mut self, rows: usize, panels: usize) -> *mut f32 {
+        grow(&mut self.sums, rows.next_multiple_of(ROWS) * panels);
+        self.sums.as_mut_ptr().cast()
+    }
+
+    /// Calls `sink` with each row's sums.
+    fn each_row(&self, rows: usize, panels: usize, mut sink: impl FnMut(usize, &[[f32; PANEL]])) {
+        for (row, lines) in self.sums.chunks_exact(panels).take(rows).enumerate() {
+            // SAFETY: a line is 16 plain values.
+            sink(row, unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), panels) });
+        }
     }
 }
 
-/// Lays unit `unit` of the rows, 64 bytes of each, into their lines: rows may lie anywhere, a register's load takes one
-/// stride. Beside the multiplications it costs little.
-///
-/// # Safety
-/// The rows have the unit, and `lines` are those of at least `unit + 1` units.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn gather(rows: &[*const u8], unit: usize, lines: *mut Line) {
-    // SAFETY: the caller's promises.
-    unsafe {
-        let lines = lines.add(unit * TILE_ROWS);
-        for (index, row) in rows.iter().enumerate() {
-            let values = _mm512_loadu_si512(row.add(unit * LINE).cast());
-            _mm512_store_si512(lines.add(index).cast(), values);
-        }
+fn grow(lines: &mut Vec<Line>, count: usize) {
+    if lines.len() < count {
+        lines.resize(count, Line([0; LINE]));
     }
 }
 
-/// Fetches `bytes` bytes further on, into the next panel at the end of one. For 16 rows and fewer, which wait for memory.
+/// Fetches `bytes` bytes further on, into the next panel at the end of one.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch(at: *const u8, bytes: usize) {
@@ -109,37 +166,31 @@ fn prefetch(at: *const u8, bytes: usize) {
     }
 }
 
-/// The contract is in `portable.rs`.
+/// [`super::walk_panels`] for the rows that [`takes`] names.
 ///
 /// # Safety
 /// The machine has AMX for bf16 and int8 and the AVX-512 of `vnni.rs`, and the system lets this process use it; rows
-/// have the form and panels the size that format and `k` say; 1, 2 or 4 panels, and at most 32 rows.
-pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
-    thread_local! {
-        // SAFETY: this function's caller promises AMX.
-        static WORKSPACE: RefCell<Workspace> = RefCell::new(unsafe { Workspace::new() });
-    }
-    // SAFETY: the caller's promises.
-    unsafe {
-        match format {
-            Format::F32 => unreachable!("f32 has no tiles on AMX"),
-            Format::Bf16 => WORKSPACE.with_borrow_mut(|workspace| bf16::tile(workspace, rows, panels, k, sums)),
-            _ if !takes(format, rows.len()) => few_rows(format, rows, panels, k, sums),
-            _ => WORKSPACE.with_borrow_mut(|workspace| integer::tile(workspace, format, rows, panels, k, sums)),
+/// have the form and panels the size that format and `k` say.
+pub(super) unsafe fn walk(
+    format: Format,
+    k: usize,
+    rows: &[*const u8],
+    panels: Range<usize>,
+    panel_start: impl Fn(usize) -> *const u8,
+    mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
+) {
+    WORKSPACE.with_borrow_mut(|workspace| {
+        for (index, rows) in rows.chunks(ROWS_AT_A_TIME).enumerate() {
+            let sink = |row, panel, sums: &[_]| sink(index * ROWS_AT_A_TIME + row, panel, sums);
+            // SAFETY: the caller's promises.
+            unsafe {
+                match format {
+                    Format::Bf16 => bf16::walk(workspace, k, rows, panels.clone(), &panel_start, sink),
+                    _ => integer::walk(workspace, format, k, rows, panels.clone(), &panel_start, sink),
+                }
+            }
         }
-    }
-}
-
-/// Few rows of an integer format. The vector tier takes a panel at a time, into the place of the first.
-///
-/// # Safety
-/// As for [`tile`].
-unsafe fn few_rows(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
-    for (index, panel) in panels.iter().enumerate().rev() {
-        // SAFETY: the caller's promises.
-        unsafe { vnni::tile(format, rows, std::slice::from_ref(panel), k, sums) };
-        sums.iter_mut().take(rows.len()).for_each(|sums| sums[index] = sums[0]);
-    }
+    });
 }
 
 /// Whether this machine has the instructions, the system lets this process use them, and they give what the contract
@@ -184,7 +235,7 @@ fn permission() -> bool {
 /// A machine that this tier was not tested on must not serve wrong numbers.
 ///
 /// # Safety
-/// As for [`tile`], but for the sizes.
+/// As for [`walk`].
 unsafe fn agrees_with_portable() -> bool {
     /// A whole super-block and a part of one.
     const K: usize = 320;
@@ -208,7 +259,7 @@ unsafe fn agrees_with_portable() -> bool {
             let mut y = vec![f32::NAN; count * layout.n];
             // SAFETY: rows of the format and K, in the form that both tiers take; the caller promises the tier.
             unsafe {
-                walk(isa, &rows, &weights, 0..panels, &mut new_sums(), |row, panel, sums| {
+                super::walk(isa, &rows, &weights, 0..panels, &mut new_sums(), |row, panel, sums| {
                     y[row * layout.n + panel * PANEL..][..sums.len() * PANEL].copy_from_slice(sums.as_flattened());
                 });
             }

@@ -2,7 +2,7 @@
 
 use super::{
     LINE, Line, ROWS,
-    registers::{self, W, X},
+    registers::{self, Shape, W, X},
 };
 
 /// The bf16 multiply-adds of `rounds` times four multiplications, counted by multiplying ones.
@@ -50,7 +50,7 @@ unsafe fn run(row: Line, rounds: usize, multiply: impl Fn()) -> impl Iterator<It
     let mut sums = vec![Line([0; LINE]); 4 * ROWS];
     // SAFETY: the caller's promise; operands and each register's sums are 16 lines.
     unsafe {
-        registers::configure();
+        registers::configure(Shape::Whole);
         registers::load::<X>(rows.as_ptr().cast(), LINE);
         registers::load::<W>(rows.as_ptr().cast(), LINE);
         for _ in 0..rounds {

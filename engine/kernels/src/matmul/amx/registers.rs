@@ -1,12 +1,7 @@
 //! The tile registers and the instructions on them, as inline assembly: stable Rust has no intrinsics for them.
 //!
-//! A register holds up to 16 rows of 64 bytes. All threads use one configuration:
-//!
-//! | registers | rows by bytes | hold |
-//! |---|---|---|
-//! | 0 to 3 | 16 × 64 | sums: 16 rows of 16 outputs, f32 or i32 |
-//! | 4, 5 | 16 × 64 | 16 rows of activations, and the weights that they meet: 32 bf16 or 64 int8 inputs |
-//! | 6, 7 | 16 × 32, 8 × 64 | the same for 32 int8 inputs |
+//! A register holds up to 16 rows of 64 bytes. Registers 0 to 3 hold sums, 16 rows of 16 outputs, f32 or i32; 4 and 5
+//! hold rows of activations, 6 and 7 the weights that they meet. See [`Shape`].
 //!
 //! The compiler doesn't know these registers, so what one function leaves there the next one finds. No block says
 //! `nomem` or `pure`: they stay in order, among each other and with the accesses to memory.
@@ -18,38 +13,57 @@ pub(super) const ROWS: usize = 16;
 /// Bytes from a line to the next one.
 pub(super) const LINE: usize = size_of::<Line>();
 
-/// Activations and weights of a whole depth.
+/// Activations.
 pub(super) const X: u8 = 4;
-pub(super) const W: u8 = 5;
-/// Activations and weights of half the depth.
-pub(super) const HALF_X: u8 = 6;
-pub(super) const HALF_W: u8 = 7;
+pub(super) const X2: u8 = 5;
+/// Weights.
+pub(super) const W: u8 = 6;
+pub(super) const W2: u8 = 7;
 
 /// A row of a register in memory.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u8; 64]);
 
-/// The operand of `ldtilecfg`: palette 1, the bytes of a row of each register, its rows.
-static CONFIGURATION: Line = {
-    let mut bytes = [0; 64];
-    bytes[0] = 1;
-    let mut register = 0;
-    while register < 8 {
-        bytes[16 + 2 * register] = if register == HALF_X as usize { 32 } else { 64 };
-        bytes[48 + register] = if register == HALF_W as usize { 8 } else { 16 };
-        register += 1;
+/// How deep the registers of operands are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// 32 bf16 or 64 int8 inputs: all registers are 16 rows by 64 bytes.
+    Whole,
+    /// 32 int8 inputs: activations are 16 rows by 32 bytes, weights 8 by 64.
+    Half,
+}
+
+impl Shape {
+    /// The operand of `ldtilecfg`: palette 1, the bytes of a row of each register, its rows.
+    const fn configuration(self) -> Line {
+        let mut bytes = [0; 64];
+        bytes[0] = 1;
+        let mut register = 0;
+        while register < 8 {
+            let half = matches!(self, Self::Half);
+            let (is_x, is_w) = (register == X || register == X2, register == W || register == W2);
+            bytes[16 + 2 * register as usize] = if half && is_x { 32 } else { 64 };
+            bytes[48 + register as usize] = if half && is_w { 8 } else { 16 };
+            register += 1;
+        }
+        Line(bytes)
     }
-    Line(bytes)
-};
+}
 
 /// Gives this thread's registers their shapes and zeroes them; before all else.
 ///
 /// # Safety
 /// This and the functions below: the machine has AMX, and the system lets this process use it.
-pub(super) unsafe fn configure() {
+pub(super) unsafe fn configure(shape: Shape) {
+    const WHOLE: Line = Shape::Whole.configuration();
+    const HALF: Line = Shape::Half.configuration();
+    let operand = match shape {
+        Shape::Whole => &WHOLE,
+        Shape::Half => &HALF,
+    };
     // SAFETY: the caller's promise; the operand is 64 bytes.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, preserves_flags)) }
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const *operand, options(nostack, preserves_flags)) }
 }
 
 /// Register `R` = 0.

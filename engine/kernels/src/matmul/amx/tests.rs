@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     format::{INTEGER_K, SUPER_BLOCK},
-    matmul::matmul,
+    matmul::{matmul, walk},
     pool::Pool,
     test_support::{bits, values},
 };
