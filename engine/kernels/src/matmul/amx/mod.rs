@@ -6,8 +6,9 @@
 //! - `bf16.rs`, `integer.rs`: the formats. Integers have the bits of every other tier.
 //! - `emulator.rs`, for tests: the instructions on machines that lack them.
 //!
-//! Measured on no such machine yet. By Intel's figures a product of 16 rows takes 16 cycles, 1 or 16 rows the same, the
-//! load of a register 8 and a store 16. What is added to it in vector instructions bounds the integer formats.
+//! A product of 16 rows takes 16 cycles, 1 or 16 rows the same, a store as long, a load 8 from the first cache and 20 from
+//! the second. Beside these instructions a core does one multiplication or conversion of 512 bits a cycle in place of two,
+//! so what is added to the products in vector instructions bounds the integer formats.
 
 mod bf16;
 #[cfg(test)]
@@ -37,16 +38,14 @@ use crate::{
     matmul::activations::Converted,
 };
 
-/// Up to this many rows of an integer format go to the vector tier, which has the same bits: the registers multiply 16
-/// rows or none.
-const FEW_ROWS: usize = 4;
-
-/// Whether a product of this many rows runs on the tile registers.
+/// Whether a product of this many rows runs on the tile registers: these multiply 16 rows or none. Few rows of an integer
+/// format go to the vector tier, which has the same bits. Where the two meet was measured on a Xeon of 2024.
 pub(super) fn takes(format: Format, rows: usize) -> bool {
     match format {
         Format::F32 => false,
         Format::Bf16 => true,
-        _ => rows > FEW_ROWS,
+        Format::Q4K | Format::Q6K => rows > 9,
+        Format::Q8_0 | Format::Q4_0 | Format::Mxfp4 => rows > 12,
     }
 }
 
@@ -55,7 +54,7 @@ pub(super) fn lays(format: Format, rows: usize) -> bool {
     takes(format, rows) && rows > ROWS
 }
 
-/// Rows that are laid side by side at a time: enough that unpacking a panel costs little beside multiplying it, and few
+/// Most rows that are laid side by side at a time: enough that unpacking a panel costs little beside multiplying it, and few
 /// enough that they stay in the second cache.
 pub(super) const ROWS_AT_A_TIME: usize = 128;
 
@@ -64,8 +63,6 @@ const PREFETCH_BYTES: usize = 4096;
 
 /// What one thread works with.
 struct Workspace {
-    /// What the thread's registers are configured for.
-    shape: Option<Shape>,
     /// Of each 16 rows, for each 64 bytes of them, a line of each: `[rows / 16][units][16]`. Lines past the last row hold
     /// what they held.
     activations: Vec<Line>,
@@ -87,29 +84,18 @@ thread_local! {
 impl Workspace {
     const fn new() -> Self {
         let none = Vec::new;
-        Self {
-            shape: None,
-            activations: none(),
-            scales: none(),
-            part_sums: none(),
-            weights: none(),
-            products: none(),
-            sums: none(),
-        }
+        Self { activations: none(), scales: none(), part_sums: none(), weights: none(), products: none(), sums: none() }
     }
 
-    /// Makes the registers' shapes `shape`, and room for what the formats need.
+    /// Makes the registers' shapes `shape`, whatever they were, and room for what the formats need.
     ///
     /// # Safety
     /// The machine has AMX, and the system lets this process use it.
     unsafe fn configure(&mut self, shape: Shape) {
-        if self.shape != Some(shape) {
-            // SAFETY: the caller's promise.
-            unsafe { registers::configure(shape) };
-            self.shape = Some(shape);
-            grow(&mut self.weights, integer::PANELS * integer::WEIGHTS);
-            grow(&mut self.products, 4 * ROWS);
-        }
+        // SAFETY: the caller's promise.
+        unsafe { registers::configure(shape) };
+        grow(&mut self.weights, integer::PANELS * integer::WEIGHTS);
+        grow(&mut self.products, 4 * ROWS);
     }
 
     /// Lays `units` times 64 bytes of each row as [`Workspace::activations`] says: rows may lie anywhere, a register's
@@ -180,8 +166,10 @@ pub(super) unsafe fn walk(
     mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
 ) {
     WORKSPACE.with_borrow_mut(|workspace| {
-        for (index, rows) in rows.chunks(ROWS_AT_A_TIME).enumerate() {
-            let sink = |row, panel, sums: &[_]| sink(index * ROWS_AT_A_TIME + row, panel, sums);
+        // Of like size: a rest of few rows would cost as much as 16.
+        let size = rows.len().div_ceil(rows.len().div_ceil(ROWS_AT_A_TIME).max(1)).next_multiple_of(2 * ROWS);
+        for (index, rows) in rows.chunks(size).enumerate() {
+            let sink = |row, panel, sums: &[_]| sink(index * size + row, panel, sums);
             // SAFETY: the caller's promises.
             unsafe {
                 match format {
@@ -240,7 +228,7 @@ unsafe fn agrees_with_portable() -> bool {
     /// A whole super-block and a part of one.
     const K: usize = 320;
     /// Whole tiles and parts of them, one group of 16 rows and two, one panel and several; rows that the vector tier takes.
-    const SHAPES: [(usize, usize); 4] = [(2 * ROWS, TILE_PANELS), (ROWS + 1, 2), (2 * ROWS + 5, 1), (FEW_ROWS, 2)];
+    const SHAPES: [(usize, usize); 4] = [(2 * ROWS, TILE_PANELS), (ROWS + 1, 2), (2 * ROWS + 5, 1), (4, 2)];
     let value = |index: usize| ((index * 7919 + index / 64 * 31) % 251) as f32 / 125.0 - 1.0;
     let agrees = |format: Format, count: usize, panels: usize| {
         let layout = Layout { format, n: panels * PANEL, k: K };
