@@ -167,7 +167,8 @@ pub(super) unsafe fn walk(
 ) {
     WORKSPACE.with_borrow_mut(|workspace| {
         // Of like size: a rest of few rows would cost as much as 16.
-        let size = rows.len().div_ceil(rows.len().div_ceil(ROWS_AT_A_TIME).max(1)).next_multiple_of(2 * ROWS);
+        let chunks = rows.len().div_ceil(ROWS_AT_A_TIME).max(1);
+        let size = rows.len().div_ceil(chunks).next_multiple_of(2 * ROWS).max(ROWS);
         for (index, rows) in rows.chunks(size).enumerate() {
             let sink = |row, panel, sums: &[_]| sink(index * size + row, panel, sums);
             // SAFETY: the caller's promises.
