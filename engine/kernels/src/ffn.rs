@@ -103,9 +103,6 @@ pub struct GroupedFfn<'a> {
     inner: Converted,
 }
 
-/// Rows that one task takes at a time: their sums, f32, stay in the nearest caches until they are converted.
-const GATE_UP_ROWS: usize = 128;
-
 impl<'a> GroupedFfn<'a> {
     /// Of `x` `[rows, hidden]`, for groups with these rows.
     ///
@@ -163,8 +160,8 @@ impl<'a> GroupedFfn<'a> {
             let panels = columns.start / PANEL * 2..columns.end.div_ceil(PANEL) * 2;
             let width = panels.len() * PANEL;
             let mut tile = new_sums();
-            let mut sums = vec![0.0; width * rows.len().min(GATE_UP_ROWS)];
-            for (chunk, rows) in rows.chunks(GATE_UP_ROWS).enumerate() {
+            let mut sums = vec![0.0; width * rows.len().min(size.chunk)];
+            for (chunk, rows) in rows.chunks(size.chunk).enumerate() {
                 let pointers: Vec<_> = rows.iter().map(|row| activations.row(row.row as usize)).collect();
                 // SAFETY: the pointers are rows of activations made for this format and k.
                 unsafe {
@@ -178,7 +175,7 @@ impl<'a> GroupedFfn<'a> {
                 }
                 for (row, sums) in sums.chunks_exact_mut(width).take(rows.len()).enumerate() {
                     gated(isa, sums);
-                    let row = start + chunk * GATE_UP_ROWS + row;
+                    let row = start + chunk * size.chunk + row;
                     // SAFETY: each task has its own rows and columns.
                     unsafe { writer.write(row, columns.start, &sums[..columns.len()]) };
                 }

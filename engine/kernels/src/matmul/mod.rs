@@ -35,14 +35,14 @@ const FLOAT_ROWS: usize = 12;
 /// Most rows of a tile of integer weights: of one panel 16 sums, the 8 registers of a block's weights, and some to work with.
 const INTEGER_ROWS: usize = 16;
 /// Most rows of any tile.
-const TILE_ROWS: usize = 32;
+const TILE_ROWS: usize = INTEGER_ROWS;
 /// Most panels of one tile: enough independent sums to outrun the memory when there is one row. Eight would be slower:
 /// their streams lie a power of two apart and evict each other from the nearest cache.
 const TILE_PANELS: usize = 4;
 /// A tile's results: rows by panels of 16 outputs.
 pub(crate) type Sums = [[[f32; PANEL]; TILE_PANELS]; TILE_ROWS];
 
-/// Room for [`walk`]; it is 8 KiB, so tasks make it once.
+/// Room for [`walk`]; it is 4 KiB, so tasks make it once.
 pub(crate) fn new_sums() -> Sums {
     [[[0.0; PANEL]; TILE_PANELS]; TILE_ROWS]
 }
@@ -65,6 +65,8 @@ pub(crate) struct TaskSize {
     bytes: usize,
     /// Rows that it holds at most, so that many rows with few panels still spread over all threads.
     rows: usize,
+    /// Rows whose sums, f32, stay in the near caches until they are converted.
+    pub chunk: usize,
 }
 
 impl TaskSize {
@@ -72,8 +74,10 @@ impl TaskSize {
     pub(crate) fn new(isa: Isa, format: Format, rows: usize) -> Self {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx if amx::lays(format, rows) => Self { bytes: 1 << 20, rows: 2 * amx::ROWS_AT_A_TIME },
-            _ => Self { bytes: 256 << 10, rows: 240 },
+            Isa::Amx if amx::lays(format, rows) => {
+                Self { bytes: 1 << 20, rows: 2 * amx::ROWS_AT_A_TIME, chunk: amx::ROWS_AT_A_TIME }
+            }
+            _ => Self { bytes: 256 << 10, rows: 240, chunk: 48 },
         }
     }
 
@@ -218,11 +222,7 @@ pub(crate) unsafe fn walk_panels(
     let (tile_rows, tile_panels) = tile_shape(isa, format, rows.len());
     let mut panel = panels.start;
     while panel < panels.end {
-        let count = match panels.end - panel {
-            left if left >= tile_panels => tile_panels,
-            left if left >= 2 => 2,
-            _ => 1,
-        };
+        let count = panels_at_once(panels.end - panel, tile_panels);
         let mut pointers = [std::ptr::null(); TILE_PANELS];
         for (index, pointer) in pointers.iter_mut().take(count).enumerate() {
             *pointer = panel_start(panel + index);
@@ -235,6 +235,15 @@ pub(crate) unsafe fn walk_panels(
             }
         }
         panel += count;
+    }
+}
+
+/// Panels of the next tile where `left` are left and a tile takes `most`: these, or 2, or 1.
+fn panels_at_once(left: usize, most: usize) -> usize {
+    match left {
+        left if left >= most => most,
+        left if left >= 2 => 2,
+        _ => 1,
     }
 }
 
@@ -298,15 +307,16 @@ pub(crate) fn prefetch(weights: &Packed<'_>, panel: usize) {
 /// milliseconds in all on one core.
 pub(crate) fn multiplies_faster(isa: Isa, other: Isa) -> bool {
     const K: usize = 512;
+    const ROWS: usize = 32;
     let run = |isa| {
         let operands = [Format::Bf16, Format::Q8_0].map(|format| {
             let panel = vec![0_u8; Layout { format, n: PANEL, k: K }.panel_bytes()];
-            (format, Converted::zeroed(isa, format, TILE_ROWS, K), panel)
+            (format, Converted::zeroed(isa, format, ROWS, K), panel)
         });
         let mut sums = new_sums();
         move || {
             for (format, activations, panel) in &operands {
-                let rows: [_; TILE_ROWS] = std::array::from_fn(|row| activations.row(row));
+                let rows: [_; ROWS] = std::array::from_fn(|row| activations.row(row));
                 // SAFETY: rows and panels of the format and K.
                 unsafe {
                     walk_panels(isa, *format, K, &rows, 0..TILE_PANELS, |_| panel.as_ptr(), &mut sums, |_, _, _| {});

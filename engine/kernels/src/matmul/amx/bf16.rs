@@ -10,9 +10,9 @@ use std::{
 
 use super::{
     Workspace, prefetch,
-    registers::{LINE, Line, ROWS, Shape, W, W2, X, X2, load, multiply_bf16, store, zero},
+    registers::{LINE, Line, ROWS, Shape, W, W2, X, X2, load, multiply_bf16, store, zero_sums},
 };
-use crate::format::PANEL;
+use crate::{format::PANEL, matmul::panels_at_once};
 
 /// Most panels of a pass.
 const PANELS: usize = 4;
@@ -39,22 +39,17 @@ pub(super) unsafe fn walk(
     let width = if rows.len() > ROWS { 2 } else { PANELS };
     let mut panel = panels.start;
     while panel < panels.end {
-        let count = match panels.end - panel {
-            left if left >= width => width,
-            left if left >= 2 => 2,
-            _ => 1,
-        };
-        let blocks = rows.len().div_ceil(2 * ROWS);
+        let count = panels_at_once(panels.end - panel, width);
+        // The rows by turns fetch the panels that follow.
+        let share = (count * ROWS).div_ceil(rows.len().div_ceil(2 * ROWS));
         let starts: [_; PANELS] = std::array::from_fn(|index| panel_start(panel + index.min(count - 1)));
         for (block, some) in rows.chunks(2 * ROWS).enumerate() {
             let sums = workspace.sums(some.len(), count).cast::<u8>();
             // SAFETY: the caller's promises; there are lines and sums for the rows.
             unsafe {
                 let x = lines.add(block * 2 * ROWS * units);
-                // The rows by turns fetch the panels that follow.
-                let lines = (count * ROWS).div_ceil(blocks);
-                let ahead =
-                    Ahead { start: starts[0].wrapping_add((count * ROWS + block * lines) * units * LINE), lines };
+                let start = starts[0].wrapping_add((count * ROWS + block * share) * units * LINE);
+                let ahead = Ahead { start, lines: share };
                 match (some.len() > ROWS, count) {
                     (true, 2) => tall::<2>(x, [starts[0], starts[1]], units, ahead, sums),
                     (true, _) => tall::<1>(x, [starts[0]], units, ahead, sums),
@@ -83,10 +78,7 @@ struct Ahead {
 unsafe fn tall<const P: usize>(lines: *const Line, panels: [*const u8; P], units: usize, ahead: Ahead, sums: *mut u8) {
     // SAFETY: the caller's promises.
     unsafe {
-        zero::<0>();
-        zero::<1>();
-        zero::<2>();
-        zero::<3>();
+        zero_sums();
         for unit in 0..units {
             let at = unit * ROWS * LINE;
             for line in 0..ahead.lines {
@@ -125,10 +117,7 @@ unsafe fn tall<const P: usize>(lines: *const Line, panels: [*const u8; P], units
 unsafe fn wide<const P: usize>(lines: *const Line, panels: [*const u8; P], units: usize, sums: *mut u8) {
     // SAFETY: the caller's promises.
     unsafe {
-        zero::<0>();
-        zero::<1>();
-        zero::<2>();
-        zero::<3>();
+        zero_sums();
         for unit in 0..units {
             let weights = |panel: usize| {
                 let at = panels[panel].add(unit * ROWS * LINE);

@@ -54,7 +54,7 @@ const GROUP: usize = 4;
 /// Units of a group of blocks, and of a super-block.
 const GROUP_UNITS: usize = GROUP * BLOCK / INTEGER_K;
 const SUPER_BLOCK_UNITS: usize = SUPER_BLOCK / INTEGER_K;
-/// The register of the minima's products.
+/// The register of the minima's products: super-blocks have one operand of activations at a time.
 const BELOW: u8 = X2;
 /// Rows whose sums are added beside a product.
 const QUARTER: usize = ROWS / 4;

@@ -2,7 +2,7 @@
 //! of 16 outputs, over 32 bf16 or 64 int8 inputs. A panel's bytes are what it takes: 16 outputs side by side, 4 bytes of
 //! each.
 //!
-//! - `registers.rs`: the instructions, and the one configuration of the tile registers.
+//! - `registers.rs`: the instructions, and the shapes of the tile registers.
 //! - `bf16.rs`, `integer.rs`: the formats. Integers have the bits of every other tier.
 //! - `emulator.rs`, for tests: the instructions on machines that lack them.
 //!
@@ -43,7 +43,7 @@ use crate::{
 pub(super) fn takes(format: Format, rows: usize) -> bool {
     match format {
         Format::F32 => false,
-        Format::Bf16 => true,
+        Format::Bf16 => rows > 0,
         Format::Q4K | Format::Q6K => rows > 9,
         Format::Q8_0 | Format::Q4_0 | Format::Mxfp4 => rows > 12,
     }
@@ -62,6 +62,7 @@ pub(super) const ROWS_AT_A_TIME: usize = 128;
 const PREFETCH_BYTES: usize = 4096;
 
 /// What one thread works with.
+#[derive(Default)]
 struct Workspace {
     /// Of each 16 rows, for each 64 bytes of them, a line of each: `[rows / 16][units][16]`. Lines past the last row hold
     /// what they held.
@@ -78,15 +79,10 @@ struct Workspace {
 }
 
 thread_local! {
-    static WORKSPACE: RefCell<Workspace> = const { RefCell::new(Workspace::new()) };
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
 }
 
 impl Workspace {
-    const fn new() -> Self {
-        let none = Vec::new;
-        Self { activations: none(), scales: none(), part_sums: none(), weights: none(), products: none(), sums: none() }
-    }
-
     /// Makes the registers' shapes `shape`, whatever they were, and room for what the formats need.
     ///
     /// # Safety
@@ -167,8 +163,8 @@ pub(super) unsafe fn walk(
 ) {
     WORKSPACE.with_borrow_mut(|workspace| {
         // Of like size: a rest of few rows would cost as much as 16.
-        let chunks = rows.len().div_ceil(ROWS_AT_A_TIME).max(1);
-        let size = rows.len().div_ceil(chunks).next_multiple_of(2 * ROWS).max(ROWS);
+        let chunks = rows.len().div_ceil(ROWS_AT_A_TIME);
+        let size = rows.len().div_ceil(chunks).next_multiple_of(2 * ROWS);
         for (index, rows) in rows.chunks(size).enumerate() {
             let sink = |row, panel, sums: &[_]| sink(index * size + row, panel, sums);
             // SAFETY: the caller's promises.

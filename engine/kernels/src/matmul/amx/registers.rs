@@ -26,7 +26,7 @@ pub(super) const W2: u8 = 7;
 pub(super) struct Line(pub(super) [u8; 64]);
 
 /// How deep the registers of operands are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Shape {
     /// 32 bf16 or 64 int8 inputs: all registers are 16 rows by 64 bytes.
     Whole,
@@ -74,6 +74,21 @@ pub(super) unsafe fn configure(shape: Shape) {
 pub(super) unsafe fn zero<const R: u8>() {
     // SAFETY: the caller's promise.
     unsafe { asm!("tilezero tmm{}", const R, options(nostack, preserves_flags)) }
+}
+
+/// Registers 0 to 3 = 0.
+///
+/// # Safety
+/// As above.
+#[inline(always)]
+pub(super) unsafe fn zero_sums() {
+    // SAFETY: the caller's promise.
+    unsafe {
+        zero::<0>();
+        zero::<1>();
+        zero::<2>();
+        zero::<3>();
+    }
 }
 
 /// Register `R` = its rows at `start`, `start + stride`, …
