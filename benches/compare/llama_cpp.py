@@ -19,6 +19,13 @@ OPTIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_OPENSSL": "OFF",
 }
+# GCC before 12.4 and 13.3 believes that `_tile_loadconfig` reads 8 bytes of the 64 and leaves out what fills the others:
+# llama.cpp then crashes where the machine has AMX (GCC's bug 114098).
+TILE_CONFIG = """#ifdef __AMX_TILE__
+#include <immintrin.h>
+#define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %X0" : : "m"(*(const char(*)[64])(config)))
+#endif
+"""
 
 
 def environment(folder):
@@ -35,7 +42,10 @@ def build(work):
     if not shutil.which("cmake"):
         raise SystemExit("cmake is missing: install it, or give --llama DIR")
     source = _source(work)
-    flags = [f"-D{key}={value}" for key, value in OPTIONS.items()]
+    header = work / "tile_config.h"
+    header.write_text(TILE_CONFIG)
+    options = {**OPTIONS, "CMAKE_CXX_FLAGS": f"-include {header.resolve()}"}
+    flags = [f"-D{key}={value}" for key, value in options.items()]
     subprocess.run(["cmake", "-S", source, "-B", build, *flags], check=True, stdout=sys.stderr)
     jobs = ["--parallel", str(os.cpu_count()), "--target", *PROGRAMS]
     subprocess.run(["cmake", "--build", build, *jobs], check=True, stdout=sys.stderr)

@@ -5,7 +5,7 @@
 //! call, however many rows use it. A token's sum over its experts is taken in the order of the groups, so give them
 //! in ascending expert index: the result then depends on nothing else.
 
-use std::ops::Range;
+use std::{cmp::Reverse, ops::Range};
 
 use crate::{
     activation::silu_mul,
@@ -71,12 +71,11 @@ pub struct WeightedRow {
     pub weight: f32,
 }
 
-/// `out[row] = Σ over groups in order of weight · ffn(x[row])`; `x` and `out` are `[rows, hidden]`.
+/// `out[row] += Σ over groups in order of weight · ffn(x[row])`; `x` and `out` are `[rows, hidden]`.
 ///
 /// # Panics
 /// When a slice has not the size that the layout needs, or a row's index lies outside.
 pub fn grouped_ffn(pool: &Pool, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Group<'_>], out: &mut [f32]) {
-    out.fill(0.0);
     let rows: Vec<_> = groups.iter().map(|group| group.rows).collect();
     let mut ffn = GroupedFfn::new(pool, isa, layout, x, &rows);
     let gate_up: Vec<_> = groups.iter().map(|group| group.gate_up).enumerate().collect();
@@ -130,7 +129,7 @@ impl<'a> GroupedFfn<'a> {
             groups,
             starts,
             done: vec![false; groups.len()],
-            inner: Converted::zeroed(isa, layout.format, total, layout.intermediate),
+            inner: Converted::zeroed(pool, isa, layout.format, total, layout.intermediate),
         }
     }
 
@@ -148,13 +147,15 @@ impl<'a> GroupedFfn<'a> {
         let writer = inner.writer();
         let size = TaskSize::new(isa, layout.format, most_rows(groups));
         // Columns of the intermediate; what shares a scale stays together.
-        let columns_per_task = (size.panels(&matrix) / 2 * PANEL)
-            .max(1)
+        let columns_per_task = (size.fair_panels(pool, &matrix, weights.len()) / 2 * PANEL)
             .next_multiple_of(Writer::unit(layout.format))
             .min(layout.intermediate);
         let tasks_per_group = layout.intermediate.div_ceil(columns_per_task);
+        // The largest first: what one thread still does while the others have nothing left is small.
+        let mut order: Vec<_> = weights.iter().collect();
+        order.sort_by_key(|(group, _)| Reverse(groups[*group].len()));
         pool.run(weights.len() * tasks_per_group, |task| {
-            let ((group, gate_up), part) = (&weights[task / tasks_per_group], task % tasks_per_group);
+            let ((group, gate_up), part) = (order[task / tasks_per_group], task % tasks_per_group);
             let (rows, start) = (groups[*group], starts[*group]);
             let columns = part * columns_per_task..layout.intermediate.min((part + 1) * columns_per_task);
             let panels = columns.start / PANEL * 2..columns.end.div_ceil(PANEL) * 2;
@@ -195,7 +196,7 @@ impl<'a> GroupedFfn<'a> {
         assert!(weights.iter().all(|(group, _)| self.done[*group]), "down before gate|up");
         assert_eq!(out.len(), self.rows * hidden, "outputs");
         let size = TaskSize::new(self.isa, matrix.format, most_rows(self.groups));
-        let panels_per_task = size.fair_panels(self.pool, &matrix);
+        let panels_per_task = size.fair_panels(self.pool, &matrix, 1);
         let target = SharedSlice::new(out);
         self.pool.run(matrix.panels().div_ceil(panels_per_task), |task| {
             let panels = task * panels_per_task..matrix.panels().min((task + 1) * panels_per_task);

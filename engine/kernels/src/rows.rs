@@ -1,6 +1,13 @@
-//! Rows of a matrix, picked and added on all threads.
+//! Rows of a matrix, made, picked and added on all threads.
 
-use crate::{ffn::WeightedRow, norm::for_row_chunks, pool::Pool, shared::SharedSlice};
+use std::mem::MaybeUninit;
+
+use crate::{
+    ffn::WeightedRow,
+    norm::for_row_chunks,
+    pool::Pool,
+    shared::{SharedSlice, written},
+};
 
 /// `out[i] = x[rows[i]]`: `x` is `[_, width]`, `out` `[rows.len(), width]`.
 ///
@@ -50,6 +57,26 @@ pub fn add(pool: &Pool, x: &[f32], out: &mut [f32]) {
     });
 }
 
+/// `a + b`, both of any shape.
+///
+/// # Panics
+/// When the sizes differ.
+#[must_use]
+pub fn sum(pool: &Pool, a: &[f32], b: &[f32]) -> Vec<f32> {
+    assert_eq!(a.len(), b.len(), "a sum");
+    written(pool, a.len(), |range, out| {
+        for (out, (a, b)) in out.iter_mut().zip(a[range.clone()].iter().zip(&b[range])) {
+            out.write(a + b);
+        }
+    })
+}
+
+/// `len` zeros. A thread that touches a page first waits until the system has cleared it, so all of them do.
+#[must_use]
+pub fn zeros(pool: &Pool, len: usize) -> Vec<f32> {
+    written(pool, len, |_, out| out.fill(MaybeUninit::new(0.0)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +94,15 @@ mod tests {
         assert_eq!(sums, [1.0, 1.0, 1.0, 7.0, 9.0, 11.0, 1.0, 1.0, 1.0, -8.0, -9.0, -10.0]);
         add(&pool, &x, &mut sums);
         assert_eq!(sums[3..6], [10.0, 13.0, 16.0]);
+    }
+
+    #[test]
+    fn every_value_is_written_whatever_the_tasks() {
+        let pool = Pool::new(3);
+        for len in [0, 1, 16_384, 100_003] {
+            let (a, b): (Vec<f32>, Vec<f32>) = (0..len).map(|index| (index as f32, -0.5 * index as f32)).unzip();
+            assert!(sum(&pool, &a, &b).iter().enumerate().all(|(index, sum)| *sum == 0.5 * index as f32), "{len}");
+            assert_eq!(zeros(&pool, len), vec![0.0; len]);
+        }
     }
 }

@@ -1,5 +1,9 @@
 //! A slice that the tasks of one parallel job write in disjoint parts.
 
+use std::{mem::MaybeUninit, ops::Range};
+
+use crate::{norm::for_row_chunks, pool::Pool};
+
 /// Shared access to a mutable slice. Safe as long as no two tasks touch the same element.
 pub(crate) struct SharedSlice<T> {
     start: *mut T,
@@ -39,4 +43,22 @@ impl<T> SharedSlice<T> {
         // SAFETY: in bounds by the check of `pointer`; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
+}
+
+/// `len` values, made on all threads; `write` writes all of the range that it is given.
+pub(crate) fn written<T: Send>(
+    pool: &Pool,
+    len: usize,
+    write: impl Fn(Range<usize>, &mut [MaybeUninit<T>]) + Sync,
+) -> Vec<T> {
+    let mut values = Vec::with_capacity(len);
+    let target = SharedSlice::new(&mut values.spare_capacity_mut()[..len]);
+    for_row_chunks(pool, len, 1, |range| {
+        // SAFETY: each value belongs to one task.
+        let out = unsafe { target.part(range.start, range.len()) };
+        write(range, out);
+    });
+    // SAFETY: the ranges cover all of the values, and each has been written.
+    unsafe { values.set_len(len) };
+    values
 }

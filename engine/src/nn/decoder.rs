@@ -141,13 +141,14 @@ impl Model for Decoder {
         let layer = &self.parts.layers[index];
         let normed = layer.attention_norm.forward(step.compute, &hidden)?;
         let attended = layer.attention.forward(step, &self.parts.rope, index, &normed)?;
-        let hidden = ops::add(&hidden, &attended)?;
+        let hidden = ops::add(step.compute, &hidden, &attended)?;
         let normed = layer.ffn_norm.forward(step.compute, &hidden)?;
         // Reading ahead follows on a visit to the store.
         if let (Some(next), Ffn::Moe(_)) = (self.parts.layers.get(index + 1), &layer.ffn) {
             next.predict_experts(step, index + 1, &hidden)?;
         }
-        ops::add(&hidden, &layer.ffn.forward(step, index, &normed)?)
+        let added = layer.ffn.forward(step, index, &normed)?;
+        ops::add(step.compute, &hidden, &added)
     }
 
     fn head(&self, step: &mut StepContext<'_>, hidden: &Tensor) -> Result<Tensor> {

@@ -172,7 +172,7 @@ impl MoeFfn {
         match &self.shared {
             Some(shared) => {
                 let of_shared = Some((&adapters, FfnPlace::Shared(layer)));
-                ops::add(&routed, &shared.forward(compute, x, of_shared)?)
+                ops::add(compute, &routed, &shared.forward(compute, x, of_shared)?)
             }
             None => Ok(routed),
         }

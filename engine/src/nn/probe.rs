@@ -150,7 +150,7 @@ impl<'a> Probe<'a> {
             }
             if let Some(dense) = &self.dense {
                 let start = Instant::now();
-                ops::add(&hidden, &dense.forward(self.compute, &hidden, None)?)?;
+                ops::add(self.compute, &hidden, &dense.forward(self.compute, &hidden, None)?)?;
                 clock.dense += start.elapsed().as_secs_f64();
             }
         }
@@ -179,7 +179,7 @@ impl<'a> Probe<'a> {
         let start = Instant::now();
         let normed = first.attention_norm.forward(self.compute, x)?;
         let attended = self.layers[index].attention.forward(step, &self.decoder.parts.rope, index, &normed)?;
-        let normed = first.ffn_norm.forward(self.compute, &ops::add(x, &attended)?)?;
+        let normed = first.ffn_norm.forward(self.compute, &ops::add(self.compute, x, &attended)?)?;
         clock.attention += start.elapsed().as_secs_f64();
         Ok(normed)
     }
@@ -194,7 +194,7 @@ impl<'a> Probe<'a> {
         let sum = ops::grouped_ffn(self.compute, x, &moe.experts, routes, None)?;
         clock.experts += routed.elapsed().as_secs_f64();
         let start = Instant::now();
-        ops::add(shared.as_ref().unwrap_or(x), &sum)?;
+        ops::add(self.compute, shared.as_ref().unwrap_or(x), &sum)?;
         clock.router += start.elapsed().as_secs_f64();
         Ok(())
     }

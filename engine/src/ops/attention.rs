@@ -1,4 +1,7 @@
-use cadre_kernels::qkv::{QkvOptions, QkvOut};
+use cadre_kernels::{
+    qkv::{QkvOptions, QkvOut},
+    rows::zeros,
+};
 
 use super::{forward_only, output, rows_of, with_slice};
 use crate::{Result, Tensor, compute::Compute, kv::AttentionIo, model::StepContext, nn::Rope};
@@ -18,7 +21,7 @@ pub fn split_qkv(
     forward_only("split_qkv", &[x])?;
     let (q, kv) = (options.num_heads * options.head_dim, options.num_kv_heads * options.head_dim);
     let tokens = rows_of("fused projection", x, q + 2 * kv)?;
-    let (mut query, mut key, mut value) = (vec![0.0; tokens * q], vec![0.0; tokens * kv], vec![0.0; tokens * kv]);
+    let [mut query, mut key, mut value] = [q, kv, kv].map(|width| zeros(&compute.pool, tokens * width));
     with_slice(x, |x| {
         let out = QkvOut { query: &mut query, key: &mut key, value: &mut value };
         rope.with_table(positions, |table| {
@@ -36,7 +39,7 @@ pub fn split_qkv(
 pub fn attention(step: &mut StepContext<'_>, layer: usize, scale: f32, qkv: &[Tensor; 3]) -> Result<Tensor> {
     let [query, key, value] = qkv;
     forward_only("attention", &[query, key, value])?;
-    let mut out = vec![0.0; query.elem_count()];
+    let mut out = zeros(&step.compute.pool, query.elem_count());
     with_slice(query, |queries| {
         with_slice(key, |keys| {
             with_slice(value, |values| {

@@ -106,7 +106,7 @@ pub fn grouped_ffn(
         .filter(|(_, rows)| !rows.is_empty())
         .map(|(expert, rows)| experts.group(expert, rows))
         .collect();
-    let mut out = vec![0.0; tokens * layout.hidden];
+    let mut out = rows::zeros(&compute.pool, tokens * layout.hidden);
     with_slice(x, |x| {
         if !groups.is_empty() {
             cadre_kernels::ffn::grouped_ffn(&compute.pool, compute.isa, layout, x, &groups, &mut out);
@@ -141,7 +141,7 @@ pub fn stored_ffn(
     let fused = |indices: &[usize]| -> Vec<usize> {
         indices.iter().copied().filter(|&index| !groups[index].is_empty()).collect()
     };
-    let mut out = vec![0.0; tokens * layout.hidden];
+    let mut out = rows::zeros(&compute.pool, tokens * layout.hidden);
     with_slice(x, |x| {
         let mut ffn = GroupedFfn::new(&compute.pool, compute.isa, layout, x, &groups);
         let mut visit = store.visit(layer, &used, lane);
@@ -201,14 +201,14 @@ impl AdaptedGroup<'_> {
         let FfnLayout { hidden, intermediate, .. } = layout;
         let [gate_up, down] = matrices(&layout, bytes);
         let tokens = self.rows.len();
-        let mut inputs = vec![0.0; tokens * hidden];
+        let mut inputs = rows::zeros(pool, tokens * hidden);
         rows::gather(pool, x, hidden, &self.rows, &mut inputs);
-        let mut gated = vec![0.0; tokens * gate_up.layout().n];
+        let mut gated = rows::zeros(pool, tokens * gate_up.layout().n);
         matmul(pool, *isa, &inputs, &gate_up, &mut gated);
         self.adapters.add(compute, self.places[0], &inputs, &mut gated);
-        let mut inner = vec![0.0; tokens * intermediate];
+        let mut inner = rows::zeros(pool, tokens * intermediate);
         gated_silu(pool, *isa, intermediate, &gated, &mut inner);
-        let mut outputs = vec![0.0; tokens * hidden];
+        let mut outputs = rows::zeros(pool, tokens * hidden);
         matmul(pool, *isa, &inner, &down, &mut outputs);
         self.adapters.add(compute, self.places[1], &inner, &mut outputs);
         rows::scatter_add(pool, &outputs, hidden, &self.rows, out);

@@ -1,3 +1,5 @@
+use cadre_kernels::rows::zeros;
+
 use super::{forward_only, output, rows_of, with_slice};
 use crate::{Result, Tensor, compute::Compute, nn::Matrix};
 
@@ -9,7 +11,7 @@ pub fn linear(compute: &Compute, x: &Tensor, weight: &Matrix, bias: Option<&[f32
     forward_only("linear", &[x])?;
     let n = weight.layout().n;
     let rows = rows_of("input of linear", x, weight.layout().k)?;
-    let mut out = vec![0.0; rows * n];
+    let mut out = zeros(&compute.pool, rows * n);
     with_slice(x, |x| {
         cadre_kernels::matmul::matmul(&compute.pool, compute.isa, x, &weight.packed(), &mut out);
         Ok(())

@@ -1,3 +1,5 @@
+use cadre_kernels::rows::zeros;
+
 use super::{forward_only, output, rows_of, with_slice};
 use crate::{Result, Tensor, compute::Compute};
 
@@ -8,7 +10,7 @@ use crate::{Result, Tensor, compute::Compute};
 pub fn rms_norm(compute: &Compute, x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
     forward_only("rms_norm", &[x])?;
     let rows = rows_of("input of rms_norm", x, weight.len())?;
-    let mut out = vec![0.0; rows * weight.len()];
+    let mut out = zeros(&compute.pool, rows * weight.len());
     with_slice(x, |x| {
         cadre_kernels::norm::rms_norm(&compute.pool, x, weight, eps, &mut out);
         Ok(())

@@ -1,5 +1,7 @@
+use cadre_kernels::rows::sum;
+
 use super::{forward_only, output, rows_of, with_slice};
-use crate::{Error, Result, Tensor, nn::Matrix};
+use crate::{Error, Result, Tensor, compute::Compute, nn::Matrix};
 
 /// Rows `ids` of an embedding: `[ids.len(), hidden]`.
 ///
@@ -21,13 +23,13 @@ pub fn embed(table: &Matrix, ids: &[u32]) -> Result<Tensor> {
 ///
 /// # Errors
 /// When the shapes differ, or a gradient is wanted.
-pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+pub fn add(compute: &Compute, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     forward_only("add", &[a, b])?;
     if a.dims() != b.dims() {
         return Err(Error::Shape { what: "add".into(), expected: a.dims().to_vec(), found: b.dims().to_vec() });
     }
     let width = a.dims().last().copied().unwrap_or(1);
-    with_slice(a, |a| with_slice(b, |b| output(a.iter().zip(b).map(|(a, b)| a + b).collect(), width)))
+    with_slice(a, |a| with_slice(b, |b| output(sum(&compute.pool, a, b), width)))
 }
 
 /// Rows `rows` of `x` `[tokens, width]`.

@@ -55,7 +55,7 @@ fn outcomes(compute: &Compute) -> std::result::Result<Vec<(&'static str, Result<
     Ok(vec![
         ("linear", linear(compute, &x, &weight, None).map(drop)),
         ("rms_norm", rms_norm(compute, &x, &[1.0; 4], 1e-6).map(drop)),
-        ("add", add(&x, &x).map(drop)),
+        ("add", add(compute, &x, &x).map(drop)),
         ("add_adapters", add_adapters(compute, &RowAdapters::default(), Place::Head, &x, x.clone()).map(drop)),
         ("select_rows", select_rows(&x, &[1]).map(drop)),
         ("route", route(&x, &router()).map(drop)),

@@ -57,7 +57,7 @@ impl Expert {
 }
 
 fn run(threads: usize, isa: Isa, layout: FfnLayout, x: &[f32], groups: &[Group<'_>]) -> Vec<f32> {
-    let mut out = vec![f32::NAN; x.len()];
+    let mut out = vec![0.0; x.len()];
     grouped_ffn(&Pool::new(threads), isa, layout, x, groups, &mut out);
     out
 }

@@ -12,6 +12,8 @@
 //! a *correction* is what the sum of a block starts from, minus the weights' offset times the sum of the activations.
 //! A block with a NaN or an infinity gets the scale NaN: what is broken stays visible.
 
+use std::mem::MaybeUninit;
+
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
     _mm_storeu_si128, _mm512_and_si512, _mm512_cvtepi32_epi8, _mm512_cvtps_epi32, _mm512_loadu_ps, _mm512_loadu_si512,
@@ -24,7 +26,7 @@ use crate::{
     format::{BLOCK, Format, SUPER_BLOCK, round_to_bf16},
     isa::Isa,
     pool::Pool,
-    shared::SharedSlice,
+    shared::{SharedSlice, written},
 };
 
 /// What is added to a format's quants to make them unsigned; `mxfp4` counts in halves, from -12 to 12.
@@ -76,7 +78,7 @@ impl<'a> Activations<'a> {
         if format == Format::F32 {
             return Self::F32 { values: x, k };
         }
-        let mut converted = Converted::zeroed(isa, format, x.len() / k, k);
+        let mut converted = Converted::zeroed(pool, isa, format, x.len() / k, k);
         let writer = converted.writer();
         let rows_per_task = (32_768 / k).max(1);
         pool.run((x.len() / k).div_ceil(rows_per_task), |task| {
@@ -111,7 +113,7 @@ pub(crate) struct Converted {
 
 impl Converted {
     /// `rows` rows of `k` zeros, for the tier `isa`.
-    pub(crate) fn zeroed(isa: Isa, format: Format, rows: usize, k: usize) -> Self {
+    pub(crate) fn zeroed(pool: &Pool, isa: Isa, format: Format, rows: usize, k: usize) -> Self {
         let k = format.padded_k(k);
         let bytes = match format {
             Format::F32 => k * 4,
@@ -120,7 +122,7 @@ impl Converted {
             _ => IntegerRow::new(format, k).bytes,
         };
         let stride = bytes.div_ceil(8);
-        Self { isa, format, k, stride, words: vec![0; rows * stride] }
+        Self { isa, format, k, stride, words: written(pool, rows * stride, |_, out| out.fill(MaybeUninit::new(0))) }
     }
 
     /// The start of row `index`.

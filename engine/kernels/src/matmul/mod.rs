@@ -67,6 +67,8 @@ pub(crate) struct TaskSize {
     rows: usize,
     /// Rows whose sums, f32, stay in the near caches until they are converted.
     pub chunk: usize,
+    /// Tasks for each thread that a product is cut into at most: more are fairer, fewer lay rows side by side less often.
+    shares: usize,
 }
 
 impl TaskSize {
@@ -75,21 +77,16 @@ impl TaskSize {
         match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Amx if amx::lays(format, rows) => {
-                Self { bytes: 1 << 20, rows: 2 * amx::ROWS_AT_A_TIME, chunk: amx::ROWS_AT_A_TIME }
+                Self { bytes: 4 << 20, rows: 2 * amx::ROWS_AT_A_TIME, chunk: amx::ROWS_AT_A_TIME, shares: 2 }
             }
-            _ => Self { bytes: 256 << 10, rows: 240, chunk: 48 },
+            _ => Self { bytes: 256 << 10, rows: 240, chunk: 48, shares: 4 },
         }
     }
 
-    /// Panels that stream so many bytes.
-    pub(crate) fn panels(self, layout: &Layout) -> usize {
-        self.bytes / layout.panel_bytes()
-    }
-
-    /// The same, but few enough that every thread gets some; even, so that tiles stay whole.
-    pub(crate) fn fair_panels(self, pool: &Pool, layout: &Layout) -> usize {
-        let fair = layout.panels().div_ceil(4 * pool.threads());
-        self.panels(layout).min(fair).max(1).next_multiple_of(2)
+    /// The same, but few enough that every thread gets some of `matrices` such matrices; even, so that tiles stay whole.
+    pub(crate) fn fair_panels(self, pool: &Pool, layout: &Layout, matrices: usize) -> usize {
+        let fair = (matrices * layout.panels()).div_ceil(self.shares * pool.threads());
+        (self.bytes / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
     }
 }
 
@@ -148,7 +145,7 @@ fn products(
     assert_eq!(y.len(), rows * n, "outputs of {rows} rows by {n}");
     let activations = &inputs.activations;
     let size = TaskSize::new(inputs.isa, layout.format, rows);
-    let panels_per_task = size.fair_panels(pool, &layout);
+    let panels_per_task = size.fair_panels(pool, &layout, 1);
     let panel_tasks = layout.panels().div_ceil(panels_per_task);
     let row_tasks = rows.div_ceil(size.rows);
     let target = SharedSlice::new(y);
@@ -279,7 +276,7 @@ unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16, Format::Bf16) => avx512::tile::<avx512::Bf16Pairs>(rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(format, rows, panels, k, sums),
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(isa, format, rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, _) => avx2::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "aarch64")]
@@ -311,7 +308,7 @@ pub(crate) fn multiplies_faster(isa: Isa, other: Isa) -> bool {
     let run = |isa| {
         let operands = [Format::Bf16, Format::Q8_0].map(|format| {
             let panel = vec![0_u8; Layout { format, n: PANEL, k: K }.panel_bytes()];
-            (format, Converted::zeroed(isa, format, ROWS, K), panel)
+            (format, Converted::zeroed(&Pool::new(1), isa, format, ROWS, K), panel)
         });
         let mut sums = new_sums();
         move || {

@@ -21,7 +21,10 @@ use std::{
 };
 
 use super::{INTEGER_ROWS, MXFP4_UNSIGNED, Sums, activations::IntegerRow};
-use crate::format::{BLOCK, Format, INTEGER_K, SUPER_BLOCK};
+use crate::{
+    format::{BLOCK, Format, INTEGER_K, SUPER_BLOCK},
+    isa::Isa,
+};
 
 /// How far ahead of the loads packed weights are fetched into the second cache. Panels lie one after the other, so this
 /// reaches into the next.
@@ -47,7 +50,18 @@ pub(super) fn panels(rows: usize) -> usize {
 /// # Safety
 /// The machine has AVX-512 F/BW/DQ/VL and VNNI; rows have the form and panels the size that format and `k` say; one
 /// panel or two, and at most [`INTEGER_ROWS`] rows.
-pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+pub(super) unsafe fn tile(
+    isa: Isa,
+    format: Format,
+    rows: &[*const u8],
+    panels: &[*const u8],
+    k: usize,
+    sums: &mut Sums,
+) {
+    // With one or two rows the loads themselves run far enough ahead, and fetching on top of that costs (Zen 4, one row of
+    // `q4_k`: 35 GB/s without, 28 with), but where the memory answers late (a Xeon with AMX: 16 and 22). With more, the
+    // arithmetic of one block fills the core's window and no load of the next is in it.
+    let fetches = rows.len() >= 3 || isa == Isa::Amx;
     /// Compiles the call for each number of rows of one panel, and for any of two, which it names `R` and `P`.
     macro_rules! by_shape {
         ($call:expr) => { by_shape!($call; 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16) };
@@ -70,11 +84,11 @@ pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panels: &[*const u
         };
     }
     match format {
-        Format::Q8_0 => by_shape!(blocks::<Q8_0, R, P>(rows, panels, k, sums)),
-        Format::Q4_0 => by_shape!(blocks::<Q4_0, R, P>(rows, panels, k, sums)),
-        Format::Mxfp4 => by_shape!(blocks::<Mxfp4, R, P>(rows, panels, k, sums)),
-        Format::Q4K => by_shape!(q4_k::<R, P>(rows, panels, k, sums)),
-        Format::Q6K => by_shape!(q6_k::<R, P>(rows, panels, k, sums)),
+        Format::Q8_0 => by_shape!(blocks::<Q8_0, R, P>(fetches, rows, panels, k, sums)),
+        Format::Q4_0 => by_shape!(blocks::<Q4_0, R, P>(fetches, rows, panels, k, sums)),
+        Format::Mxfp4 => by_shape!(blocks::<Mxfp4, R, P>(fetches, rows, panels, k, sums)),
+        Format::Q4K => by_shape!(q4_k::<R, P>(fetches, rows, panels, k, sums)),
+        Format::Q6K => by_shape!(q6_k::<R, P>(fetches, rows, panels, k, sums)),
         Format::F32 | Format::Bf16 => unreachable!("{format} is no integer format"),
     }
 }
@@ -98,17 +112,12 @@ pub(super) struct Q8_0;
 pub(super) struct Q4_0;
 pub(super) struct Mxfp4;
 
-/// Fetches `bytes` bytes that come [`FAR_BYTES`] after `at`, for packed weights that meet more than two rows, in this tile or
-/// in those before it.
-///
-/// With one or two rows the loads themselves run far enough ahead, and fetching on top of that costs (one row of
-/// `q4_k`: 35 GB/s without, 28 with). With more, the arithmetic of one block fills the core's window and no load of the
-/// next is in it. The first cache takes too few requests at a time to be the target: 4 rows of `q6_k` read 20 GB/s
-/// alone, 21 with fetches into the first cache and 37 with fetches into the second.
+/// Fetches `bytes` bytes that come [`FAR_BYTES`] after `at`, if at all. The first cache takes too few requests at a time to be
+/// the target: 4 rows of `q6_k` read 20 GB/s alone, 21 with fetches into the first cache and 37 with fetches into the second.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch<const R: usize>(at: *const u8, bytes: usize) {
-    if R >= 3 {
+fn prefetch(fetches: bool, at: *const u8, bytes: usize) {
+    if fetches {
         for line in (0..bytes).step_by(64) {
             // Past the end of the memory a prefetch is harmless.
             _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(FAR_BYTES + line).cast());
@@ -120,9 +129,9 @@ fn prefetch<const R: usize>(at: *const u8, bytes: usize) {
 /// formats don't.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch_twice<const R: usize>(at: *const u8, bytes: usize) {
-    prefetch::<R>(at, bytes);
-    if R >= 3 {
+fn prefetch_twice(fetches: bool, at: *const u8, bytes: usize) {
+    prefetch(fetches, at, bytes);
+    if fetches {
         for line in (0..bytes).step_by(64) {
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(NEAR_BYTES + line).cast());
         }
@@ -156,6 +165,7 @@ unsafe fn dot<const P: usize>(start: __m512i, weights: &[Steps; P], steps: Range
 /// As for [`tile`]; `rows` has at most `R` entries and `panels` has `P`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn blocks<K: Blocks, const R: usize, const P: usize>(
+    fetches: bool,
     rows: &[*const u8],
     panels: &[*const u8],
     k: usize,
@@ -172,7 +182,7 @@ unsafe fn blocks<K: Blocks, const R: usize, const P: usize>(
                 unsafe {
                     let at = panel.add(unit * K::UNIT);
                     if half == 0 {
-                        prefetch::<R>(at, K::UNIT);
+                        prefetch(fetches, at, K::UNIT);
                     }
                     (*scales, *weights) = (K::scales(at, half), K::steps(at, half));
                 }
@@ -196,7 +206,13 @@ unsafe fn blocks<K: Blocks, const R: usize, const P: usize>(
 /// # Safety
 /// As for [`tile`]; `rows` has at most `R` entries and `panels` has `P`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn q4_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+unsafe fn q4_k<const R: usize, const P: usize>(
+    fetches: bool,
+    rows: &[*const u8],
+    panels: &[*const u8],
+    k: usize,
+    sums: &mut Sums,
+) {
     let layout = IntegerRow::new(Format::Q4K, k);
     let mut totals = [[_mm512_setzero_ps(); P]; R];
     let mut before = 0;
@@ -211,7 +227,7 @@ unsafe fn q4_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*co
                 // SAFETY: the super-block lies in the panel.
                 unsafe {
                     let quants = panel.add(quants_at + part * 256);
-                    prefetch_twice::<R>(quants, 256);
+                    prefetch_twice(fetches, quants, 256);
                     *weights = nibbles(quants);
                     *scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(panel.add(scales_at + part * 16).cast()));
                 }
@@ -227,7 +243,7 @@ unsafe fn q4_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*co
         for (index, panel) in panels.iter().enumerate() {
             // SAFETY: the super-block lies in the panel, its scales and sums lie in each row.
             unsafe {
-                prefetch_twice::<R>(panel.add(scales_at), parts * 32);
+                prefetch_twice(fetches, panel.add(scales_at), parts * 32);
                 let (scale, minimum) = (half_floats(panel.add(before)), half_floats(panel.add(before + 32)));
                 for (row, (totals, integers)) in rows.iter().zip(totals.iter_mut().zip(&integers)) {
                     let (total, integer) = (&mut totals[index], integers[index]);
@@ -253,7 +269,13 @@ unsafe fn q4_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*co
 /// # Safety
 /// As for [`tile`]; `rows` has at most `R` entries and `panels` has `P`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn q6_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*const u8], k: usize, sums: &mut Sums) {
+unsafe fn q6_k<const R: usize, const P: usize>(
+    fetches: bool,
+    rows: &[*const u8],
+    panels: &[*const u8],
+    k: usize,
+    sums: &mut Sums,
+) {
     let layout = IntegerRow::new(Format::Q6K, k);
     let mut totals = [[_mm512_setzero_ps(); P]; R];
     let mut before = 0;
@@ -269,7 +291,7 @@ unsafe fn q6_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*co
                 unsafe {
                     let low = panel.add(quants_at + half / 2 * 768);
                     if half % 2 == 0 {
-                        prefetch::<R>(low, 768);
+                        prefetch(fetches, low, 768);
                     }
                     *weights = six_bits(low.add(half % 2 * 256), low.add(512 + half % 2 * 128));
                 }
@@ -298,7 +320,7 @@ unsafe fn q6_k<const R: usize, const P: usize>(rows: &[*const u8], panels: &[*co
         for (index, panel) in panels.iter().enumerate() {
             // SAFETY: the super-block lies in the panel, its scales lie in each row.
             unsafe {
-                prefetch::<R>(panel.add(before), 64 + units * 64);
+                prefetch(fetches, panel.add(before), 64 + units * 64);
                 let scale = half_floats(panel.add(before));
                 for (row, (totals, integers)) in rows.iter().zip(totals.iter_mut().zip(&integers)) {
                     let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(at / SUPER_BLOCK));

@@ -36,6 +36,7 @@ use crate::{
     format::{Format, Layout, PANEL, Packed, pack},
     isa::Isa,
     matmul::activations::Converted,
+    pool::Pool,
 };
 
 /// Whether a product of this many rows runs on the tile registers: these multiply 16 rows or none. Few rows of an integer
@@ -233,7 +234,7 @@ unsafe fn agrees_with_portable() -> bool {
         let Ok(mut bytes) = Buffer::<u8>::zeroed(layout.bytes()) else { return false };
         pack(layout, &w, &mut bytes);
         let weights = Packed::new(layout, &bytes);
-        let mut activations = Converted::zeroed(Isa::Portable, format, count, K);
+        let mut activations = Converted::zeroed(&Pool::new(1), Isa::Portable, format, count, K);
         let writer = activations.writer();
         for (index, row) in (0..count * K).map(value).collect::<Vec<_>>().chunks_exact(K).enumerate() {
             // SAFETY: nothing else uses the rows.

@@ -167,7 +167,7 @@ fn rows_may_lie_anywhere_and_more_than_once() {
         let layout = Layout { format, n: 100, k };
         let bytes = packed(layout, 3);
         let weights = Packed::new(layout, &bytes);
-        let mut activations = Converted::zeroed(Isa::Portable, format, rows, k);
+        let mut activations = Converted::zeroed(&Pool::new(1), Isa::Portable, format, rows, k);
         let writer = activations.writer();
         for (index, row) in values(rows * k, 5).chunks_exact(k).enumerate() {
             // SAFETY: nothing else uses the rows.
