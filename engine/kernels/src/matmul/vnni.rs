@@ -58,10 +58,6 @@ pub(super) unsafe fn tile(
     k: usize,
     sums: &mut Sums,
 ) {
-    // With one or two rows the loads themselves run far enough ahead, and fetching on top of that costs (Zen 4, one row of
-    // `q4_k`: 35 GB/s without, 28 with), but where the memory answers late (a Xeon with AMX: 16 and 22). With more, the
-    // arithmetic of one block fills the core's window and no load of the next is in it.
-    let fetches = rows.len() >= 3 || isa == Isa::Amx;
     /// Compiles the call for each number of rows of one panel, and for any of two, which it names `R` and `P`.
     macro_rules! by_shape {
         ($call:expr) => { by_shape!($call; 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16) };
@@ -83,6 +79,10 @@ pub(super) unsafe fn tile(
             }
         };
     }
+    // With one or two rows the loads themselves run far enough ahead, and fetching on top of that costs (Zen 4, one row of
+    // `q4_k`: 35 GB/s without, 28 with), but where the memory answers late (a Xeon with AMX: 16 and 22). With more, the
+    // arithmetic of one block fills the core's window and no load of the next is in it.
+    let fetches = rows.len() >= 3 || isa == Isa::Amx;
     match format {
         Format::Q8_0 => by_shape!(blocks::<Q8_0, R, P>(fetches, rows, panels, k, sums)),
         Format::Q4_0 => by_shape!(blocks::<Q4_0, R, P>(fetches, rows, panels, k, sums)),
