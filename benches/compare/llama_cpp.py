@@ -19,8 +19,8 @@ OPTIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_OPENSSL": "OFF",
 }
-# GCC before 12.4 and 13.3 believes that `_tile_loadconfig` reads 8 bytes of the 64 and leaves out what fills the others:
-# llama.cpp then crashes where the machine has AMX (GCC's bug 114098).
+# GCC 12's `_tile_loadconfig` tells the compiler that it reads 8 bytes of the 64, so what fills the others is left out:
+# llama.cpp then crashes where the machine has AMX.
 TILE_CONFIG = """#ifdef __AMX_TILE__
 #include <immintrin.h>
 #define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %X0" : : "m"(*(const char(*)[64])(config)))

@@ -1,12 +1,12 @@
 //! Rows of a matrix, made, picked and added on all threads.
 
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, ops::Range};
 
 use crate::{
     ffn::WeightedRow,
     norm::for_row_chunks,
     pool::Pool,
-    shared::{SharedSlice, written},
+    shared::{SharedSlice, written, zeroed},
 };
 
 /// `out[i] = x[rows[i]]`: `x` is `[_, width]`, `out` `[rows.len(), width]`.
@@ -64,17 +64,19 @@ pub fn add(pool: &Pool, x: &[f32], out: &mut [f32]) {
 #[must_use]
 pub fn sum(pool: &Pool, a: &[f32], b: &[f32]) -> Vec<f32> {
     assert_eq!(a.len(), b.len(), "a sum");
-    written(pool, a.len(), |range, out| {
+    let write = |range: Range<usize>, out: &mut [MaybeUninit<f32>]| {
         for (out, (a, b)) in out.iter_mut().zip(a[range.clone()].iter().zip(&b[range])) {
             out.write(a + b);
         }
-    })
+    };
+    // SAFETY: both have as many values as the range, so all of it is written.
+    unsafe { written(pool, a.len(), write) }
 }
 
-/// `len` zeros. A thread that touches a page first waits until the system has cleared it, so all of them do.
+/// `len` zeros, made on all threads.
 #[must_use]
 pub fn zeros(pool: &Pool, len: usize) -> Vec<f32> {
-    written(pool, len, |_, out| out.fill(MaybeUninit::new(0.0)))
+    zeroed(pool, len)
 }
 
 #[cfg(test)]

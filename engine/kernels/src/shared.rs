@@ -45,8 +45,17 @@ impl<T> SharedSlice<T> {
     }
 }
 
-/// `len` values, made on all threads; `write` writes all of the range that it is given.
-pub(crate) fn written<T: Send>(
+/// `len` zeros. A thread that touches a page first waits until the system has cleared it, so all of them do.
+pub(crate) fn zeroed<T: Copy + Default + Send + Sync>(pool: &Pool, len: usize) -> Vec<T> {
+    // SAFETY: `fill` writes all of the part.
+    unsafe { written(pool, len, |_, out| out.fill(MaybeUninit::new(T::default()))) }
+}
+
+/// `len` values, made on all threads.
+///
+/// # Safety
+/// `write` writes every value of the range that it is given.
+pub(crate) unsafe fn written<T: Send>(
     pool: &Pool,
     len: usize,
     write: impl Fn(Range<usize>, &mut [MaybeUninit<T>]) + Sync,
@@ -58,7 +67,7 @@ pub(crate) fn written<T: Send>(
         let out = unsafe { target.part(range.start, range.len()) };
         write(range, out);
     });
-    // SAFETY: the ranges cover all of the values, and each has been written.
+    // SAFETY: the ranges cover all of the values, and `write` has written each, as the caller promises.
     unsafe { values.set_len(len) };
     values
 }

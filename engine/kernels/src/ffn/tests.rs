@@ -97,6 +97,18 @@ fn wide_experts_and_many_rows_give_a_row_what_it_gets_alone() {
     }
 }
 
+#[test]
+fn adds_to_what_is_there_and_leaves_rows_of_no_group() {
+    let layout = FfnLayout { format: Format::F32, hidden: 48, intermediate: 32 };
+    let (expert, x, pool) = (Expert::new(layout, 1), values(2 * layout.hidden, 5), Pool::new(2));
+    let rows = [WeightedRow { row: 1, weight: 0.7 }];
+    let mut out = vec![1.0; x.len()];
+    grouped_ffn(&pool, Isa::Portable, layout, &x, &[expert.group(layout, &rows)], &mut out);
+    let alone = run(2, Isa::Portable, layout, &x, &[expert.group(layout, &rows)]);
+    assert_eq!(out[..layout.hidden], [1.0; 48]);
+    assert!(out[layout.hidden..].iter().zip(&alone[layout.hidden..]).all(|(out, alone)| *out == 1.0 + alone));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]

@@ -12,8 +12,6 @@
 //! a *correction* is what the sum of a block starts from, minus the weights' offset times the sum of the activations.
 //! A block with a NaN or an infinity gets the scale NaN: what is broken stays visible.
 
-use std::mem::MaybeUninit;
-
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
     _mm_storeu_si128, _mm512_and_si512, _mm512_cvtepi32_epi8, _mm512_cvtps_epi32, _mm512_loadu_ps, _mm512_loadu_si512,
@@ -26,7 +24,7 @@ use crate::{
     format::{BLOCK, Format, SUPER_BLOCK, round_to_bf16},
     isa::Isa,
     pool::Pool,
-    shared::{SharedSlice, written},
+    shared::{SharedSlice, zeroed},
 };
 
 /// What is added to a format's quants to make them unsigned; `mxfp4` counts in halves, from -12 to 12.
@@ -122,7 +120,7 @@ impl Converted {
             _ => IntegerRow::new(format, k).bytes,
         };
         let stride = bytes.div_ceil(8);
-        Self { isa, format, k, stride, words: written(pool, rows * stride, |_, out| out.fill(MaybeUninit::new(0))) }
+        Self { isa, format, k, stride, words: zeroed(pool, rows * stride) }
     }
 
     /// The start of row `index`.

@@ -61,7 +61,7 @@ const MXFP4_UNSIGNED: [u8; 16] = {
 /// What one task should take.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TaskSize {
-    /// Weight bytes that it streams at least: long enough for the prefetchers to settle.
+    /// Weight bytes that it streams if there are enough: long enough for the prefetchers to settle.
     bytes: usize,
     /// Rows that it holds at most, so that many rows with few panels still spread over all threads.
     rows: usize,
@@ -83,7 +83,8 @@ impl TaskSize {
         }
     }
 
-    /// The same, but few enough that every thread gets some of `matrices` such matrices; even, so that tiles stay whole.
+    /// Panels that stream so many bytes, but few enough that every thread gets some of `matrices` such matrices; even, so that
+    /// tiles stay whole.
     pub(crate) fn fair_panels(self, pool: &Pool, layout: &Layout, matrices: usize) -> usize {
         let fair = (matrices * layout.panels()).div_ceil(self.shares * pool.threads());
         (self.bytes / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
