@@ -217,8 +217,15 @@ pub(crate) unsafe fn walk_panels(
         // SAFETY: the caller's promises.
         return unsafe { amx::walk(format, k, rows, panels, panel_start, sink) };
     }
-    let (tile_rows, tile_panels) = tile_shape(isa, format, rows.len());
     let mut panel = panels.start;
+    #[cfg(target_arch = "x86_64")]
+    if vnni::many::takes(isa, format, rows.len()) {
+        let pairs = panel..panels.end - panels.len() % 2;
+        panel = pairs.end;
+        // SAFETY: the caller's promises.
+        unsafe { vnni::many::walk(format, k, rows, pairs, &panel_start, &mut sink) };
+    }
+    let (tile_rows, tile_panels) = tile_shape(isa, format, rows.len());
     while panel < panels.end {
         let count = panels_at_once(panels.end - panel, tile_panels);
         let mut pointers = [std::ptr::null(); TILE_PANELS];
@@ -254,8 +261,6 @@ fn tile_shape(isa: Isa, format: Format, rows: usize) -> (usize, usize) {
         Format::F32 | Format::Bf16 if isa == Isa::Neon => neon::float_shape(rows),
         Format::F32 | Format::Bf16 if rows <= 6 => (FLOAT_ROWS, TILE_PANELS),
         Format::F32 | Format::Bf16 => (FLOAT_ROWS, 2),
-        #[cfg(target_arch = "x86_64")]
-        _ if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) => (INTEGER_ROWS, vnni::panels(rows)),
         Format::Q8_0 | Format::Q4_0 | Format::Q4K | Format::Q6K | Format::Mxfp4 => (INTEGER_ROWS, 1),
     }
 }
@@ -277,7 +282,7 @@ unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16, Format::Bf16) => avx512::tile::<avx512::Bf16Pairs>(rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(isa, format, rows, panels, k, sums),
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(isa, format, rows, panels[0], k, sums),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, _) => avx2::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "aarch64")]

@@ -1,7 +1,7 @@
 //! Integer weights on the tile registers, with the bits of `portable.rs`.
 //!
 //! - One scale for 32 inputs: these fill half the depth of a register. Each block's sums go through memory, where 16
-//!   outputs of a row are converted, scaled and added as in `vnni.rs`.
+//!   outputs of a row are converted, scaled and added as in `vnni`.
 //! - Super-blocks: scale · quant, an integer, is cut into two digits that fit a byte each, high · 2^shift + low, so
 //!   that the sums of all 256 inputs gather in two registers: 8 products of a whole depth, and one way through memory. A
 //!   product of half the depth for each part would take as long, or twice that for parts of 16, and then eight or sixteen

@@ -152,7 +152,7 @@ fn prefetch(at: *const u8, bytes: usize) {
 /// [`super::walk_panels`] for the rows that [`takes`] names.
 ///
 /// # Safety
-/// The machine has AMX for bf16 and int8 and the AVX-512 of `vnni.rs`, and the system lets this process use it; rows
+/// The machine has AMX for bf16 and int8 and the AVX-512 of `vnni`, and the system lets this process use it; rows
 /// have the form and panels the size that format and `k` say.
 pub(super) unsafe fn walk(
     format: Format,
@@ -180,7 +180,7 @@ pub(super) unsafe fn walk(
 }
 
 /// Whether this machine has the instructions, the system lets this process use them, and they give what the contract
-/// says. Asked once per process. The caller has found the AVX-512 of `vnni.rs`.
+/// says. Asked once per process. The caller has found the AVX-512 of `vnni`.
 pub(crate) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {

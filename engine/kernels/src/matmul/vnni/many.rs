@@ -1,0 +1,406 @@
+//! Many rows: a tile of 12 rows by 2 panels keeps its 24 integer sums in registers, so that each product's operands are one
+//! spread activation for both panels and one load of weights for all rows, and no sum waits for the one before it.
+//!
+//! k goes by in super-blocks: these of two panels are unpacked into the first cache, and then meet every row.
+
+use std::{
+    arch::{
+        asm,
+        x86_64::{
+            __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
+            _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_dpbusd_epi32,
+            _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_mullo_epi32,
+            _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+        },
+    },
+    ops::Range,
+};
+
+use super::{Blocks, Mxfp4, Q4_0, Q8_0, half_floats, nibbles, prefetch, six_bits};
+use crate::{
+    format::{BLOCK, Format, INTEGER_K, PANEL, SUPER_BLOCK},
+    isa::Isa,
+    matmul::activations::IntegerRow,
+};
+
+/// More rows than these are many: fewer wait for memory, which two streams slow down.
+const FEW: usize = 8;
+/// Most rows of a tile.
+const ROWS: usize = 12;
+/// Panels of a tile.
+const PANELS: usize = 2;
+
+/// Whether a product of so many rows goes this way.
+pub(in crate::matmul) fn takes(isa: Isa, format: Format, rows: usize) -> bool {
+    let vnni = matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx);
+    vnni && !matches!(format, Format::F32 | Format::Bf16) && rows > FEW
+}
+
+/// One register of each panel.
+type Pair<T> = [T; PANELS];
+/// The sums of a row.
+type Totals = Pair<[f32; PANEL]>;
+
+/// A super-block of two panels: what [`super::Steps`] has, one block after the other, and what the format scales its sums
+/// with.
+struct Weights {
+    steps: [Pair<__m512i>; SUPER_BLOCK / 4],
+    /// Of each block of 32 inputs; of `q4_k` the integers, as floats.
+    scales: [Pair<__m512>; SUPER_BLOCK / BLOCK],
+    /// `q4_k`: the minima of two blocks each, as 16-bit integers.
+    minima: [Pair<__m512i>; SUPER_BLOCK / BLOCK / 2],
+    /// `q6_k`: the scales of 16 inputs each.
+    parts: [Pair<__m512i>; SUPER_BLOCK / 16],
+    /// `q4_k` and `q6_k`: what scales and minima are multiples of.
+    scale: Pair<__m512>,
+    minimum: Pair<__m512>,
+}
+
+/// Calls `sink(row, first_panel, sums)` with the products of every row and panel; an even number of panels.
+///
+/// # Safety
+/// The machine has AVX-512 F/BW/DQ/VL and VNNI; each row pointer leads to activations in the form of the format and `k`, and
+/// each pointer that `panel_start` gives to a panel of it.
+pub(in crate::matmul) unsafe fn walk(
+    format: Format,
+    k: usize,
+    rows: &[*const u8],
+    panels: Range<usize>,
+    panel_start: impl Fn(usize) -> *const u8,
+    sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        match format {
+            Format::Q8_0 => super_blocks::<OneScale<Q8_0>>(k, rows, panels, panel_start, sink),
+            Format::Q4_0 => super_blocks::<OneScale<Q4_0>>(k, rows, panels, panel_start, sink),
+            Format::Mxfp4 => super_blocks::<OneScale<Mxfp4>>(k, rows, panels, panel_start, sink),
+            Format::Q4K => super_blocks::<Q4K>(k, rows, panels, panel_start, sink),
+            Format::Q6K => super_blocks::<Q6K>(k, rows, panels, panel_start, sink),
+            Format::F32 | Format::Bf16 => unreachable!("{format} is no integer format"),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`walk`].
+unsafe fn super_blocks<K: Kind>(
+    k: usize,
+    rows: &[*const u8],
+    panels: Range<usize>,
+    panel_start: impl Fn(usize) -> *const u8,
+    mut sink: impl FnMut(usize, usize, &[[f32; PANEL]]),
+) {
+    // SAFETY: plain numbers.
+    let mut weights: Weights = unsafe { std::mem::zeroed() };
+    let mut totals = vec![[[0.0; PANEL]; PANELS]; rows.len()];
+    // Like tiles rather than full ones and a rest: few rows leave sums that wait for each other.
+    let tile_rows = rows.len().div_ceil(rows.len().div_ceil(ROWS));
+    for first in panels.step_by(PANELS) {
+        totals.fill([[0.0; PANEL]; PANELS]);
+        for start in (0..k).step_by(SUPER_BLOCK) {
+            let inputs = start..k.min(start + SUPER_BLOCK);
+            let bytes = K::FORMAT.panel_bytes(start)..K::FORMAT.panel_bytes(inputs.end);
+            for index in 0..PANELS {
+                // SAFETY: the caller's promises; these bytes of a panel have these inputs.
+                unsafe {
+                    let panel = panel_start(first + index).add(bytes.start);
+                    prefetch(true, panel, bytes.len());
+                    K::unpack(panel, inputs.len(), index, &mut weights);
+                }
+            }
+            for (rows, totals) in rows.chunks(tile_rows).zip(totals.chunks_mut(tile_rows)) {
+                // SAFETY: as above; there are as many totals as rows, at most `ROWS`.
+                unsafe { tile::<K>(rows, k, inputs.clone(), &weights, totals) };
+            }
+        }
+        for (row, totals) in totals.iter().enumerate() {
+            sink(row, first, totals);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`Kind::add`]; as many totals as rows, at most [`ROWS`].
+unsafe fn tile<K: Kind>(rows: &[*const u8], k: usize, inputs: Range<usize>, weights: &Weights, totals: &mut [Totals]) {
+    macro_rules! by_rows {
+        ($($r:literal)*) => {
+            match rows.len() {
+                $($r => if let (Some(rows), Some(totals)) = (rows.first_chunk::<$r>(), totals.first_chunk_mut()) {
+                    // SAFETY: the caller's promises.
+                    unsafe { K::add(rows, k, inputs, weights, totals) }
+                })*
+                rows => unreachable!("tile of {rows} rows"),
+            }
+        };
+    }
+    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+}
+
+/// How a format is unpacked, and how its sums are scaled.
+trait Kind {
+    const FORMAT: Format;
+
+    /// Writes `inputs` inputs of a panel, at most a super-block, to the places of `panel` `index` of the weights.
+    ///
+    /// # Safety
+    /// This and below: the machine has the tier; the panel, from `at` on, has these inputs.
+    unsafe fn unpack(at: *const u8, inputs: usize, index: usize, weights: &mut Weights);
+
+    /// Adds the products of these inputs to the totals.
+    ///
+    /// # Safety
+    /// Each row is of `k` inputs.
+    unsafe fn add<const R: usize>(
+        rows: &[*const u8; R],
+        k: usize,
+        inputs: Range<usize>,
+        weights: &Weights,
+        totals: &mut [Totals; R],
+    );
+}
+
+/// `starts + Σ over the steps of weights · activations`, of rows whose activations lie `at` bytes after their pointers. Always
+/// inlined, which a function with the tier's features can't ask for: called, it would hand the sums over in memory.
+///
+/// # Safety
+/// The machine has the tier; 4 activations a step lie there.
+#[inline(always)]
+unsafe fn dots<const R: usize, const STEPS: usize>(
+    starts: [__m512i; R],
+    rows: &[*const u8; R],
+    at: usize,
+    steps: &[Pair<__m512i>; STEPS],
+) -> [Pair<__m512i>; R] {
+    let mut pairs = starts.map(|start| [start; PANELS]);
+    /// Rows and steps written out: of a loop that is not unrolled the compiler keeps the sums in memory.
+    macro_rules! each_row {
+        ($step:literal: $($row:literal)*) => {
+            $(if $row < R {
+                // Opaque, or each product would load and spread the activations for itself.
+                let x = opaque(_mm512_set1_epi32(rows[$row].add(at + 4 * $step).cast::<i32>().read_unaligned()));
+                let [first, second] = pairs[$row];
+                let [weights, others] = steps[$step];
+                pairs[$row] = [_mm512_dpbusd_epi32(first, weights, x), _mm512_dpbusd_epi32(second, others, x)];
+            })*
+        };
+    }
+    macro_rules! each_step {
+        ($($step:literal)*) => { $(if $step < STEPS { each_row!($step: 0 1 2 3 4 5 6 7 8 9 10 11); })* };
+    }
+    // SAFETY: the caller's promises.
+    unsafe {
+        each_step!(0 1 2 3 4 5 6 7);
+    }
+    pairs
+}
+
+/// `x`, of which the compiler knows no more than that.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn opaque(mut x: __m512i) -> __m512i {
+    // SAFETY: no instruction but a claim that `x` changes.
+    unsafe { asm!("/* {0} */", inout(zmm_reg) x, options(pure, nomem, nostack, preserves_flags)) };
+    x
+}
+
+/// Changes a total by `f`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn change(total: &mut [f32; PANEL], f: impl FnOnce(__m512) -> __m512) {
+    // SAFETY: 16 f32 values fill a register exactly.
+    unsafe { _mm512_storeu_ps(total.as_mut_ptr(), f(_mm512_loadu_ps(total.as_ptr()))) };
+}
+
+/// The formats with one scale for 32 inputs.
+struct OneScale<K>(std::marker::PhantomData<K>);
+
+impl<K: Blocks> Kind for OneScale<K> {
+    const FORMAT: Format = K::FORMAT;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn unpack(at: *const u8, inputs: usize, index: usize, weights: &mut Weights) {
+        for block in 0..inputs / BLOCK {
+            // SAFETY: the caller's promises: the block's unit lies there.
+            unsafe {
+                let unit = at.add(block / 2 * K::UNIT);
+                weights.scales[block][index] = K::scales(unit, block % 2);
+                for (step, quants) in K::steps(unit, block % 2).into_iter().enumerate() {
+                    weights.steps[8 * block + step][index] = quants;
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn add<const R: usize>(
+        rows: &[*const u8; R],
+        k: usize,
+        inputs: Range<usize>,
+        weights: &Weights,
+        totals: &mut [Totals; R],
+    ) {
+        let layout = IntegerRow::new(K::FORMAT, k);
+        let (steps, _) = weights.steps.as_chunks::<8>();
+        let blocks = inputs.start / BLOCK..inputs.end / BLOCK;
+        for (block, (steps, scales)) in blocks.zip(steps.iter().zip(&weights.scales)) {
+            // SAFETY: the block's inputs, scale and correction lie in each row.
+            unsafe {
+                let mut starts = [_mm512_setzero_si512(); R];
+                for (start, row) in starts.iter_mut().zip(rows) {
+                    *start = _mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(block));
+                }
+                let dots = dots::<R, 8>(starts, rows, block * BLOCK, steps);
+                for (dots, (row, totals)) in dots.iter().zip(rows.iter().zip(totals.iter_mut())) {
+                    let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(block));
+                    for (dot, (scale, total)) in dots.iter().zip(scales.iter().zip(totals)) {
+                        let (dot, scale) = (_mm512_cvtepi32_ps(*dot), _mm512_mul_ps(*scale, x));
+                        change(total, |total| _mm512_fmadd_ps(dot, scale, total));
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Q4K;
+
+impl Kind for Q4K {
+    const FORMAT: Format = Format::Q4K;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn unpack(at: *const u8, inputs: usize, index: usize, weights: &mut Weights) {
+        let parts = inputs / BLOCK;
+        // SAFETY: the caller's promises: the super-block has its two scales, then scales, minima and quants of each part.
+        unsafe {
+            (weights.scale[index], weights.minimum[index]) = (half_floats(at), half_floats(at.add(32)));
+            let (scales, minima) = (at.add(64), at.add(64 + parts * 16));
+            let quants = minima.add(parts * 16);
+            for part in 0..parts {
+                let integers = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.add(part * 16).cast()));
+                weights.scales[part][index] = _mm512_cvtepi32_ps(integers);
+                for (step, quants) in nibbles(quants.add(part * 256)).into_iter().enumerate() {
+                    weights.steps[8 * part + step][index] = quants;
+                }
+            }
+            for pair in 0..parts / 2 {
+                weights.minima[pair][index] = _mm512_cvtepu8_epi16(_mm256_loadu_si256(minima.add(pair * 32).cast()));
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn add<const R: usize>(
+        rows: &[*const u8; R],
+        k: usize,
+        inputs: Range<usize>,
+        weights: &Weights,
+        totals: &mut [Totals; R],
+    ) {
+        /// Parts whose scaled sums add up exactly in f32: a sum of 32 products is at most 32 · 15 · 127, a scale 63, and four
+        /// of these less than 2²⁴. A product and a sum in floats cost less than a product in 32-bit integers.
+        const EXACT: usize = 4;
+        let layout = IntegerRow::new(Format::Q4K, k);
+        let parts = inputs.len() / BLOCK;
+        let (steps, _) = weights.steps.as_chunks::<8>();
+        let mut halves = [[[_mm512_setzero_ps(); PANELS]; R]; SUPER_BLOCK / BLOCK / EXACT];
+        for part in 0..parts {
+            // SAFETY: the part's inputs lie in each row.
+            let dots = unsafe { dots([_mm512_setzero_si512(); R], rows, inputs.start + part * BLOCK, &steps[part]) };
+            for (sums, dots) in halves[part / EXACT].iter_mut().zip(&dots) {
+                for (sum, (dot, scale)) in sums.iter_mut().zip(dots.iter().zip(&weights.scales[part])) {
+                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*dot), *scale, *sum);
+                }
+            }
+        }
+        let [first, second] = &halves;
+        for (index, (row, totals)) in rows.iter().zip(totals).enumerate() {
+            // SAFETY: the super-block's scale and sums lie in each row.
+            let (x, sums) = unsafe {
+                let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(inputs.start / SUPER_BLOCK));
+                (x, row.add(layout.sums + inputs.start / BLOCK * 2).cast::<i32>())
+            };
+            let mut below = [_mm512_setzero_si512(); PANELS];
+            for (pair, minima) in weights.minima.iter().take(parts / 2).enumerate() {
+                // SAFETY: as above.
+                let sums = _mm512_set1_epi32(unsafe { sums.add(pair).read_unaligned() });
+                for (below, minima) in below.iter_mut().zip(minima) {
+                    *below = _mm512_dpwssd_epi32(*below, *minima, sums);
+                }
+            }
+            for (panel, total) in totals.iter_mut().enumerate() {
+                // Rounded once, as the sum in integers would be.
+                let sum = _mm512_add_ps(first[index][panel], second[index][panel]);
+                let (scale, minimum) = (weights.scale[panel], weights.minimum[panel]);
+                let below = _mm512_cvtepi32_ps(below[panel]);
+                change(total, |total| {
+                    let total = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, x), total);
+                    _mm512_fnmadd_ps(below, _mm512_mul_ps(minimum, x), total)
+                });
+            }
+        }
+    }
+}
+
+struct Q6K;
+
+impl Kind for Q6K {
+    const FORMAT: Format = Format::Q6K;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn unpack(at: *const u8, inputs: usize, index: usize, weights: &mut Weights) {
+        let units = inputs / INTEGER_K;
+        // SAFETY: the caller's promises: the super-block has its scale, then the scales of its parts, then its units' quants.
+        unsafe {
+            weights.scale[index] = half_floats(at);
+            let (scales, quants) = (at.add(64), at.add(64 + units * 64));
+            for part in 0..inputs / 16 {
+                weights.parts[part][index] = _mm512_cvtepi8_epi32(_mm_loadu_si128(scales.add(part * 16).cast()));
+            }
+            for block in 0..2 * units {
+                let low = quants.add(block / 2 * 768);
+                let steps = six_bits(low.add(block % 2 * 256), low.add(512 + block % 2 * 128));
+                for (step, quants) in steps.into_iter().enumerate() {
+                    weights.steps[8 * block + step][index] = quants;
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn add<const R: usize>(
+        rows: &[*const u8; R],
+        k: usize,
+        inputs: Range<usize>,
+        weights: &Weights,
+        totals: &mut [Totals; R],
+    ) {
+        let layout = IntegerRow::new(Format::Q6K, k);
+        let (steps, _) = weights.steps.as_chunks::<4>();
+        let mut integers = [[_mm512_setzero_si512(); PANELS]; R];
+        for (part, (steps, scales)) in steps.iter().zip(&weights.parts).take(inputs.len() / 16).enumerate() {
+            let at = inputs.start + part * 16;
+            let mut starts = [_mm512_setzero_si512(); R];
+            for (start, row) in starts.iter_mut().zip(rows) {
+                // SAFETY: the part's correction lies in each row.
+                *start = _mm512_set1_epi32(unsafe { *row.add(layout.sums).cast::<i32>().add(at / 16) });
+            }
+            // SAFETY: the part's inputs lie in each row.
+            let dots = unsafe { dots::<R, 4>(starts, rows, at, steps) };
+            for (integers, dots) in integers.iter_mut().zip(&dots) {
+                for (integer, (dot, scale)) in integers.iter_mut().zip(dots.iter().zip(scales)) {
+                    *integer = _mm512_add_epi32(*integer, _mm512_mullo_epi32(*dot, *scale));
+                }
+            }
+        }
+        for (integers, (row, totals)) in integers.iter().zip(rows.iter().zip(totals)) {
+            // SAFETY: the super-block's scale lies in each row.
+            let x = unsafe { *row.add(layout.scales).cast::<f32>().add(inputs.start / SUPER_BLOCK) };
+            for (panel, (integer, total)) in integers.iter().zip(totals).enumerate() {
+                let (sum, scale) =
+                    (_mm512_cvtepi32_ps(*integer), _mm512_mul_ps(weights.scale[panel], _mm512_set1_ps(x)));
+                change(total, |total| _mm512_fmadd_ps(sum, scale, total));
+            }
+        }
+    }
+}
