@@ -16,7 +16,7 @@ use std::{
     ops::Range,
 };
 
-use super::{Blocks, Mxfp4, Q4_0, Q8_0, half_floats, nibbles, prefetch, six_bits};
+use super::{Blocks, Mxfp4, Q4_0, Q8_0, Steps, half_floats, nibbles, prefetch, six_bits};
 use crate::{
     format::{BLOCK, Format, INTEGER_K, PANEL, SUPER_BLOCK},
     isa::Isa,
@@ -41,7 +41,7 @@ type Pair<T> = [T; PANELS];
 /// The sums of a row.
 type Totals = Pair<[f32; PANEL]>;
 
-/// A super-block of two panels: what [`super::Steps`] has, one block after the other, and what the format scales its sums
+/// A super-block of two panels: what [`Steps`] has, one block after the other, and what the format scales its sums
 /// with.
 struct Weights {
     steps: [Pair<__m512i>; SUPER_BLOCK / 4],
@@ -54,6 +54,17 @@ struct Weights {
     /// `q4_k` and `q6_k`: what scales and minima are multiples of.
     scale: Pair<__m512>,
     minimum: Pair<__m512>,
+}
+
+impl Weights {
+    /// Keeps a block's steps of panel `index`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn put(&mut self, block: usize, index: usize, steps: Steps) {
+        for (pair, step) in self.steps[8 * block..].iter_mut().zip(steps) {
+            pair[index] = step;
+        }
+    }
 }
 
 /// Calls `sink(row, first_panel, sums)` with the products of every row and panel; an even number of panels.
@@ -225,9 +236,7 @@ impl<K: Blocks> Kind for OneScale<K> {
             unsafe {
                 let unit = at.add(block / 2 * K::UNIT);
                 weights.scales[block][index] = K::scales(unit, block % 2);
-                for (step, quants) in K::steps(unit, block % 2).into_iter().enumerate() {
-                    weights.steps[8 * block + step][index] = quants;
-                }
+                weights.put(block, index, K::steps(unit, block % 2));
             }
         }
     }
@@ -279,9 +288,7 @@ impl Kind for Q4K {
             for part in 0..parts {
                 let integers = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.add(part * 16).cast()));
                 weights.scales[part][index] = _mm512_cvtepi32_ps(integers);
-                for (step, quants) in nibbles(quants.add(part * 256)).into_iter().enumerate() {
-                    weights.steps[8 * part + step][index] = quants;
-                }
+                weights.put(part, index, nibbles(quants.add(part * 256)));
             }
             for pair in 0..parts / 2 {
                 weights.minima[pair][index] = _mm512_cvtepu8_epi16(_mm256_loadu_si256(minima.add(pair * 32).cast()));
@@ -359,10 +366,7 @@ impl Kind for Q6K {
             }
             for block in 0..2 * units {
                 let low = quants.add(block / 2 * 768);
-                let steps = six_bits(low.add(block % 2 * 256), low.add(512 + block % 2 * 128));
-                for (step, quants) in steps.into_iter().enumerate() {
-                    weights.steps[8 * block + step][index] = quants;
-                }
+                weights.put(block, index, six_bits(low.add(block % 2 * 256), low.add(512 + block % 2 * 128)));
             }
         }
     }

@@ -141,7 +141,7 @@ unsafe fn blocks<K: Blocks, const R: usize>(
     k: usize,
     sums: &mut Sums,
 ) {
-    let layout = IntegerRow::new(Format::Q8_0, k);
+    let layout = IntegerRow::new(K::FORMAT, k);
     let mut totals = [_mm512_setzero_ps(); R];
     for block in 0..k / BLOCK {
         // SAFETY: the block lies in the panel; its inputs, scale and correction in each row.
