@@ -7,10 +7,12 @@ use std::{
     arch::{
         asm,
         x86_64::{
-            __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
-            _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_dpbusd_epi32,
-            _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_mullo_epi32,
-            _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+            __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_epi16, _mm512_add_epi32, _mm512_add_ps,
+            _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32, _mm512_dpbusd_epi32, _mm512_dpwssd_epi32,
+            _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_loadu_ps, _mm512_maddubs_epi16, _mm512_mul_ps, _mm512_or_si512,
+            _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
+            _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srai_epi16, _mm512_srli_epi16, _mm512_storeu_ps,
+            _mm512_sub_epi16, _mm512_ternarylogic_epi32,
         },
     },
     ops::Range,
@@ -49,8 +51,8 @@ struct Weights {
     scales: [Pair<__m512>; SUPER_BLOCK / BLOCK],
     /// `q4_k`: the minima of two blocks each, as 16-bit integers.
     minima: [Pair<__m512i>; SUPER_BLOCK / BLOCK / 2],
-    /// `q6_k`: the scales of 16 inputs each.
-    parts: [Pair<__m512i>; SUPER_BLOCK / 16],
+    /// `q6_k`: the higher bytes of what `steps` has the lower bytes of.
+    high: [Pair<__m512i>; SUPER_BLOCK / 4],
     /// `q4_k` and `q6_k`: what scales and minima are multiples of.
     scale: Pair<__m512>,
     minimum: Pair<__m512>,
@@ -171,39 +173,38 @@ trait Kind {
     );
 }
 
-/// `starts + Σ over the steps of weights · activations`, of rows whose activations lie `at` bytes after their pointers. Always
+/// `sums + Σ over the steps of weights · activations`, of rows whose activations lie `at` bytes after their pointers. Always
 /// inlined, which a function with the tier's features can't ask for: called, it would hand the sums over in memory.
 ///
 /// # Safety
 /// The machine has the tier; 4 activations a step lie there.
 #[inline(always)]
-unsafe fn dots<const R: usize, const STEPS: usize>(
-    starts: [__m512i; R],
+unsafe fn dots<const R: usize>(
+    mut sums: [Pair<__m512i>; R],
     rows: &[*const u8; R],
     at: usize,
-    steps: &[Pair<__m512i>; STEPS],
+    steps: &[Pair<__m512i>; 8],
 ) -> [Pair<__m512i>; R] {
-    let mut pairs = starts.map(|start| [start; PANELS]);
     /// Rows and steps written out: of a loop that is not unrolled the compiler keeps the sums in memory.
     macro_rules! each_row {
         ($step:literal: $($row:literal)*) => {
             $(if $row < R {
                 // Opaque, or each product would load and spread the activations for itself.
                 let x = opaque(_mm512_set1_epi32(rows[$row].add(at + 4 * $step).cast::<i32>().read_unaligned()));
-                let [first, second] = pairs[$row];
+                let [first, second] = sums[$row];
                 let [weights, others] = steps[$step];
-                pairs[$row] = [_mm512_dpbusd_epi32(first, weights, x), _mm512_dpbusd_epi32(second, others, x)];
+                sums[$row] = [_mm512_dpbusd_epi32(first, weights, x), _mm512_dpbusd_epi32(second, others, x)];
             })*
         };
     }
     macro_rules! each_step {
-        ($($step:literal)*) => { $(if $step < STEPS { each_row!($step: 0 1 2 3 4 5 6 7 8 9 10 11); })* };
+        ($($step:literal)*) => { $(each_row!($step: 0 1 2 3 4 5 6 7 8 9 10 11);)* };
     }
     // SAFETY: the caller's promises.
     unsafe {
         each_step!(0 1 2 3 4 5 6 7);
     }
-    pairs
+    sums
 }
 
 /// `x`, of which the compiler knows no more than that.
@@ -255,11 +256,11 @@ impl<K: Blocks> Kind for OneScale<K> {
         for (block, (steps, scales)) in blocks.zip(steps.iter().zip(&weights.scales)) {
             // SAFETY: the block's inputs, scale and correction lie in each row.
             unsafe {
-                let mut starts = [_mm512_setzero_si512(); R];
+                let mut starts = [[_mm512_setzero_si512(); PANELS]; R];
                 for (start, row) in starts.iter_mut().zip(rows) {
-                    *start = _mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(block));
+                    *start = [_mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(block)); PANELS];
                 }
-                let dots = dots::<R, 8>(starts, rows, block * BLOCK, steps);
+                let dots = dots(starts, rows, block * BLOCK, steps);
                 for (dots, (row, totals)) in dots.iter().zip(rows.iter().zip(totals.iter_mut())) {
                     let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(block));
                     for (dot, (scale, total)) in dots.iter().zip(scales.iter().zip(totals)) {
@@ -313,7 +314,8 @@ impl Kind for Q4K {
         let mut halves = [[[_mm512_setzero_ps(); PANELS]; R]; SUPER_BLOCK / BLOCK / EXACT];
         for part in 0..parts {
             // SAFETY: the part's inputs lie in each row.
-            let dots = unsafe { dots([_mm512_setzero_si512(); R], rows, inputs.start + part * BLOCK, &steps[part]) };
+            let dots =
+                unsafe { dots([[_mm512_setzero_si512(); PANELS]; R], rows, inputs.start + part * BLOCK, &steps[part]) };
             for (sums, dots) in halves[part / EXACT].iter_mut().zip(&dots) {
                 for (sum, (dot, scale)) in sums.iter_mut().zip(dots.iter().zip(&weights.scales[part])) {
                     *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*dot), *scale, *sum);
@@ -349,6 +351,8 @@ impl Kind for Q4K {
     }
 }
 
+/// The weights of 16 inputs times their scale, as two bytes: 4096 more than that is never negative, and what these add to a
+/// sum leaves by the corrections. Then no sum is scaled before its super-block ends.
 struct Q6K;
 
 impl Kind for Q6K {
@@ -356,17 +360,32 @@ impl Kind for Q6K {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn unpack(at: *const u8, inputs: usize, index: usize, weights: &mut Weights) {
+        /// a ? b : c
+        const SELECT: i32 = 0xca;
         let units = inputs / INTEGER_K;
+        let low_bytes = _mm512_set1_epi16(0xff);
         // SAFETY: the caller's promises: the super-block has its scale, then the scales of its parts, then its units' quants.
         unsafe {
             weights.scale[index] = half_floats(at);
             let (scales, quants) = (at.add(64), at.add(64 + units * 64));
-            for part in 0..inputs / 16 {
-                weights.parts[part][index] = _mm512_cvtepi8_epi32(_mm_loadu_si128(scales.add(part * 16).cast()));
-            }
             for block in 0..2 * units {
                 let low = quants.add(block / 2 * 768);
-                weights.put(block, index, six_bits(low.add(block % 2 * 256), low.add(512 + block % 2 * 128)));
+                let steps = six_bits(low.add(block % 2 * 256), low.add(512 + block % 2 * 128));
+                for (half, steps) in steps.as_chunks::<4>().0.iter().enumerate() {
+                    let scale = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.add((2 * block + half) * 16).cast()));
+                    // In each 16 bits, for the odd and the even weights.
+                    let odd = _mm512_slli_epi16::<8>(_mm512_or_si512(scale, _mm512_slli_epi32::<16>(scale)));
+                    let even = _mm512_srli_epi16::<8>(odd);
+                    let offset = _mm512_sub_epi16(_mm512_set1_epi16(4096), _mm512_srai_epi16::<3>(odd));
+                    for (step, quants) in steps.iter().enumerate() {
+                        let even = _mm512_add_epi16(offset, _mm512_maddubs_epi16(*quants, even));
+                        let odd = _mm512_add_epi16(offset, _mm512_maddubs_epi16(*quants, odd));
+                        let (high, low) = (_mm512_srli_epi16::<8>(even), _mm512_slli_epi16::<8>(odd));
+                        let place = 8 * block + 4 * half + step;
+                        weights.high[place][index] = _mm512_ternarylogic_epi32::<SELECT>(low_bytes, high, odd);
+                        weights.steps[place][index] = _mm512_ternarylogic_epi32::<SELECT>(low_bytes, even, low);
+                    }
+                }
             }
         }
     }
@@ -380,29 +399,34 @@ impl Kind for Q6K {
         totals: &mut [Totals; R],
     ) {
         let layout = IntegerRow::new(Format::Q6K, k);
-        let (steps, _) = weights.steps.as_chunks::<4>();
-        let mut integers = [[_mm512_setzero_si512(); PANELS]; R];
-        for (part, (steps, scales)) in steps.iter().zip(&weights.parts).take(inputs.len() / 16).enumerate() {
-            let at = inputs.start + part * 16;
-            let mut starts = [_mm512_setzero_si512(); R];
-            for (start, row) in starts.iter_mut().zip(rows) {
-                // SAFETY: the part's correction lies in each row.
-                *start = _mm512_set1_epi32(unsafe { *row.add(layout.sums).cast::<i32>().add(at / 16) });
-            }
-            // SAFETY: the part's inputs lie in each row.
-            let dots = unsafe { dots::<R, 4>(starts, rows, at, steps) };
-            for (integers, dots) in integers.iter_mut().zip(&dots) {
-                for (integer, (dot, scale)) in integers.iter_mut().zip(dots.iter().zip(scales)) {
-                    *integer = _mm512_add_epi32(*integer, _mm512_mullo_epi32(*dot, *scale));
-                }
+        let (high, _) = weights.high[..inputs.len() / 4].as_chunks::<8>();
+        let (low, _) = weights.steps[..inputs.len() / 4].as_chunks::<8>();
+        let mut sums = [[_mm512_setzero_si512(); PANELS]; R];
+        for (block, steps) in high.iter().enumerate() {
+            // SAFETY: the block's inputs lie in each row.
+            sums = unsafe { dots(sums, rows, inputs.start + block * BLOCK, steps) };
+        }
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            // SAFETY: a correction for each 16 inputs lies in each row.
+            let corrections = unsafe {
+                let first = row.add(layout.sums).cast::<i32>().add(inputs.start / 16);
+                std::slice::from_raw_parts(first, inputs.len() / 16)
+            };
+            // They are of weights that are 32 too large, and here these are 4096 too large.
+            let start = _mm512_set1_epi32(corrections.iter().sum::<i32>() * 128);
+            for sum in sums {
+                *sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(*sum), start);
             }
         }
-        for (integers, (row, totals)) in integers.iter().zip(rows.iter().zip(totals)) {
+        for (block, steps) in low.iter().enumerate() {
+            // SAFETY: as above.
+            sums = unsafe { dots(sums, rows, inputs.start + block * BLOCK, steps) };
+        }
+        for (sums, (row, totals)) in sums.iter().zip(rows.iter().zip(totals)) {
             // SAFETY: the super-block's scale lies in each row.
             let x = unsafe { *row.add(layout.scales).cast::<f32>().add(inputs.start / SUPER_BLOCK) };
-            for (panel, (integer, total)) in integers.iter().zip(totals).enumerate() {
-                let (sum, scale) =
-                    (_mm512_cvtepi32_ps(*integer), _mm512_mul_ps(weights.scale[panel], _mm512_set1_ps(x)));
+            for (panel, (sum, total)) in sums.iter().zip(totals).enumerate() {
+                let (sum, scale) = (_mm512_cvtepi32_ps(*sum), _mm512_mul_ps(weights.scale[panel], _mm512_set1_ps(x)));
                 change(total, |total| _mm512_fmadd_ps(sum, scale, total));
             }
         }
