@@ -83,11 +83,10 @@ impl TaskSize {
         }
     }
 
-    /// Panels that stream so many bytes, but few enough that every thread gets some of `matrices` such matrices; even, so that
-    /// tiles stay whole.
+    /// Panels that stream so many bytes, but few enough that every thread gets some of `matrices` such matrices; whole tiles.
     pub(crate) fn fair_panels(self, pool: &Pool, layout: &Layout, matrices: usize) -> usize {
         let fair = (matrices * layout.panels()).div_ceil(self.shares * pool.threads());
-        (self.bytes / layout.panel_bytes()).min(fair).max(1).next_multiple_of(2)
+        (self.bytes / layout.panel_bytes()).min(fair).max(1).next_multiple_of(TILE_PANELS)
     }
 }
 
@@ -220,10 +219,10 @@ pub(crate) unsafe fn walk_panels(
     let mut panel = panels.start;
     #[cfg(target_arch = "x86_64")]
     if vnni::many::takes(isa, format, rows.len()) {
-        let pairs = panel..panels.end - panels.len() % 2;
-        panel = pairs.end;
+        let tiles = panel..panels.end - panels.len() % vnni::many::PANELS;
+        panel = tiles.end;
         // SAFETY: the caller's promises.
-        unsafe { vnni::many::walk(format, k, rows, pairs, &panel_start, &mut sink) };
+        unsafe { vnni::many::walk(format, k, rows, tiles, &panel_start, &mut sink) };
     }
     let (tile_rows, tile_panels) = tile_shape(isa, format, rows.len());
     while panel < panels.end {

@@ -1,7 +1,8 @@
-//! Many rows: a tile of 12 rows by 2 panels keeps its 24 integer sums in registers, so that each product's operands are one
-//! spread activation for both panels and one load of weights for all rows, and no sum waits for the one before it.
+//! Many rows: a tile of 6 rows by 4 panels keeps its 24 integer sums in registers, so that each product's operands are one
+//! spread activation for all panels and one load of weights for all rows, and no sum waits for the one before it. (12 rows
+//! by 2 panels would load and spread twice as often, and more pointers than the machine has registers for.)
 //!
-//! k goes by in super-blocks: these of two panels are unpacked into the first cache, and then meet every row.
+//! k goes by in super-blocks: these of four panels are unpacked into the first cache, and then meet every row.
 
 use std::{
     arch::{
@@ -28,9 +29,9 @@ use crate::{
 /// More rows than these are many: fewer wait for memory, which two streams slow down.
 const FEW: usize = 8;
 /// Most rows of a tile.
-const ROWS: usize = 12;
+const ROWS: usize = 6;
 /// Panels of a tile.
-const PANELS: usize = 2;
+pub(in crate::matmul) const PANELS: usize = 4;
 
 /// Whether a product of so many rows goes this way.
 pub(in crate::matmul) fn takes(isa: Isa, format: Format, rows: usize) -> bool {
@@ -39,23 +40,23 @@ pub(in crate::matmul) fn takes(isa: Isa, format: Format, rows: usize) -> bool {
 }
 
 /// One register of each panel.
-type Pair<T> = [T; PANELS];
+type Each<T> = [T; PANELS];
 /// The sums of a row.
-type Totals = Pair<[f32; PANEL]>;
+type Totals = Each<[f32; PANEL]>;
 
-/// A super-block of two panels: what [`Steps`] has, one block after the other, and what the format scales its sums
+/// A super-block of the panels of a tile: what [`Steps`] has, one block after the other, and what the format scales its sums
 /// with.
 struct Weights {
-    steps: [Pair<__m512i>; SUPER_BLOCK / 4],
+    steps: [Each<__m512i>; SUPER_BLOCK / 4],
     /// Of each block of 32 inputs; of `q4_k` the integers, as floats.
-    scales: [Pair<__m512>; SUPER_BLOCK / BLOCK],
+    scales: [Each<__m512>; SUPER_BLOCK / BLOCK],
     /// `q4_k`: the minima of two blocks each, as 16-bit integers.
-    minima: [Pair<__m512i>; SUPER_BLOCK / BLOCK / 2],
+    minima: [Each<__m512i>; SUPER_BLOCK / BLOCK / 2],
     /// `q6_k`: the higher bytes of what `steps` has the lower bytes of.
-    high: [Pair<__m512i>; SUPER_BLOCK / 4],
+    high: [Each<__m512i>; SUPER_BLOCK / 4],
     /// `q4_k` and `q6_k`: what scales and minima are multiples of.
-    scale: Pair<__m512>,
-    minimum: Pair<__m512>,
+    scale: Each<__m512>,
+    minimum: Each<__m512>,
 }
 
 impl Weights {
@@ -63,13 +64,13 @@ impl Weights {
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn put(&mut self, block: usize, index: usize, steps: Steps) {
-        for (pair, step) in self.steps[8 * block..].iter_mut().zip(steps) {
-            pair[index] = step;
+        for (panels, step) in self.steps[8 * block..].iter_mut().zip(steps) {
+            panels[index] = step;
         }
     }
 }
 
-/// Calls `sink(row, first_panel, sums)` with the products of every row and panel; an even number of panels.
+/// Calls `sink(row, first_panel, sums)` with the products of every row and panel; whole tiles of panels.
 ///
 /// # Safety
 /// The machine has AVX-512 F/BW/DQ/VL and VNNI; each row pointer leads to activations in the form of the format and `k`, and
@@ -147,7 +148,7 @@ unsafe fn tile<K: Kind>(rows: &[*const u8], k: usize, inputs: Range<usize>, weig
             }
         };
     }
-    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    by_rows!(1 2 3 4 5 6);
 }
 
 /// How a format is unpacked, and how its sums are scaled.
@@ -180,25 +181,29 @@ trait Kind {
 /// The machine has the tier; 4 activations a step lie there.
 #[inline(always)]
 unsafe fn dots<const R: usize>(
-    mut sums: [Pair<__m512i>; R],
+    mut sums: [Each<__m512i>; R],
     rows: &[*const u8; R],
     at: usize,
-    steps: &[Pair<__m512i>; 8],
-) -> [Pair<__m512i>; R] {
+    steps: &[Each<__m512i>; 8],
+) -> [Each<__m512i>; R] {
     /// Rows and steps written out: of a loop that is not unrolled the compiler keeps the sums in memory.
     macro_rules! each_row {
         ($step:literal: $($row:literal)*) => {
             $(if $row < R {
                 // Opaque, or each product would load and spread the activations for itself.
                 let x = opaque(_mm512_set1_epi32(rows[$row].add(at + 4 * $step).cast::<i32>().read_unaligned()));
-                let [first, second] = sums[$row];
-                let [weights, others] = steps[$step];
-                sums[$row] = [_mm512_dpbusd_epi32(first, weights, x), _mm512_dpbusd_epi32(second, others, x)];
+                let (sum, weights) = (sums[$row], steps[$step]);
+                sums[$row] = [
+                    _mm512_dpbusd_epi32(sum[0], weights[0], x),
+                    _mm512_dpbusd_epi32(sum[1], weights[1], x),
+                    _mm512_dpbusd_epi32(sum[2], weights[2], x),
+                    _mm512_dpbusd_epi32(sum[3], weights[3], x),
+                ];
             })*
         };
     }
     macro_rules! each_step {
-        ($($step:literal)*) => { $(each_row!($step: 0 1 2 3 4 5 6 7 8 9 10 11);)* };
+        ($($step:literal)*) => { $(each_row!($step: 0 1 2 3 4 5);)* };
     }
     // SAFETY: the caller's promises.
     unsafe {
