@@ -69,24 +69,29 @@ pub(crate) struct TaskSize {
     pub chunk: usize,
     /// Tasks for each thread that a product is cut into at most: more are fairer, fewer lay rows side by side less often.
     shares: usize,
+    /// Panels of a tile of as many rows: a task takes whole tiles.
+    panels: usize,
 }
 
 impl TaskSize {
     /// For products of up to `rows` rows each.
     pub(crate) fn new(isa: Isa, format: Format, rows: usize) -> Self {
+        let size = Self { bytes: 256 << 10, rows: 240, chunk: 48, shares: 4, panels: 2 };
         match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Amx if amx::lays(format, rows) => {
-                Self { bytes: 4 << 20, rows: 2 * amx::ROWS_AT_A_TIME, chunk: amx::ROWS_AT_A_TIME, shares: 2 }
+                Self { bytes: 4 << 20, rows: 2 * amx::ROWS_AT_A_TIME, chunk: amx::ROWS_AT_A_TIME, shares: 2, ..size }
             }
-            _ => Self { bytes: 256 << 10, rows: 240, chunk: 48, shares: 4 },
+            #[cfg(target_arch = "x86_64")]
+            _ if vnni::many::takes(isa, format, rows) => Self { panels: TILE_PANELS, ..size },
+            _ => size,
         }
     }
 
     /// Panels that stream so many bytes, but few enough that every thread gets some of `matrices` such matrices; whole tiles.
     pub(crate) fn fair_panels(self, pool: &Pool, layout: &Layout, matrices: usize) -> usize {
         let fair = (matrices * layout.panels()).div_ceil(self.shares * pool.threads());
-        (self.bytes / layout.panel_bytes()).min(fair).max(1).next_multiple_of(TILE_PANELS)
+        (self.bytes / layout.panel_bytes()).min(fair).max(1).next_multiple_of(self.panels)
     }
 }
 
@@ -219,7 +224,7 @@ pub(crate) unsafe fn walk_panels(
     let mut panel = panels.start;
     #[cfg(target_arch = "x86_64")]
     if vnni::many::takes(isa, format, rows.len()) {
-        let tiles = panel..panels.end - panels.len() % vnni::many::PANELS;
+        let tiles = panel..panels.end - panels.len() % TILE_PANELS;
         panel = tiles.end;
         // SAFETY: the caller's promises.
         unsafe { vnni::many::walk(format, k, rows, tiles, &panel_start, &mut sink) };

@@ -1,6 +1,6 @@
 //! Many rows: a tile of 6 rows by 4 panels keeps its 24 integer sums in registers, so that each product's operands are one
 //! spread activation for all panels and one load of weights for all rows, and no sum waits for the one before it. (12 rows
-//! by 2 panels would load and spread twice as often, and more pointers than the machine has registers for.)
+//! by 2 panels take 14 loads for as many products in place of 10, and more pointers than the machine has registers for.)
 //!
 //! k goes by in super-blocks: these of four panels are unpacked into the first cache, and then meet every row.
 
@@ -23,15 +23,13 @@ use super::{Blocks, Mxfp4, Q4_0, Q8_0, Steps, half_floats, nibbles, prefetch, si
 use crate::{
     format::{BLOCK, Format, INTEGER_K, PANEL, SUPER_BLOCK},
     isa::Isa,
-    matmul::activations::IntegerRow,
+    matmul::{TILE_PANELS, activations::IntegerRow},
 };
 
-/// More rows than these are many: fewer wait for memory, which two streams slow down.
+/// More rows than these are many: fewer wait for memory, which several streams slow down.
 const FEW: usize = 8;
 /// Most rows of a tile.
 const ROWS: usize = 6;
-/// Panels of a tile.
-pub(in crate::matmul) const PANELS: usize = 4;
 
 /// Whether a product of so many rows goes this way.
 pub(in crate::matmul) fn takes(isa: Isa, format: Format, rows: usize) -> bool {
@@ -40,7 +38,7 @@ pub(in crate::matmul) fn takes(isa: Isa, format: Format, rows: usize) -> bool {
 }
 
 /// One register of each panel.
-type Each<T> = [T; PANELS];
+type Each<T> = [T; TILE_PANELS];
 /// The sums of a row.
 type Totals = Each<[f32; PANEL]>;
 
@@ -107,15 +105,15 @@ unsafe fn super_blocks<K: Kind>(
 ) {
     // SAFETY: plain numbers.
     let mut weights: Weights = unsafe { std::mem::zeroed() };
-    let mut totals = vec![[[0.0; PANEL]; PANELS]; rows.len()];
+    let mut totals = vec![[[0.0; PANEL]; TILE_PANELS]; rows.len()];
     // Like tiles rather than full ones and a rest: few rows leave sums that wait for each other.
     let tile_rows = rows.len().div_ceil(rows.len().div_ceil(ROWS));
-    for first in panels.step_by(PANELS) {
-        totals.fill([[0.0; PANEL]; PANELS]);
+    for first in panels.step_by(TILE_PANELS) {
+        totals.fill([[0.0; PANEL]; TILE_PANELS]);
         for start in (0..k).step_by(SUPER_BLOCK) {
             let inputs = start..k.min(start + SUPER_BLOCK);
             let bytes = K::FORMAT.panel_bytes(start)..K::FORMAT.panel_bytes(inputs.end);
-            for index in 0..PANELS {
+            for index in 0..TILE_PANELS {
                 // SAFETY: the caller's promises; these bytes of a panel have these inputs.
                 unsafe {
                     let panel = panel_start(first + index).add(bytes.start);
@@ -261,9 +259,9 @@ impl<K: Blocks> Kind for OneScale<K> {
         for (block, (steps, scales)) in blocks.zip(steps.iter().zip(&weights.scales)) {
             // SAFETY: the block's inputs, scale and correction lie in each row.
             unsafe {
-                let mut starts = [[_mm512_setzero_si512(); PANELS]; R];
+                let mut starts = [[_mm512_setzero_si512(); TILE_PANELS]; R];
                 for (start, row) in starts.iter_mut().zip(rows) {
-                    *start = [_mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(block)); PANELS];
+                    *start = [_mm512_set1_epi32(*row.add(layout.sums).cast::<i32>().add(block)); TILE_PANELS];
                 }
                 let dots = dots(starts, rows, block * BLOCK, steps);
                 for (dots, (row, totals)) in dots.iter().zip(rows.iter().zip(totals.iter_mut())) {
@@ -316,11 +314,12 @@ impl Kind for Q4K {
         let layout = IntegerRow::new(Format::Q4K, k);
         let parts = inputs.len() / BLOCK;
         let (steps, _) = weights.steps.as_chunks::<8>();
-        let mut halves = [[[_mm512_setzero_ps(); PANELS]; R]; SUPER_BLOCK / BLOCK / EXACT];
+        let mut halves = [[[_mm512_setzero_ps(); TILE_PANELS]; R]; SUPER_BLOCK / BLOCK / EXACT];
         for part in 0..parts {
             // SAFETY: the part's inputs lie in each row.
-            let dots =
-                unsafe { dots([[_mm512_setzero_si512(); PANELS]; R], rows, inputs.start + part * BLOCK, &steps[part]) };
+            let dots = unsafe {
+                dots([[_mm512_setzero_si512(); TILE_PANELS]; R], rows, inputs.start + part * BLOCK, &steps[part])
+            };
             for (sums, dots) in halves[part / EXACT].iter_mut().zip(&dots) {
                 for (sum, (dot, scale)) in sums.iter_mut().zip(dots.iter().zip(&weights.scales[part])) {
                     *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*dot), *scale, *sum);
@@ -334,7 +333,7 @@ impl Kind for Q4K {
                 let x = _mm512_set1_ps(*row.add(layout.scales).cast::<f32>().add(inputs.start / SUPER_BLOCK));
                 (x, row.add(layout.sums + inputs.start / BLOCK * 2).cast::<i32>())
             };
-            let mut below = [_mm512_setzero_si512(); PANELS];
+            let mut below = [_mm512_setzero_si512(); TILE_PANELS];
             for (pair, minima) in weights.minima.iter().take(parts / 2).enumerate() {
                 // SAFETY: as above.
                 let sums = _mm512_set1_epi32(unsafe { sums.add(pair).read_unaligned() });
@@ -406,7 +405,7 @@ impl Kind for Q6K {
         let layout = IntegerRow::new(Format::Q6K, k);
         let (high, _) = weights.high[..inputs.len() / 4].as_chunks::<8>();
         let (low, _) = weights.steps[..inputs.len() / 4].as_chunks::<8>();
-        let mut sums = [[_mm512_setzero_si512(); PANELS]; R];
+        let mut sums = [[_mm512_setzero_si512(); TILE_PANELS]; R];
         for (block, steps) in high.iter().enumerate() {
             // SAFETY: the block's inputs lie in each row.
             sums = unsafe { dots(sums, rows, inputs.start + block * BLOCK, steps) };
