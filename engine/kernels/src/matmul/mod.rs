@@ -286,7 +286,7 @@ unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panels: &[*const u8
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16, Format::Bf16) => avx512::tile::<avx512::Bf16Pairs>(rows, panels, k, sums),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(isa, format, rows, panels[0], k, sums),
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => vnni::tile(format, rows, panels[0], k, sums),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, _) => avx2::tile(format, rows, panels, k, sums),
             #[cfg(target_arch = "aarch64")]

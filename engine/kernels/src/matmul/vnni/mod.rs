@@ -20,10 +20,7 @@ use std::{
 };
 
 use super::{MXFP4_UNSIGNED, Sums, activations::IntegerRow};
-use crate::{
-    format::{BLOCK, Format, INTEGER_K, SUPER_BLOCK},
-    isa::Isa,
-};
+use crate::format::{BLOCK, Format, INTEGER_K, SUPER_BLOCK};
 
 /// How far ahead of the loads packed weights are fetched into the second cache. Panels lie one after the other, so this
 /// reaches into the next.
@@ -39,7 +36,7 @@ pub(super) type Steps = [__m512i; 8];
 /// # Safety
 /// The machine has AVX-512 F/BW/DQ/VL and VNNI; rows have the form and the panel the size that format and `k` say; at most
 /// 16 rows.
-pub(super) unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panel: *const u8, k: usize, sums: &mut Sums) {
+pub(super) unsafe fn tile(format: Format, rows: &[*const u8], panel: *const u8, k: usize, sums: &mut Sums) {
     /// Compiles the call for each number of rows, which it names `R`.
     macro_rules! by_rows {
         ($call:expr) => { by_rows!($call; 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16) };
@@ -55,9 +52,10 @@ pub(super) unsafe fn tile(isa: Isa, format: Format, rows: &[*const u8], panel: *
         };
     }
     // With one or two rows the loads themselves run far enough ahead, and fetching on top of that costs (Zen 4, one row of
-    // `q4_k`: 35 GB/s without, 28 with), but where the memory answers late (a Xeon with AMX: 16 and 22). With more, the
+    // `q4_k`: 35 GB/s without, 28 with), but where the memory answers late: on Xeons since Sapphire Rapids (B at `q4_k`, a
+    // token at a time: 19 tok/s without, 28 with), which half-precision arithmetic tells apart. With more rows, the
     // arithmetic of one block fills the core's window and no load of the next is in it.
-    let fetches = rows.len() >= 3 || isa == Isa::Amx;
+    let fetches = rows.len() >= 3 || is_x86_feature_detected!("avx512fp16");
     match format {
         Format::Q8_0 => by_rows!(blocks::<Q8_0, R>(fetches, rows, panel, k, sums)),
         Format::Q4_0 => by_rows!(blocks::<Q4_0, R>(fetches, rows, panel, k, sums)),
